@@ -1,0 +1,191 @@
+"""Options of train_glmc.py in pipeline order. Names and meaning are timm's wherever timm has the option."""
+import argparse
+
+from timm.utils import ParseKwargs
+
+from glmc.parsing import Parser, number
+
+positive_int = number(int, 1)
+count = number(int, 0)
+positive = number(float, 0, open_low=True)
+non_negative = number(float, 0)
+fraction = number(float, 0, 1)
+
+# Without any data, the embedded digits are trained on; these stand in for what the user did not say.
+DEMONSTRATION = dict(img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
+
+
+def train_parser(methods: dict) -> Parser:
+    """Parser of train_glmc.py.
+
+    Args:
+        methods: Name -> row of the table of methods.
+    """
+    parser = Parser(
+        prog='train_glmc.py', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description='Train a timm model on long-tailed images with GLMC. Without data: a demonstration on digits.')
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
+    for add_group in (_data, _long_tail, _augmentation, _model, _method, _optimizer, _schedule, _running, _output):
+        add_group(parser)
+    methods_help = '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
+    parser._option_string_actions['--method'].choices = list(methods)
+    parser._option_string_actions['--method'].help += f' ({methods_help})'
+    return parser
+
+
+def _data(parser: Parser) -> None:
+    group = parser.add_argument_group('data')
+    add = group.add_argument
+    add('--data-dir', metavar='DIR', help='image folders (or a tar), root of a list, or download folder')
+    add('--dataset', default='', metavar='NAME', help="timm's source: empty for folders, torch/…, hfds/…, wds/…, tfds/…")
+    add('--train-split', default='train', help='name of the training split')
+    add('--val-split', default='validation', help='name of the split to evaluate on')
+    add('--train-list', metavar='FILE', help='`path label` lines (may be .gz), paths relative to --data-dir')
+    add('--val-list', metavar='FILE', help='the same for evaluation')
+    add('--num-classes', type=positive_int, help='number of classes; default: as found in the training data')
+    add('--class-map', metavar='FILE', help="timm's class-to-index file")
+    add('--input-key', help='column or key of the image (hfds, wds, tfds)')
+    add('--target-key', help='column or key of the label')
+    add('--dataset-download', action='store_true', help='let torch/ and tfds/ sources download')
+    add('--class-counts', metavar='FILE', help='training images per class, for sources that cannot be indexed: '
+        'JSON list, metrics.json of a run, or one number a line; default: one counting pass')
+    add('--holdout', type=positive, default=None, metavar='N',
+        help='evaluate each epoch on training images set aside per class (a number, taken before the long tail is '
+        'cut, or a fraction), keep the best epoch by class mean, and read the validation split once, at the end')
+
+
+def _long_tail(parser: Parser) -> None:
+    group = parser.add_argument_group('long tail')
+    add = group.add_argument
+    add('--imbalance-factor', type=number(float, 1), metavar='F',
+        help='cut a long tail into a balanced set: the smallest class gets 1/F of the largest')
+    add('--lt-type', choices=('exp', 'step'), default='exp', help='shape of the tail')
+    add('--lt-split', choices=('cao', 'first', 'random'), default='cao', help='which images stay')
+    add('--lt-seed', type=count, default=0, help='for --lt-split random')
+    add('--shot-thresholds', type=count, nargs=2, default=[20, 100], metavar=('FEW', 'MANY'),
+        help='few-shot <= FEW < medium-shot <= MANY < many-shot training images')
+
+
+def _augmentation(parser: Parser) -> None:
+    group = parser.add_argument_group('augmentation')
+    add = group.add_argument
+    add('--augmentation', choices=('timm', 'cifar', 'imagenet_lt'), default='timm',
+        help='timm: by the flags below; cifar: crop with padding 4 and flip; imagenet_lt: random resized crop, '
+        'jitter 0.4, grey 0.2, blur 0.5, flip')
+    add('--no-aug', action='store_true', help='no augmentation: resize and centre crop')
+    add('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='random resized crop or its aspect-keeping kin')
+    add('--scale', type=positive, nargs=2, default=[0.08, 1.0], metavar='PCT', help='area of the random resized crop')
+    add('--ratio', type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar='RATIO', help='its aspect ratio')
+    add('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
+    add('--vflip', type=fraction, default=0.0, help='probability of a vertical flip')
+    add('--color-jitter', type=non_negative, default=0.4, metavar='PCT', help='brightness, contrast, saturation')
+    add('--color-jitter-prob', type=fraction, metavar='P', help='probability of the jitter; default: always')
+    add('--grayscale-prob', type=fraction, default=0.0, metavar='P', help='probability of a grey image')
+    add('--gaussian-blur-prob', type=fraction, default=0.0, metavar='P', help='probability of a blur')
+    add('--aa', metavar='NAME', help='AutoAugment policy, e.g. rand-m9-mstd0.5, v0, augmix-…')
+    add('--train-interpolation', default='random', choices=('random', 'bilinear', 'bicubic', 'nearest', 'lanczos'),
+        help='of the training resize')
+    add('--reprob', type=fraction, default=0.0, metavar='P', help='probability of random erasing')
+    add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='what an erased box is filled with')
+    add('--recount', type=positive_int, default=1, help='erased boxes')
+
+
+def _model(parser: Parser) -> None:
+    group = parser.add_argument_group('model')
+    add = group.add_argument
+    add('--model', default='resnet18', metavar='NAME', help='any timm architecture, hf-hub:… or local-dir:…')
+    add('--pretrained', action='store_true', help="start from the architecture's pretrained weights")
+    add('--initial-checkpoint', metavar='FILE', help='start from these weights (.safetensors or .pth)')
+    add('--img-size', type=positive_int, metavar='N', help="side of the input in pixels; default: the model's")
+    add('--in-chans', type=positive_int, metavar='N', help="image channels, 1 or 3; default: the model's")
+    add('--gp', metavar='POOL', help='global pooling: avg, max, avgmax, …')
+    add('--drop', type=fraction, metavar='PCT', help='drop-out before the classifier')
+    add('--drop-path', type=fraction, metavar='PCT', help='stochastic depth')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='more for timm.create_model')
+    add('--mean', type=float, nargs='+', metavar='M', help="normalisation; default: the model's")
+    add('--std', type=positive, nargs='+', metavar='S', help="normalisation; default: the model's")
+    add('--interpolation', choices=('bilinear', 'bicubic', 'nearest', 'lanczos'), help='of the evaluation resize')
+    add('--crop-pct', type=positive, metavar='PCT', help='of the evaluation centre crop')
+    add('--grad-checkpointing', action='store_true', help='trade compute for memory')
+    add('--channels-last', action='store_true', help='memory layout that convolutions like')
+
+
+def _method(parser: Parser) -> None:
+    group = parser.add_argument_group('method')
+    add = group.add_argument
+    add('--method', default='glmc', help='row of the table of methods')
+    add('--resample-power', type=float, default=0.0, metavar='Q',
+        help='q: the second image of a pair is drawn with P ∝ n^-q; 0 uniform over images, 1 over classes')
+    add('--partner', choices=('sampler', 'batch'), default='sampler',
+        help='draw the second image from all (as the paper) or inside the batch (half the decoding)')
+    add('--mix-beta', type=positive, default=1.0, metavar='BETA', help='β of λ ~ Beta(β, β)')
+    add('--cutmix-lambda', choices=('nominal', 'area'), default='nominal',
+        help='label weight of the local view: λ, or corrected for clipping at the border')
+    add('--reweight-power', type=float, default=1.0, metavar='K', help='k: class weights ∝ n^-k')
+    add('--consistency-weight', type=non_negative, default=1.0, metavar='GAMMA', help='γ of the consistency loss')
+    add('--projection-dim', type=positive_int, default=256, metavar='D', help='width d of projection and prediction')
+    add('--balanced', action='store_true', help='balanced data: no rebalanced classifier, L = L_c + γ·L_sim')
+
+
+def _optimizer(parser: Parser) -> None:
+    group = parser.add_argument_group('optimizer')
+    add = group.add_argument
+    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per process and step')
+    add('--grad-accum-steps', type=positive_int, default=1, metavar='N', help='steps per update')
+    add('--opt', default='sgd', metavar='NAME', help='any timm optimizer')
+    add('--lr', type=positive, help='learning rate; default: --lr-base scaled by the global batch')
+    add('--lr-base', type=positive, default=0.1, help='learning rate for --lr-base-size images an update')
+    add('--lr-base-size', type=positive_int, default=256, help='see --lr-base')
+    add('--lr-base-scale', choices=('linear', 'sqrt'), help='default: sqrt for adaptive optimizers, else linear')
+    add('--weight-decay', type=non_negative, default=5e-4, help='on every parameter, as the published recipes')
+    add('--filter-bias-and-bn', action='store_true', help="no weight decay on biases and norms, timm's own habit")
+    add('--momentum', type=fraction, default=0.9, metavar='M', help='of SGD')
+    add('--opt-eps', type=positive, metavar='EPS', help='optimizer epsilon')
+    add('--opt-betas', type=fraction, nargs='+', metavar='BETA', help='optimizer betas')
+    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='more for the optimizer')
+    add('--layer-decay', type=fraction, help='learning rate decay from the head down to the stem')
+    add('--clip-grad', type=positive, metavar='NORM', help='clip gradients')
+    add('--clip-mode', choices=('norm', 'value', 'agc'), default='norm', help='how')
+
+
+def _schedule(parser: Parser) -> None:
+    group = parser.add_argument_group('schedule')
+    add = group.add_argument
+    add('--epochs', type=positive_int, default=60, metavar='N', help='T_max')
+    add('--sched', default='cosine', metavar='NAME',
+        choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none'),
+        help='learning rate schedule')
+    add('--sched-on-updates', action='store_true', help='step it per update instead of per epoch')
+    add('--warmup-epochs', type=count, default=0, metavar='N', help='linear warm-up')
+    add('--warmup-lr', type=non_negative, default=1e-5, help='where the warm-up starts')
+    add('--warmup-prefix', action='store_true', help='the warm-up comes before the schedule instead of inside it')
+    add('--min-lr', type=non_negative, default=0.0, help='where the schedule ends')
+    add('--decay-epochs', type=positive, help='of step')
+    add('--decay-milestones', type=positive_int, nargs='+', default=[90, 180, 270], help='of multistep')
+    add('--decay-rate', type=positive, default=0.1, help='of step and multistep; power of poly')
+
+
+def _running(parser: Parser) -> None:
+    group = parser.add_argument_group('running')
+    add = group.add_argument
+    add('--amp', action='store_true', help='mixed precision in float16, or in --amp-dtype')
+    add('--amp-dtype', choices=('float16', 'bfloat16'), help='mixed precision; default: as the launcher says')
+    add('--model-ema', action='store_true', help='keep, evaluate and export a moving average of the weights')
+    add('--model-ema-decay', type=fraction, default=0.9998, help='its decay')
+    add('--model-ema-warmup', action='store_true', help='a decay that grows to that')
+    add('--sync-bn', action='store_true', help='BatchNorm over all processes (GPU)')
+    add('--dist-bn', choices=('reduce', 'broadcast'), default='reduce',
+        help='make BatchNorm statistics of all processes equal before evaluation: mean, or those of the first')
+    add('-j', '--workers', type=count, default=2, metavar='N', help='loader processes per process')
+    add('--seed', type=count, default=42, help='of everything random')
+
+
+def _output(parser: Parser) -> None:
+    group = parser.add_argument_group('output')
+    add = group.add_argument
+    add('--output', default='output', metavar='DIR', help='parent folder of all runs')
+    add('--experiment', metavar='NAME', help='folder of this run; default: data-model-method, numbered')
+    add('--resume', metavar='PATH', help='`auto` for the newest checkpoint of the experiment, or a checkpoint')
+    add('--checkpoint-hist', type=positive_int, default=3, metavar='N', help='checkpoints to keep, the best aside')
+    add('--log-interval', type=positive_int, default=50, metavar='N', help='steps between log lines')
+    add('--debug', action='store_true', help='show a traceback where an error is one line otherwise')

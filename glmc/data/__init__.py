@@ -1,0 +1,1 @@
+"""Long-tailed data: profiles, image sets, pair sampling and loaders."""

@@ -1,0 +1,190 @@
+"""Views of images as batches on the device: each image decoded once, uint8 until the device, normalised there."""
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from timm.data import IterableImageDataset, create_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybePILToTensor
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torchvision import transforms
+
+from glmc.data.datasets import ImageSet
+from glmc.data.sampling import PairSampler, ShardSampler
+
+# GLMC's published ImageNet-LT augmentation in timm's terms.
+IMAGENET_LT = dict(
+    scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), color_jitter=0.4, color_jitter_prob=None, grayscale_prob=0.2,
+    gaussian_blur_prob=0.5, interpolation='bilinear')
+
+
+def train_transform(augmentation: str, img_size: tuple[int, int], hflip: float = 0.5, **kwargs) -> Callable:
+    """PIL image -> uint8 tensor (c, H, W).
+
+    Args:
+        augmentation: `timm` by `kwargs` of `timm.data.create_transform`; `cifar`: random crop with padding 4 and
+            flip, after a resize where the image has another size; `imagenet_lt`.
+        img_size: (H, W) in pixels.
+        hflip: Probability of a horizontal flip.
+    """
+    if augmentation == 'cifar':
+        return transforms.Compose([
+            transforms.Resize(img_size), transforms.RandomCrop(img_size, padding=4),
+            transforms.RandomHorizontalFlip(hflip), MaybePILToTensor()])
+    if augmentation == 'imagenet_lt':
+        kwargs = {**kwargs, **IMAGENET_LT}
+    return create_transform(img_size, is_training=True, hflip=hflip, use_prefetcher=True, **kwargs)
+
+
+class ViewDataset(Dataset):
+    """Augmented views of the images of a draw.
+
+    Args:
+        images: The set.
+        transform: PIL image -> uint8 tensor.
+        num_views: Views of each image, all from one decoding.
+        mode: RGB or L.
+    """
+
+    def __init__(self, images: ImageSet, transform: Callable, num_views: int, mode: str = 'RGB'):
+        self.images, self.transform, self.num_views, self.mode = images, transform, num_views, mode
+
+    def __getitem__(self, draw: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """(images · views, c, H, W) uint8, image by image, and the (images,) labels."""
+        seed, *indices = draw
+        with seeded(seed):
+            views = [self.transform(image) for image in map(self._decode, indices) for _ in range(self.num_views)]
+        return torch.stack(views), torch.from_numpy(self.images.labels[indices])
+
+    def _decode(self, index: int):
+        return self.images.image(index, self.mode)
+
+
+class EvalDataset(Dataset):
+    """Each image once, by timm's evaluation transform."""
+
+    def __init__(self, images: ImageSet, transform: Callable, mode: str = 'RGB'):
+        self.images, self.transform, self.mode = images, transform, mode
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.transform(self.images.image(index, self.mode)), torch.as_tensor(self.images.labels[index])
+
+
+class IterableViews(IterableDataset):
+    """Views of the images of a source that can only be read in its own order (wds/, tfds/, hfids/)."""
+
+    def __init__(self, source: IterableImageDataset, transform: Callable, num_views: int):
+        self.source, self.transform, self.num_views = source, transform, num_views
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for image, label in self.source:
+            yield torch.stack([self.transform(image) for _ in range(self.num_views)]), torch.tensor([label])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """All global generators that timm's transforms draw from, seeded for one draw and put back afterwards."""
+    in_worker = get_worker_info() is not None  # nothing else draws there
+    state = None if in_worker else (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        if state:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+            torch.set_rng_state(state[2])
+
+
+class DeviceLoader:
+    """A DataLoader of (uint8 images, labels) whose batches arrive on the device, normalised.
+
+    Args:
+        loader: Yields (B, …, c, H, W) uint8 images and their labels.
+        mean, std: Per channel, for images in 0…1.
+        device: Where to.
+        random_erasing: timm's, for training images.
+    """
+
+    def __init__(
+            self, loader: DataLoader, mean: Sequence[float], std: Sequence[float], device: torch.device,
+            random_erasing: RandomErasing | None = None):
+        self.loader, self.device, self.random_erasing = loader, device, random_erasing
+        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
+        self.std = torch.tensor(std, device=device).view(-1, 1, 1) * 255
+
+    def set_epoch(self, epoch: int) -> None:
+        for owner in (self.loader.batch_sampler, self.loader.dataset, getattr(self.loader.dataset, 'source', None)):
+            if hasattr(owner, 'set_epoch'):
+                owner.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.loader:
+            images = images.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
+            images = (images - self.mean) / self.std
+            if self.random_erasing is not None:
+                images = self.random_erasing(images.flatten(0, 1)).view_as(images)
+            yield images, labels
+
+
+def create_train_loader(
+        images: ImageSet | IterableImageDataset, transform: Callable, *, num_views: int, batch_size: int,
+        resample_power: float | None, data_config: dict, device: torch.device, seed: int, workers: int,
+        rank: int = 0, world_size: int = 1, random_erasing: RandomErasing | None = None) -> DeviceLoader:
+    """Batches of (B, images · views, c, H, W) normalised views and (B, images) labels.
+
+    Args:
+        images: The training set.
+        transform: Of `train_transform`.
+        num_views: Views of each image.
+        batch_size: Per process.
+        resample_power: q of the partner images; None for none.
+        data_config: timm's: input_size, mean, std.
+        device, seed, workers, rank, world_size: As their names say.
+        random_erasing: timm's, or None.
+
+    Raises:
+        ValueError: If the batch is larger than the set.
+    """
+    if isinstance(images, IterableImageDataset):
+        dataset, batching = IterableViews(images, transform, num_views), dict(batch_size=batch_size, drop_last=True)
+    else:
+        dataset = ViewDataset(images, transform, num_views, image_mode(data_config))
+        batching = dict(batch_sampler=PairSampler(images.labels, batch_size, resample_power, seed, rank, world_size))
+    loader = _data_loader(dataset, workers, device, seed, **batching)
+    return DeviceLoader(loader, data_config['mean'], data_config['std'], device, random_erasing)
+
+
+def create_eval_loader(
+        images: ImageSet | IterableImageDataset, *, batch_size: int, data_config: dict, device: torch.device,
+        workers: int, rank: int = 0, world_size: int = 1) -> DeviceLoader:
+    """Batches of (B, c, H, W) normalised images and (B,) labels: this process's share, no image twice."""
+    transform = create_transform(**data_config, is_training=False, use_prefetcher=True)
+    if isinstance(images, IterableImageDataset):
+        images.transform = transform
+        dataset, sampler = images, None
+    else:
+        dataset = EvalDataset(images, transform, image_mode(data_config))
+        sampler = ShardSampler(len(images), rank, world_size)
+    loader = _data_loader(dataset, workers, device, 0, batch_size=batch_size, sampler=sampler)
+    return DeviceLoader(loader, data_config['mean'], data_config['std'], device)
+
+
+def _data_loader(dataset, workers: int, device: torch.device, seed: int, **kwargs) -> DataLoader:
+    return DataLoader(
+        dataset, num_workers=workers, pin_memory=device.type == 'cuda', persistent_workers=workers > 0,
+        generator=torch.Generator().manual_seed(seed), **kwargs)  # its own generator: none of the training's draws
+
+
+def image_mode(data_config: dict) -> str:
+    """PIL mode of the decoded images: L for one channel, else RGB."""
+    return 'L' if data_config['input_size'][0] == 1 else 'RGB'

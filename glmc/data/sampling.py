@@ -1,0 +1,88 @@
+"""Which images a step sees: seeded, different each epoch, one global stream whatever the number of processes."""
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+MIN_IMAGES = 2  # per process and step: BatchNorm has no variance of one
+
+
+def image_weights(labels: np.ndarray, power: float) -> np.ndarray:
+    """Probability of each image, P ∝ n_c^-q, where n_c counts the images of its class (GLMC section 3.2).
+
+    Args:
+        labels: (N,) label of each image.
+        power: q; 0 is uniform over images, 1 over classes.
+
+    Returns:
+        (N,) float64, sum 1.
+    """
+    weights = np.bincount(labels).astype(np.float64)[labels] ** -power
+    return weights / weights.sum()
+
+
+class PairSampler(Sampler):
+    """Batches of draws: image i, each once an epoch in random order, its partner j with replacement, and a seed.
+
+    The draws of an epoch are a function of (seed, epoch); each of the global batches is dealt out over the
+    processes, so that their union is what a single process would have drawn. The last batch is smaller; where it
+    would leave a process with fewer than two images, the batch before it takes them.
+
+    Args:
+        labels: (N,) label of each image.
+        batch_size: Per process.
+        resample_power: q of `image_weights` for j; None for no partner.
+        seed, rank, world_size: As their names say.
+
+    Yields:
+        Lists of `batch_size` tuples (seed of the augmentation, i) or (seed, i, j).
+
+    Raises:
+        ValueError: If the global batch is larger than the set.
+    """
+
+    def __init__(
+            self, labels: np.ndarray, batch_size: int, resample_power: float | None = None, seed: int = 0,
+            rank: int = 0, world_size: int = 1):
+        self.num_images = len(labels)
+        self.global_batch = batch_size * world_size
+        if self.global_batch > self.num_images:
+            raise ValueError(f'a batch of {self.global_batch} is larger than the set of {self.num_images} images')
+        self.weights = None if resample_power is None else image_weights(labels, resample_power)
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        steps, rest = divmod(self.num_images, self.global_batch)
+        return steps + (rest >= MIN_IMAGES * self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        draws = self.draw_epoch()
+        for step in range(len(self)):
+            start = step * self.global_batch
+            stop = start + self.global_batch if step + 1 < len(self) else self.num_images
+            yield list(zip(*(column[start:stop][self.rank::self.world_size].tolist() for column in draws), strict=True))
+
+    def draw_epoch(self) -> Sequence[np.ndarray]:
+        """Columns (seed, i) or (seed, i, j) of the whole epoch, each (N,)."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        columns = [rng.integers(2 ** 32, size=self.num_images), rng.permutation(self.num_images)]
+        if self.weights is not None:
+            columns.append(rng.choice(self.num_images, size=self.num_images, p=self.weights))
+        return columns
+
+
+class ShardSampler(Sampler):
+    """Every index once over all processes, without padding: evaluation counts each image exactly once."""
+
+    def __init__(self, num_images: int, rank: int = 0, world_size: int = 1):
+        self.indices = range(rank, num_images, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)

@@ -1,0 +1,329 @@
+"""Where images come from: timm's sources, `path label` lists, the embedded digits."""
+import gzip
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from timm.data import IterableImageDataset, create_dataset, get_img_extensions
+from timm.data.dataset_factory import _search_split
+
+from glmc.data.datasets import ImageSet, long_tailed, split_holdout
+from glmc.data.profiles import profile
+from glmc.parsing import InputError
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """All that a run reads.
+
+    Args:
+        train: Training images.
+        validation: Images to evaluate on; None where only held-out ones are.
+        holdout: Training images set aside, or None.
+        class_names: C names.
+        profile: Of `profiles.profile`.
+    """
+    train: ImageSet | IterableImageDataset
+    validation: ImageSet | IterableImageDataset | None
+    holdout: ImageSet | None
+    class_names: Sequence[str]
+    profile: dict
+
+
+def open_training_data(
+        *, data_dir: str | None = None, dataset: str = '', train_split: str = 'train', val_split: str = 'validation',
+        train_list: str | None = None, val_list: str | None = None, num_classes: int | None = None,
+        class_counts: str | None = None, holdout: float | None = None, imbalance_factor: float | None = None,
+        lt_type: str = 'exp', lt_split: str = 'cao', lt_seed: int = 0, shot_thresholds: Sequence[int] = (20, 100),
+        seed: int = 42, batch_size: int = 64, **source_options) -> TrainingData:
+    """Open, check and cut the sets that the options name.
+
+    Raises:
+        InputError: For anything missing, empty, inconsistent or unreadable.
+    """
+    source = dict(name=dataset, root=data_dir, num_classes=num_classes, batch_size=batch_size, seed=seed, **source_options)
+    train = open_images(train_split, train_list, is_training=True, **source)
+    if isinstance(train, IterableImageDataset):
+        return _iterable_data(train, source, val_split, val_list, num_classes, class_counts, shot_thresholds,
+                              cuts=(imbalance_factor, holdout))
+    if num_classes is not None and num_classes != train.num_classes:
+        raise InputError(f'--num-classes {num_classes}: {train.source} has {train.num_classes} classes')
+    held = None
+    if holdout is not None:
+        train, held = split_holdout(train, holdout, seed)
+    if imbalance_factor is not None:
+        train = long_tailed(train, imbalance_factor, lt_type, lt_split, lt_seed)
+    empty = np.flatnonzero(train.counts() == 0)
+    if len(empty):
+        raise InputError(f'{train.source}: class {train.class_names[empty[0]]!r} has no training image '
+                         f'({len(empty)} of {train.num_classes} classes are empty)')
+    validation = open_validation(train, source, val_split, val_list, optional=held is not None)
+    facts = profile(train.labels, train.num_classes, train.names, shot_thresholds)
+    return TrainingData(train, validation, held, train.class_names, facts)
+
+
+def open_validation(
+        train: ImageSet, source: dict, split: str, list_path: str | None, optional: bool = False) -> ImageSet | None:
+    """The set to evaluate on, labelled as the training set is.
+
+    Raises:
+        InputError: If there is none, unless `optional`, or it has a class that training has not.
+    """
+    is_folder = not source['name'] and not list_path and source['root'] and os.path.isdir(source['root'])
+    if is_folder and _search_split(source['root'], split) == source['root']:
+        if optional:
+            return None
+        raise InputError(f"--data-dir {source['root']}: no folder for --val-split {split}; expected one beside the "
+                         'training folder, a --val-list, or --holdout to set training images aside')
+    images = open_images(split, list_path, **{**source, 'num_classes': train.num_classes})
+    if list_path:  # numbers say which class it is
+        return replace(images, class_names=train.class_names)
+    return images if isinstance(images, IterableImageDataset) else images.with_classes(train.class_names)
+
+
+def _iterable_data(
+        train: IterableImageDataset, source: dict, val_split: str, val_list: str | None, num_classes: int | None,
+        class_counts: str | None, thresholds: Sequence[int], cuts: tuple) -> TrainingData:
+    """A source without an index: its class counts come from a file, or from one pass over it."""
+    if any(cut is not None for cut in cuts):
+        raise InputError(f"--dataset {source['name']}: --imbalance-factor and --holdout need a source with an index")
+    counts = read_class_counts(class_counts) if class_counts else count_classes(train)
+    if num_classes is not None and num_classes != len(counts):
+        raise InputError(f'--num-classes {num_classes}: found counts of {len(counts)} classes')
+    if min(counts) < 1:
+        raise InputError(f"--dataset {source['name']}: class {int(np.argmin(counts))} has no training image")
+    names = [str(c) for c in range(len(counts))]
+    facts = profile(np.repeat(np.arange(len(counts)), counts), len(counts), [], thresholds)
+    validation = open_images(val_split, val_list, **{**source, 'num_classes': len(counts)})
+    return TrainingData(train, validation, None, names, {**facts, 'fingerprint': None})
+
+
+def count_classes(dataset: IterableImageDataset) -> list[int]:
+    """Images per class by one pass over an iterable source."""
+    counts: dict[int, int] = {}
+    for _, label in dataset.reader:
+        counts[int(label)] = counts.get(int(label), 0) + 1
+    return [counts.get(c, 0) for c in range(max(counts, default=-1) + 1)]
+
+
+def read_class_counts(path: str) -> list[int]:
+    """Training images per class: a JSON list, JSON with `train_counts` or `class_counts`, or one number a line.
+
+    Raises:
+        InputError: If the file is none of these.
+    """
+    try:
+        text = Path(path).read_text(encoding='utf-8')
+        content = json.loads(text) if text.lstrip()[:1] in ('[', '{') else [int(line) for line in text.split()]
+        if isinstance(content, dict):
+            content = content['train_counts'] if 'train_counts' in content else content['class_counts']
+        if not content or not all(isinstance(n, int) and n >= 0 for n in content):
+            raise ValueError('not a list of counts')
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f'--class-counts {path}: expected a list of images per class: {error}') from error
+    return content
+
+
+def open_digits(split: str) -> ImageSet:
+    """scikit-learn's 1,797 handwritten digits, 8x8: the last 50 of each class for validation, the others for training."""
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).astype(np.uint8)
+    labels = digits.target.astype(np.int64)
+    validation = np.concatenate([np.flatnonzero(labels == c)[-50:] for c in range(10)])
+    chosen = np.setdiff1d(np.arange(len(labels)), validation) if split == 'train' else np.sort(validation)
+    names = [f'{labels[i]}/{i}' for i in chosen]
+    return ImageSet(_ArrayReader(pixels[chosen]), labels[chosen], names, [str(c) for c in range(10)], 'digits')
+
+
+@dataclass(frozen=True)
+class _ArrayReader:
+    pixels: np.ndarray
+
+    def __call__(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+
+def open_list(path: str, root: str | None, num_classes: int | None = None) -> ImageSet:
+    """A list of `path label` lines as ImageNet-LT, Places-LT and iNaturalist have; may be gzipped.
+
+    A class is called after the folder its images share, or after its label where that is not unique.
+
+    Raises:
+        InputError: If the list cannot be read, a line is not of that form, a label is outside 0…C-1 or an image is
+            missing; it names the line.
+    """
+    try:
+        opener = gzip.open if path.endswith('.gz') else open
+        with opener(path, 'rt', encoding='utf-8') as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise InputError(f'{path}: cannot read this list: {error}') from error
+    files, labels = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        file, _, label = line.strip().rpartition(' ')
+        if not file or not label.lstrip('-').isdigit():
+            raise InputError(f'{path}, line {number}: expected `path label`, found {line.strip()[:80]!r}')
+        if int(label) < 0 or (num_classes is not None and int(label) >= num_classes):
+            upper = f'0…{num_classes - 1}' if num_classes is not None else '0 or more'
+            raise InputError(f'{path}, line {number}: expected a label {upper}, found {label}')
+        files.append(file.strip())
+        labels.append(int(label))
+    if not files:
+        raise InputError(f'{path}: the list is empty, expected `path label` lines')
+    paths = [os.path.join(root or '', file) for file in files]
+    _require_files(path, paths)
+    labels = np.array(labels, dtype=np.int64)
+    return ImageSet(_FileReader(paths), labels, files, _folder_names(files, labels, num_classes), path)
+
+
+@dataclass(frozen=True)
+class _FileReader:
+    paths: Sequence[str]
+
+    def __call__(self, index: int) -> Image.Image:
+        return Image.open(self.paths[index])
+
+
+def _require_files(list_path: str, paths: Sequence[str]) -> None:
+    """All files must be there; folders are listed once, which takes seconds where a look at each file takes minutes."""
+    listed: dict[str, set] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
+        if name not in listed[folder]:
+            raise InputError(f'{list_path}: image {path} does not exist (paths are relative to --data-dir)')
+
+
+def _folder_names(files: Sequence[str], labels: np.ndarray, num_classes: int | None) -> list[str]:
+    folders: dict[int, set] = {}
+    for file, label in zip(files, labels.tolist(), strict=True):
+        folders.setdefault(label, set()).add(os.path.basename(os.path.dirname(file)))
+    size = num_classes or int(labels.max()) + 1
+    names = [next(iter(folders[c])) if len(folders.get(c, ())) == 1 else str(c) for c in range(size)]
+    return names if len(set(names)) == size and all(names) else [str(c) for c in range(size)]
+
+
+def open_source(name: str, root: str | None, split: str, **kwargs) -> 'ImageSet | IterableImageDataset':
+    """A source of `timm.data.create_dataset`: an ImageSet where it can be indexed, else timm's iterable dataset.
+
+    Raises:
+        InputError: If it is missing, empty or cannot be read.
+    """
+    is_folder = not name
+    where = f'--data-dir {root}' if is_folder else f'--dataset {name}'
+    if is_folder:
+        _check_folder(root, split)
+    try:
+        dataset = create_dataset(name, root=root, split=split, **kwargs)
+    except ImportError as error:
+        raise InputError(f'{where}: needs a package that is not installed: {error}') from error
+    except Exception as error:  # timm, torchvision and datasets raise anything from AssertionError to OSError
+        detail = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f'{where}, split {split}: cannot be opened: {detail[0]}') from error
+    if isinstance(dataset, IterableImageDataset):
+        return dataset
+    images = _from_reader(dataset.reader, where) if hasattr(dataset, 'reader') else _from_torch(dataset, where)
+    if is_folder and os.path.isdir(root):
+        _reject_empty_class_folders(_search_split(root, split), kwargs.get('input_key'))
+    return images
+
+
+def _check_folder(root: str, split: str) -> None:
+    if not os.path.exists(root):
+        raise InputError(f'--data-dir {root}: no such folder')
+    if os.path.isfile(root):
+        return
+    if _search_split(root, split) == root and any(
+            _search_split(root, other) != root for other in ('train', 'validation', split)):
+        found = ', '.join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())[:8])
+        raise InputError(f'--data-dir {root}: no folder for split {split!r}, found {found}')
+
+
+def _reject_empty_class_folders(folder: str, input_key: str | None) -> None:
+    """timm passes over a folder without images; it is more often a mistake than meant."""
+    extensions = tuple(input_key.split(';')) if input_key else tuple(get_img_extensions())
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        if not folders and not any(name.lower().endswith(extensions) for name in files):
+            raise InputError(f"--data-dir: class folder {path} has no images ({', '.join(extensions)})")
+
+
+def _from_reader(reader, where: str) -> ImageSet:
+    """timm's folder, tar and hfds readers."""
+    if hasattr(reader, 'dataset'):
+        labels, names = _hfds_labels(reader, where), _hfds_names(reader)
+        class_to_idx = reader.class_to_idx
+    elif hasattr(reader, 'targets'):  # tar
+        labels, names = np.asarray(reader.targets, dtype=np.int64), reader.filenames()
+        class_to_idx = reader.class_name_to_idx
+    else:
+        labels, names = np.array([target for _, target in reader.samples], dtype=np.int64), reader.filenames()
+        class_to_idx = reader.class_to_idx
+    by_index = {index: str(name) for name, index in class_to_idx.items()}
+    class_names = [by_index.get(c, str(c)) for c in range(max([int(labels.max()), *by_index]) + 1)]
+    return ImageSet(_TimmReader(reader), labels, names, class_names, where)
+
+
+@dataclass(frozen=True)
+class _TimmReader:
+    reader: object
+
+    def __call__(self, index: int) -> Image.Image:
+        return Image.open(self.reader[index][0])
+
+
+def _hfds_labels(reader, where: str) -> np.ndarray:
+    """The label column, read without touching the images."""
+    if reader.label_key not in reader.dataset.column_names:
+        columns = ', '.join(reader.dataset.column_names)
+        raise InputError(f'{where}: no label column {reader.label_key!r} (--target-key), found {columns}')
+    labels = list(reader.iter_targets()) if reader.remap_class else reader.dataset.data.column(reader.label_key).to_pylist()
+    if not all(isinstance(label, int) and label >= 0 for label in labels):
+        found = next(label for label in labels if not isinstance(label, int) or label < 0)
+        raise InputError(f'{where}: expected labels 0…C-1 in column {reader.label_key!r}, found {found!r}')
+    return np.array(labels, dtype=np.int64)
+
+
+def _hfds_names(reader) -> list[str]:
+    import pyarrow.compute as pc
+    paths = pc.struct_field(reader.dataset.data.column(reader.image_key), 'path').to_pylist()
+    return [path or str(index) for index, path in enumerate(paths)]
+
+
+def _from_torch(dataset, where: str) -> ImageSet:
+    """torchvision's data sets; labels from `targets` or `labels`, or by one pass where a set has neither."""
+    targets = getattr(dataset, 'targets', getattr(dataset, 'labels', None))
+    if targets is None:
+        targets = [dataset[index][1] for index in range(len(dataset))]
+    labels = np.asarray(targets).astype(np.int64)
+    labels = labels[:, 0] if labels.ndim == 2 else labels  # QMNIST: the class is the first of eight columns
+    classes = getattr(dataset, 'classes', None) or range(int(labels.max()) + 1)
+    names = [str(index) for index in range(len(dataset))]
+    return ImageSet(_TorchReader(dataset), labels, names, [str(name) for name in classes], where)
+
+
+@dataclass(frozen=True)
+class _TorchReader:
+    dataset: object
+
+    def __call__(self, index: int) -> Image.Image:
+        return self.dataset[index][0]
+
+
+def open_images(
+        split: str, list_path: str | None, name: str, root: str | None, **kwargs) -> 'ImageSet | IterableImageDataset':
+    """What the user named: a list, a source of timm's, or nothing, which is the digits."""
+    if list_path:
+        return open_list(list_path, root, kwargs.get('num_classes'))
+    kwargs.pop('num_classes', None)
+    if name or root:
+        return open_source(name, root, split, **kwargs)
+    return open_digits(split)

@@ -1,0 +1,120 @@
+"""One epoch of training, and evaluation."""
+import logging
+import sys
+import time
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from timm.utils import dispatch_clip_grad
+from torch import Tensor, nn
+
+from glmc.data.loaders import DeviceLoader
+from glmc.evaluation import LongTailEvaluator
+
+_logger = logging.getLogger(__name__)
+
+
+def train_one_epoch(
+        accelerator: Accelerator, task: nn.Module, loader: DeviceLoader, mixer, optimizer, scheduler, *, epoch: int,
+        seed: int, accum_steps: int = 1, clip_grad: float | None = None, clip_mode: str = 'norm',
+        log_interval: int = 50) -> dict[str, float]:
+    """Train on every image once.
+
+    Args:
+        accelerator: Of the run.
+        task: Prepared by the accelerator.
+        loader: Training batches.
+        mixer: Of the method.
+        optimizer: Prepared by the accelerator.
+        scheduler: timm's, stepped per update if it is made for that; or None.
+        epoch: 0-based; with `seed` and the step it decides all random numbers of the mixture.
+        seed: Of the run.
+        accum_steps: Steps per update.
+        clip_grad, clip_mode: As timm's.
+        log_interval: Steps between log lines.
+
+    Returns:
+        Mean of each loss over the epoch, `lr`, and `images_per_second` over all processes.
+    """
+    base_task = accelerator.unwrap_model(task)
+    task.train()
+    loader.set_epoch(epoch)
+    meter = _Meter(('loss', *base_task.loss_names), accelerator.device)
+    num_steps, start = len(loader), time.perf_counter()
+    bar = tqdm(loader, desc=f'epoch {epoch}', leave=False, disable=not sys.stderr.isatty())
+    for step, (views, labels) in enumerate(bar):
+        mixture = mixer.draw(len(views), views.shape[-2:], step_generator(seed, epoch, step))
+        inputs, targets = mixer(views, labels, mixture if mixture is None else mixture.to(views.device))
+        group = min(accum_steps, num_steps - step // accum_steps * accum_steps)  # the last group may be shorter
+        updates = (step + 1) % accum_steps == 0 or step + 1 == num_steps
+        with torch.enable_grad() if updates else accelerator.no_sync(task):
+            losses = task(inputs, targets)
+            accelerator.backward(losses['loss'] / group)
+        meter.update(losses, len(views))
+        if updates:
+            _update(accelerator, base_task, optimizer, clip_grad, clip_mode)
+            done = epoch * -(-num_steps // accum_steps) + step // accum_steps + 1
+            base_task.update_ema(step=done)
+            if scheduler is not None:
+                scheduler.step_update(done)
+        if (step + 1) % log_interval == 0 and bar.disable and accelerator.is_main_process:
+            _log_step(epoch, step + 1, num_steps, meter, optimizer, start, accelerator.num_processes)
+    metrics = meter.compute(accelerator)
+    seconds = time.perf_counter() - start
+    images = metrics.pop('images')
+    return {**metrics, 'lr': optimizer.param_groups[-1]['lr'], 'images': images, 'images_per_second': images / seconds}
+
+
+def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
+    """The generator of one step's mixture: the same on all processes, and after any resume."""
+    return np.random.default_rng((seed, epoch, step))
+
+
+def _update(accelerator: Accelerator, base_task: nn.Module, optimizer, clip_grad: float | None, clip_mode: str) -> None:
+    if clip_grad is not None:
+        accelerator.unscale_gradients(optimizer)
+        dispatch_clip_grad(base_task.get_clip_parameters(exclude_head='agc' in clip_mode), clip_grad, mode=clip_mode)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class _Meter:
+    """Sums on the device, read when asked."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        self.names = names
+        self.sums = torch.zeros(len(names) + 1, device=device, dtype=torch.float32)
+
+    def update(self, losses: dict[str, Tensor], images: int) -> None:
+        values = [losses[name].detach().float() for name in self.names]
+        self.sums += torch.stack([*values, torch.ones_like(values[0])]) * images
+
+    def means(self) -> dict[str, float]:
+        *sums, images = self.sums.tolist()
+        return {**{name: value / images for name, value in zip(self.names, sums, strict=True)}, 'images': int(images)}
+
+    def compute(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over all processes."""
+        self.sums = accelerator.reduce(self.sums, 'sum')
+        return self.means()
+
+
+def _log_step(epoch: int, step: int, num_steps: int, meter: _Meter, optimizer, start: float, processes: int) -> None:
+    means = meter.means()
+    rate = processes * means.pop('images') / (time.perf_counter() - start)
+    losses = '  '.join(f"{name.removeprefix('loss_')}: {value:.3f}" for name, value in means.items())
+    _logger.info(f"Train: {epoch} [{step:>4d}/{num_steps} ({100 * step / num_steps:>3.0f}%)]  {losses}  "
+                 f"LR: {optimizer.param_groups[-1]['lr']:.3e}  {rate:.0f} images/s")
+
+
+def evaluate(
+        accelerator: Accelerator, model: nn.Module, loader: DeviceLoader, evaluator: LongTailEvaluator) -> dict:
+    """Metrics of a bare model, each image counted once over all processes, in the run's precision."""
+    model.eval()
+    evaluator.reset()
+    with torch.inference_mode(), accelerator.autocast():
+        for images, labels in loader:
+            evaluator.update(model(images), labels)
+    return evaluator.compute(distributed=accelerator.num_processes > 1)

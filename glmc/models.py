@@ -1,0 +1,153 @@
+"""Backbone, training-only heads, and the record of what they give for one view."""
+import difflib
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import timm
+import torch
+from timm.models import get_model_input_config, load_checkpoint, resolve_model_input_args
+from torch import Tensor, nn
+
+from glmc.parsing import InputError
+
+
+class ViewOutput(NamedTuple):
+    """What GLMCModule gives for one view."""
+    logits: Tensor | None  # (B, C) conventional classifier; None on balanced data, where there is only one
+    rebalanced_logits: Tensor  # (B, C) the backbone's own classifier
+    projection: Tensor  # (B, d) h
+    prediction: Tensor  # (B, d) u
+
+
+class GLMCModule(nn.Module):
+    """A timm backbone whose own classifier is the rebalanced one, with the heads that only training needs.
+
+    r = E(x); conventional classifier c(r), projection h = proj(r), prediction u = pred(h), all single linear layers
+    (GLMC section 3.1). Export keeps the backbone and drops what is beside it.
+
+    Args:
+        backbone: Any timm model with a classifier.
+        projection_dim: d.
+        balanced: Leave out the conventional classifier; the backbone's own takes its place.
+
+    Raises:
+        InputError: If the backbone is an encoder without a classifier.
+    """
+
+    def __init__(self, backbone: nn.Module, projection_dim: int = 256, balanced: bool = False):
+        super().__init__()
+        self.single_pass = classifies_pre_logits(backbone)
+        self.backbone = backbone
+        width = backbone.head_hidden_size
+        self.classifier = None if balanced else nn.Linear(width, backbone.num_classes)
+        self.projector = nn.Linear(width, projection_dim)
+        self.predictor = nn.Linear(projection_dim, projection_dim)
+
+    def forward(self, global_view: Tensor, local_view: Tensor) -> tuple[ViewOutput, ViewOutput]:
+        """Both views, each (B, c, H, W), each in a forward pass of its own, as BatchNorm sees them in the paper."""
+        return self.forward_view(global_view), self.forward_view(local_view)
+
+    def forward_view(self, images: Tensor) -> ViewOutput:
+        pre_logits, rebalanced_logits = self.encode(images)
+        projection = self.projector(pre_logits)  # (B, d)
+        logits = None if self.classifier is None else self.classifier(pre_logits)
+        return ViewOutput(logits, rebalanced_logits, projection, self.predictor(projection))
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features r (B, D) and the backbone's logits (B, C).
+
+        Where the classifier takes more than the pooled features, the head runs twice; head drop-out then draws two masks.
+        """
+        features = self.backbone.forward_features(images)
+        pre_logits = self.backbone.forward_head(features, pre_logits=True)
+        if self.single_pass:
+            return pre_logits, self.backbone.get_classifier()(pre_logits)
+        return pre_logits, self.backbone.forward_head(features)
+
+
+def create_backbone(
+        name: str, num_classes: int, img_size: int | None = None, in_chans: int | None = None,
+        checkpoint_path: str | None = None, **kwargs) -> nn.Module:
+    """`timm.create_model` with the image size passed on to the models that need it, and errors a user can act on.
+
+    Args:
+        name: timm architecture, `hf-hub:…` or `local-dir:…`.
+        num_classes: C.
+        img_size: Side in pixels; None for the model's own.
+        in_chans: Image channels; None for the model's own.
+        checkpoint_path: Weights to start from (`--initial-checkpoint`).
+        **kwargs: For `timm.create_model`; None is left out.
+
+    Raises:
+        InputError: If timm does not know the model or cannot create it with these options.
+    """
+    if ':' not in name and not timm.is_model(name.split('.')[0]):
+        nearest = ', '.join(difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.3)) or 'none'
+        raise InputError(f'--model {name}: not a model of timm {timm.__version__}; nearest: {nearest}')
+    try:
+        kwargs = resolve_model_input_args(name, dict(img_size=img_size, in_chans=in_chans), **kwargs)
+        model = timm.create_model(num_classes=num_classes, **kwargs)
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise InputError(f'--model {name}: timm cannot create it with these options: {_first_line(error)}') from error
+    if checkpoint_path:
+        _load_initial_checkpoint(model, checkpoint_path)
+    return model
+
+
+def _load_initial_checkpoint(model: nn.Module, path: str) -> None:
+    try:
+        load_checkpoint(model, path, weights_only=True)
+    except Exception as error:  # whatever a foreign file makes torch or safetensors raise
+        raise InputError(
+            f'--initial-checkpoint {path}: expected weights of this model, found: {_first_line(error)}') from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@torch.no_grad()
+def classifies_pre_logits(backbone: nn.Module) -> bool:
+    """Whether classifier(pre_logits) gives the model's own logits, found out once with two random images.
+
+    Raises:
+        InputError: If the backbone has no classifier.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, *get_model_input_config(backbone)['input_size'], generator=generator)
+    with _random_classifier(backbone, generator) as classifier:
+        try:
+            features = backbone.forward_features(images.to(next(backbone.parameters()).device))
+            pre_logits = backbone.forward_head(features, pre_logits=True)
+            logits = backbone.forward_head(features)
+        except (NotImplementedError, TypeError, AttributeError) as error:
+            raise _encoder_error(backbone) from error
+        try:
+            return torch.equal(classifier(pre_logits), logits)
+        except (NotImplementedError, TypeError, RuntimeError):  # several heads, or a convolution
+            return False
+
+
+@contextmanager
+def _random_classifier(backbone: nn.Module, generator: torch.Generator):
+    """The backbone in eval mode with a random classifier: with weights of 0, which some start from, wrong looks right."""
+    classifier = backbone.get_classifier() if hasattr(backbone, 'get_classifier') else None
+    if classifier is None:
+        raise _encoder_error(backbone)
+    parameters = list(classifier.parameters()) if isinstance(classifier, nn.Module) else []
+    saved = [parameter.clone() for parameter in parameters]
+    was_training = backbone.training
+    backbone.eval()
+    for parameter in parameters:
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    try:
+        yield classifier
+    finally:
+        backbone.train(was_training)
+        for parameter, value in zip(parameters, saved, strict=True):
+            parameter.copy_(value)
+
+
+def _encoder_error(backbone: nn.Module) -> InputError:
+    name = backbone.pretrained_cfg.get('architecture', type(backbone).__name__)
+    return InputError(f'--model {name}: expected a model with a classifier, found an encoder without one')

@@ -1,0 +1,322 @@
+#!/usr/bin/env python3
+"""Train a timm model on long-tailed images with GLMC or a baseline, and export it as a plain timm model.
+
+    accelerate launch train_glmc.py                                       a demonstration on embedded digits
+    accelerate launch train_glmc.py --model resnext50_32x4d --data-dir my_images
+    accelerate launch train_glmc.py -c hparams/cifar100_lt_if100.yaml --dataset torch/cifar100 --data-dir data
+"""
+import argparse
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from timm.data import resolve_input_data_config
+from timm.data.random_erasing import RandomErasing
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.utils import distribute_bn
+
+from glmc.checkpoint import (
+    checkpoint_path,
+    epoch_checkpoints,
+    load_checkpoint,
+    prune,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from glmc.config import DEMONSTRATION, train_parser
+from glmc.data.loaders import create_eval_loader, create_train_loader, train_transform
+from glmc.data.sources import open_training_data
+from glmc.engine import evaluate, train_one_epoch
+from glmc.evaluation import LongTailEvaluator, shot_table
+from glmc.export import export_model
+from glmc.launch import create_accelerator, is_main_process
+from glmc.methods import METHODS, ignored_options
+from glmc.models import create_backbone
+from glmc.optim import create_optimizer, scaled_learning_rate
+from glmc.parsing import InputError, parse_args, pick, run_script
+from glmc.results import create_run_folder, open_run_folder, provenance, summary_row, write_summary
+
+_logger = logging.getLogger('glmc.train')
+
+
+def main() -> None:
+    args, given = parse_args(train_parser(METHODS))
+    run = Run(args, given)
+    run.resume()
+    for epoch in range(run.start_epoch, run.num_epochs):
+        train_metrics = run.train(epoch)
+        metrics = run.evaluate(run.epoch_loader)
+        run.record(epoch, train_metrics, metrics)
+        run.save(epoch, metrics)
+    run.finish()
+
+
+class Run:
+    """A training run: what the options ask for, built in pipeline order, and its state between epochs."""
+
+    def __init__(self, args: argparse.Namespace, given: set[str]):
+        self.args, self.method = args, METHODS[args.method]
+        self.accelerator = create_accelerator(args.amp, args.amp_dtype)
+        self.started, self.seconds_before, self.start_epoch = time.time(), 0.0, 0
+        self.best, self.metrics = None, None
+        self.folder = self._choose_folder()
+        self._announce(given)
+        set_seed(args.seed)
+        self._build_data()
+        self._build_task()
+        self._build_loaders()
+        self._build_optimizer()
+        set_seed(args.seed, device_specific=True)  # drop-out differs from process to process
+        self._create_folder()
+
+    # --- building, in the order in which data flows ---
+
+    def _choose_folder(self) -> Path:
+        args = self.args
+        data = Path(args.train_list or args.data_dir or args.dataset or 'digits').name.split('.')[0]
+        if args.resume and args.resume != 'auto' and not args.experiment:
+            return Path(args.resume).resolve().parent.parent
+        name = f"{data}-{args.model.split('/')[-1].replace(':', '-')}-{args.method}"
+        return open_run_folder(args.output, args.experiment, name, resume=args.resume == 'auto')
+
+    def _announce(self, given: set[str]) -> None:
+        args = self.args
+        for name in sorted(ignored_options(args.method, given)):
+            _logger.warning(f"--{name.replace('_', '-')} has no effect with --method {args.method}")
+        if not (args.data_dir or args.dataset or args.train_list):
+            for name, value in DEMONSTRATION.items():
+                if name not in given:
+                    setattr(args, name, value)
+            _logger.info("No data given: this is a demonstration on scikit-learn's handwritten digits, made long-tailed. "
+                         'Train on your own with --data-dir, --dataset or --train-list.')
+
+    def _build_data(self) -> None:
+        args = self.args
+        self.data = open_training_data(
+            download=args.dataset_download or None, **pick(args, (
+                'data_dir', 'dataset', 'train_split', 'val_split', 'train_list', 'val_list', 'num_classes',
+                'class_counts', 'holdout', 'imbalance_factor', 'lt_type', 'lt_split', 'lt_seed', 'shot_thresholds',
+                'seed', 'batch_size', 'class_map', 'input_key', 'target_key')))
+        facts = self.data.profile
+        counts = facts['class_counts']
+        groups = ', '.join(f'{n} {name}' for name, n in facts['shot_classes'].items())
+        _logger.info(f"Training set: {facts['num_images']:,} images of {len(counts)} classes, {max(counts):,} … "
+                     f"{min(counts):,} per class ({groups}), fingerprint {str(facts['fingerprint'])[:16]}")
+
+    def _build_task(self) -> None:
+        args, counts = self.args, self.data.profile['class_counts']
+        self.model_options = dict(
+            name=args.model, num_classes=len(counts), img_size=args.img_size, in_chans=args.in_chans, drop_rate=args.drop,
+            drop_path_rate=args.drop_path, global_pool=args.gp, **args.model_kwargs)
+        backbone = create_backbone(
+            **self.model_options, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
+        if args.grad_checkpointing:
+            backbone.set_grad_checkpointing(True)
+        self.data_config = resolve_input_data_config(
+            backbone, pick(args, ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')))
+        model = self.method.module(backbone, **pick(args, self.method.module_options))
+        self.num_parameters = sum(p.numel() for p in backbone.parameters())
+        if args.sync_bn:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.task_alone = self.method.task(model, counts, **pick(args, self.method.task_options))
+        self.mixer = self.method.mixer(counts, **pick(args, self.method.mixer_options))
+        _logger.info(f'Model: {args.model}, {self.num_parameters / 1e6:.2f} M parameters, '
+                     f"input {'x'.join(map(str, self.data_config['input_size']))}, method {args.method}")
+
+    def _build_loaders(self) -> None:
+        args, accelerator = self.args, self.accelerator
+        common = dict(
+            data_config=self.data_config, device=accelerator.device, workers=args.workers, batch_size=args.batch_size,
+            rank=accelerator.process_index, world_size=accelerator.num_processes)
+        transform = train_transform(
+            args.augmentation, self.data_config['input_size'][-2:], no_aug=args.no_aug, auto_augment=args.aa,
+            interpolation=args.train_interpolation, mean=self.data_config['mean'], **pick(args, (
+                'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
+                'grayscale_prob', 'gaussian_blur_prob')))
+        erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=accelerator.device)
+        pairs = self.method.paired and args.partner == 'sampler'
+        try:
+            self.train_loader = create_train_loader(
+                self.data.train, transform, num_views=self.method.num_views, seed=args.seed,
+                resample_power=args.resample_power if pairs else None,
+                random_erasing=erasing if args.reprob else None, **common)
+        except ValueError as error:
+            raise InputError(f'--batch-size {args.batch_size}, {accelerator.num_processes} processes: {error}') from error
+        self.val_loader = self.data.validation and create_eval_loader(self.data.validation, **common)
+        self.epoch_loader = create_eval_loader(self.data.holdout, **common) if self.data.holdout else self.val_loader
+        self.evaluator = LongTailEvaluator(
+            self.data.profile['class_counts'], args.shot_thresholds, device=accelerator.device)
+
+    def _build_optimizer(self) -> None:
+        args, processes = self.args, self.accelerator.num_processes
+        batch = args.batch_size * processes * args.grad_accum_steps
+        lr = args.lr or scaled_learning_rate(args.opt, batch, args.lr_base, args.lr_base_size, args.lr_base_scale)
+        _logger.info(f'Global batch: {batch} images ({args.batch_size} x {processes} processes x {args.grad_accum_steps} '
+                     f"steps); learning rate {lr:g}{'' if args.lr else ' by the rule of --lr-base'}")
+        optimizer = create_optimizer(self.task_alone.get_trainable_module(), lr=lr, **pick(args, (
+            'opt', 'weight_decay', 'momentum', 'filter_bias_and_bn', 'layer_decay', 'opt_eps', 'opt_betas', 'opt_kwargs')))
+        self.updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
+        self.scheduler, self.num_epochs = create_scheduler_v2(
+            optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
+        self.task, self.optimizer = self.accelerator.prepare(self.task_alone, optimizer)
+        if args.model_ema:
+            self.task_alone.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+
+    def _create_folder(self) -> None:
+        options = {name: value for name, value in vars(self.args).items() if name not in ('config', 'resume', 'debug')}
+        if self.accelerator.is_main_process:
+            create_run_folder(self.folder, options)
+        self.accelerator.wait_for_everyone()
+
+    # --- an epoch ---
+
+    def train(self, epoch: int) -> dict:
+        args = self.args
+        self.task_alone.set_progress(epoch / self.num_epochs)
+        metrics = train_one_epoch(
+            self.accelerator, self.task, self.train_loader, self.mixer, self.optimizer, self.scheduler, epoch=epoch,
+            accum_steps=args.grad_accum_steps, **pick(args, ('seed', 'clip_grad', 'clip_mode', 'log_interval')))
+        if self.scheduler is not None:
+            self.scheduler.step(epoch + 1)
+        return metrics
+
+    @property
+    def eval_model(self) -> torch.nn.Module:
+        return self.task_alone.get_eval_model(ema=self.args.model_ema)
+
+    def evaluate(self, loader) -> dict:
+        if self.accelerator.num_processes > 1:
+            distribute_bn(self.eval_model, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
+        return evaluate(self.accelerator, self.eval_model, loader, self.evaluator)
+
+    def record(self, epoch: int, train_metrics: dict, metrics: dict) -> None:
+        alpha = getattr(self.task_alone, 'alpha', None)
+        row = summary_row(epoch, train_metrics, metrics, None if alpha is None else alpha.item())
+        if self.accelerator.is_main_process:
+            write_summary(self.folder, row)
+        shots = ' / '.join('–' if metrics[name] is None else f'{metrics[name]:.1f}' for name in ('many', 'medium', 'few'))
+        _logger.info(
+            f"Epoch {epoch + 1}/{self.num_epochs}: loss {train_metrics['loss']:.3f}, top-1 {metrics['top1']:.2f} "
+            f"({shots}), class mean {metrics['class_mean']:.2f}, {train_metrics['images']:,} images at "
+            f"{train_metrics['images_per_second']:.0f}/s")
+
+    # --- what stays ---
+
+    def save(self, epoch: int, metrics: dict) -> None:
+        self.metrics = self._facts(epoch, metrics)
+        rng = gather_object([rng_state()])
+        if not self.accelerator.is_main_process:
+            return
+        state = dict(
+            epoch=epoch, best=self.best, metrics=self.metrics, rng=rng, optimizer=self.optimizer.state_dict(),
+            model=self.task_alone.get_checkpoint_state(), seconds=self._seconds(),
+            scaler=self.accelerator.scaler and self.accelerator.scaler.state_dict(),
+            ema=self.task_alone.get_checkpoint_state(ema=True) if self.args.model_ema else None,
+            description=self._description())
+        folder = self.folder / 'checkpoints'
+        is_best = self.data.holdout and (self.best is None or metrics['class_mean'] > self.best)
+        if is_best:
+            self.best = state['best'] = metrics['class_mean']
+        path = checkpoint_path(folder, epoch)
+        save_checkpoint(path, state)
+        if is_best:
+            shutil.copyfile(path, folder / 'best.tmp')
+            (folder / 'best.tmp').replace(folder / 'best.safetensors')
+        prune(folder, self.args.checkpoint_hist)
+
+    def resume(self) -> None:
+        """Go on from a checkpoint: the newest of the run for `auto`, if there is one yet."""
+        path = self._find_checkpoint()
+        if path is None:
+            return
+        state = load_checkpoint(path)
+        wanted, found = self._description()['model'], state['description']['model']
+        if wanted != found or self.args.method != state['metrics']['method']:
+            raise InputError(f"--resume {path}: holds {found['name']} with {found['num_classes']} classes by "
+                             f"{state['metrics']['method']}, this run trains {wanted['name']} with "
+                             f"{wanted['num_classes']} classes by {self.args.method}")
+        if state['metrics']['fingerprint'] != self.data.profile['fingerprint']:
+            _logger.warning('The training set differs from the one of the checkpoint (fingerprints).')
+        self.task_alone.load_checkpoint_state(state['model']['state_dict'], state['model'].get('task_state'))
+        if self.args.model_ema and state['ema']:
+            self.task_alone.load_checkpoint_state(
+                state['ema']['state_dict_ema'], state['ema'].get('task_state_ema'), ema=True)
+        self.optimizer.load_state_dict(state['optimizer'])
+        if state['scaler'] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state['scaler'])
+        self.start_epoch, self.best, self.metrics = state['epoch'] + 1, state['best'], state['metrics']
+        self.seconds_before = state['seconds']
+        if self.scheduler is not None:
+            self.scheduler.step(self.start_epoch)
+            self.scheduler.step_update(self.start_epoch * self.updates_per_epoch)
+        if len(state['rng']) == self.accelerator.num_processes:
+            set_rng_state(state['rng'][self.accelerator.process_index])
+        _logger.info(f'Resumed from {path}, epoch {self.start_epoch + 1} of {self.num_epochs} comes next')
+
+    def _find_checkpoint(self) -> Path | None:
+        if not self.args.resume:
+            return None
+        path = self.folder if self.args.resume == 'auto' else Path(self.args.resume)
+        if not path.is_dir():
+            return path
+        newest = epoch_checkpoints(path / 'checkpoints' if (path / 'checkpoints').is_dir() else path)
+        if not newest and self.args.resume != 'auto':
+            raise InputError(f'--resume {path}: no checkpoint in this folder')
+        return newest[-1] if newest else None
+
+    def finish(self) -> None:
+        """Export the last model, or the best on the held-out images, with its metrics."""
+        if self.data.holdout:
+            self._load_best()
+        if self.data.holdout and self.val_loader:
+            self.metrics = self._facts(self.metrics['epoch'], self.evaluate(self.val_loader), self.args.val_split)
+        if not self.accelerator.is_main_process:
+            return
+        description = self._description()['export']
+        folder = export_model(self.folder / 'export', self.eval_model, metrics=self.metrics, **description)
+        print(f"\n{self.args.method} on {self.metrics['evaluated_on']}, {self.metrics['num_images']:,} images:\n"
+              f'{shot_table(self.metrics)}\nExported to {folder}', flush=True)
+
+    def _load_best(self) -> None:
+        state = load_checkpoint(self.folder / 'checkpoints' / 'best.safetensors')
+        weights = state['ema']['state_dict_ema'] if self.args.model_ema else state['model']['state_dict']
+        self.eval_model.load_state_dict(weights)
+        self.metrics = state['metrics']
+        _logger.info(f"Best on held-out images: epoch {state['epoch'] + 1}, class mean {state['best']:.2f}")
+
+    def _facts(self, epoch: int, metrics: dict, evaluated_on: str | None = None) -> dict:
+        """What metrics.json and a checkpoint say about the model."""
+        evaluated_on = evaluated_on or ('holdout' if self.data.holdout else self.args.val_list or self.args.val_split)
+        return {
+            'model': self.args.model, 'method': self.args.method, 'num_classes': len(self.data.class_names),
+            'parameters': self.num_parameters, 'epoch': epoch, 'epochs': self.num_epochs, 'evaluated_on': evaluated_on,
+            **metrics, 'fingerprint': self.data.profile['fingerprint'], 'train_images': self.data.profile['num_images'],
+            'seed': self.args.seed, 'seconds': round(self._seconds(), 1), 'processes': self.accelerator.num_processes,
+            'precision': self.accelerator.mixed_precision, 'device': self._device_name(), **provenance(),
+        }
+
+    def _device_name(self) -> str:
+        device = self.accelerator.device
+        return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.time() - self.started
+
+    def _description(self) -> dict:
+        """What it takes to build and export the model again."""
+        model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}
+        return {'model': model, 'export': dict(
+            data_config=self.data_config, class_names=list(self.data.class_names),
+            source=dict(method=self.args.method, profile=self.data.profile))}
+
+
+if __name__ == '__main__':
+    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv))
