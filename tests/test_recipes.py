@@ -1,0 +1,173 @@
+"""Every recipe parses strictly, builds its model, holds the published values and says where they come from."""
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+
+from glmc import cifar_resnet  # noqa: F401  registers the CIFAR nets
+from glmc.config import train_parser
+from glmc.data.loaders import train_transform
+from glmc.methods import METHODS, ignored_options
+from glmc.models import create_backbone
+from glmc.parsing import parse_args
+
+HPARAMS = Path(__file__).parents[1] / 'hparams'
+RECIPES = sorted(path.stem for path in HPARAMS.glob('*.yaml'))
+
+R32X4, R50, X50, SWIN = 'resnet32x4_cifar', 'resnet50', 'resnext50_32x4d', 'swin_small_patch4_window7_224'
+
+# The published rows; the balanced ones and Swin-S carry over what was not published, as their headers say.
+COLUMNS = ('model', 'all_epochs', 'batch_size', 'lr', 'weight_decay', 'resample_power', 'reweight_power',
+           'consistency_weight', 'projection_dim', 'imbalance_factor')
+TABLE = {
+    'cifar100_lt_if100': (R32X4, 200, 64, 0.01, 5e-3, 0.0, 1.2, 4, 128, 100),
+    'cifar100_lt_if50': (R32X4, 200, 64, 0.01, 5e-3, 0.2, 1.2, 6, 128, 50),
+    'cifar100_lt_if10': (R32X4, 200, 64, 0.01, 5e-3, 0.2, 1.2, 4, 128, 10),
+    'cifar10_lt_if100': (R32X4, 200, 64, 0.01, 5e-3, 0.0, 1.2, 1, 128, 100),
+    'cifar10_lt_if50': (R32X4, 200, 64, 0.01, 5e-3, 0.0, 1.2, 1, 128, 50),
+    'cifar10_lt_if10': (R32X4, 200, 64, 0.01, 5e-3, 0.2, 1.0, 2, 128, 10),
+    'imagenet_lt_resnet50': (R50, 135, 120, 0.1, 2e-4, 0.2, 1.0, 10, 256, None),
+    'imagenet_lt_resnext50': (X50, 135, 120, 0.1, 2e-4, 0.2, 1.0, 10, 256, None),
+    'imagenet_lt_swin_small': (SWIN, 135, 120, 1.2e-4, 0.05, 0.2, 1.0, 10, 256, None),
+    'inat18_resnext50': (X50, 120, 128, 0.1, 1e-4, 0.2, 1.0, 10, 256, None),
+    'cifar10_balanced_resnet50': (R50, 200, 64, 0.01, 5e-3, 0.0, 1.0, 2, 256, None),
+    'cifar100_balanced_resnet50': (R50, 200, 64, 0.01, 5e-3, 0.0, 1.0, 4, 256, None),
+    'imagenet_balanced_resnet50': (R50, 135, 120, 0.1, 2e-4, 0.0, 1.0, 10, 256, None),
+}
+
+PUBLISHED = {
+    'cifar100_lt_if100': ('55.88', '57.97'), 'cifar100_lt_if50': ('61.08', '63.78'), 'cifar100_lt_if10': ('70.74', '73.40'),
+    'cifar10_lt_if100': ('87.75', '88.50'), 'cifar10_lt_if50': ('90.18', '91.04'), 'cifar10_lt_if10': ('94.04', '94.87'),
+    'imagenet_lt_resnet50': ('56.3',), 'imagenet_lt_resnext50': ('56.3', '70.1', '52.4', '30.4'),
+    'imagenet_lt_swin_small': ('56.3',), 'inat18_resnext50': ('72.21',), 'cifar10_balanced_resnet50': ('97.23',),
+    'cifar100_balanced_resnet50': ('83.05',), 'imagenet_balanced_resnet50': ('80.2',),
+}
+
+MILLIONS = {R32X4: 7.4, R50: 25.6, X50: 25.0, SWIN: 49.6}  # with 1,000 classes; R32x4 with 100
+
+
+def read(name):
+    return parse_args(train_parser(METHODS), ['-c', str(HPARAMS / f'{name}.yaml')])
+
+
+def learning_rates(args):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.lr)
+    scheduler, num_epochs = create_scheduler_v2(optimizer, updates_per_epoch=1, **scheduler_kwargs(args))
+    rates = []
+    for epoch in range(num_epochs):
+        rates.append(optimizer.param_groups[0]['lr'])
+        scheduler.step(epoch + 1)
+    return rates
+
+
+def header(name):
+    """Key -> text of the comment above the options."""
+    fields, key = {}, None
+    for line in (HPARAMS / f'{name}.yaml').read_text(encoding='utf-8').splitlines():
+        if not line.startswith('#'):
+            break
+        match = re.fullmatch(r'# (\w+)? +(.+)', line) if fields or 'command' in line[:10] else None
+        if match:
+            key = match[1] or key
+            fields[key] = f"{fields.get(key, '')} {match[2]}".strip()
+    return fields
+
+
+def test_one_recipe_per_row():
+    assert sorted(TABLE) == RECIPES
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe_holds_the_values_of_the_table(name):
+    args, given = read(name)
+    values = {**vars(args), 'all_epochs': len(learning_rates(args))}
+    assert tuple(values[column] for column in COLUMNS) == pytest.approx(TABLE[name])
+    assert args.method == 'glmc' and not ignored_options('glmc', given)
+    assert args.balanced == ('balanced' in name)
+    assert (args.mix_beta, args.cutmix_lambda, args.partner) == (1.0, 'nominal', 'sampler')
+    assert (args.sched, args.min_lr, args.amp, args.pretrained) == ('cosine', 0.0, False, False)
+    if 'swin' not in name:
+        assert (args.opt, args.momentum, args.filter_bias_and_bn) == ('sgd', 0.9, False)
+    small = name.startswith('cifar')
+    assert (args.augmentation, args.img_size) == (('cifar', 32) if small else ('imagenet_lt', 224))
+    assert args.warmup_epochs == (0 if small else 10)
+    assert args.dataset == (f"torch/{name.split('_')[0]}" if small else '')
+    assert args.data_dir is None
+
+
+@pytest.mark.parametrize('name', ['imagenet_lt_resnext50', 'inat18_resnext50'])
+def test_warm_up_then_cosine_as_the_published_loop(name):
+    args, _ = read(name)
+    rates = learning_rates(args)
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[:11] == pytest.approx([0.01 + 0.009 * epoch for epoch in range(11)])
+    steps = torch.arange(12, len(rates), dtype=torch.float64) - 10
+    published = 0.05 * (1 + torch.cos(torch.pi * steps / (len(rates) - 9)))
+    assert rates[12:] == pytest.approx(published.tolist(), abs=3e-4)
+
+
+def test_cifar_cosine_ends_near_zero():
+    rates = learning_rates(read('cifar100_lt_if100')[0])
+    expected = 0.005 * (1 + torch.cos(torch.pi * torch.arange(200, dtype=torch.float64) / 200))
+    assert rates == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe_builds_its_model(name):
+    args, _ = read(name)
+    num_classes = int(re.match(r'cifar(\d+)', name)[1]) if name.startswith('cifar') else 1000
+    with torch.device('meta'):
+        backbone = create_backbone(args.model, num_classes, img_size=args.img_size, drop_path_rate=args.drop_path,
+                                   **args.model_kwargs)
+        features = backbone.eval().forward_features(torch.zeros(2, 3, args.img_size, args.img_size))
+        assert backbone.forward_head(features).shape == (2, num_classes)
+    reference = MILLIONS[args.model] * 1e6 - (100 if args.model == R32X4 else 1000) * (backbone.head_hidden_size + 1)
+    parameters = sum(p.numel() for p in backbone.parameters()) - num_classes * (backbone.head_hidden_size + 1)
+    assert parameters == pytest.approx(reference, abs=0.06e6)
+    if args.model_kwargs:
+        assert features.shape[-2:] == (4, 4)
+
+
+@pytest.mark.parametrize('name', ['cifar100_lt_if100', 'imagenet_lt_resnext50'])
+def test_augmentation_of_a_recipe_gives_its_size(name):
+    from PIL import Image
+    args, _ = read(name)
+    transform = train_transform(args.augmentation, (args.img_size, args.img_size))
+    assert tuple(torch.as_tensor(transform(Image.new('RGB', (300, 260)))).shape) == (3, args.img_size, args.img_size)
+
+
+def test_models_are_in_the_registry():
+    assert all(timm.is_model(row[0]) for row in TABLE.values())
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_header_says_how_to_run_and_what_to_expect(name):
+    fields = header(name)
+    assert {'command', 'batch', 'published', 'result', 'source'} <= set(fields)
+    assert fields['command'].startswith(f'accelerate launch train_glmc.py -c hparams/{name}.yaml --data-dir ')
+    if name.startswith('cifar100'):
+        assert fields['or'] == (f'accelerate launch train_glmc.py -c hparams/{name}.yaml '
+                                '--dataset hfds/PATH/TO/cifar100 --val-split test')
+    assert all(number in fields['published'] for number in PUBLISHED[name])
+    assert 'top-1 %' in fields['published'] and 'images' in fields['published'] and 'epoch' in fields['published']
+    assert fields['result'] == 'not yet run here' or 'results/' in fields['result']
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_commands_of_the_header_parse(name, monkeypatch):
+    monkeypatch.chdir(HPARAMS.parent)
+    for key in {'command', 'or'} & set(header(name)):
+        words = header(name)[key].split(' (')[0].split()
+        args, _ = parse_args(train_parser(METHODS), words[words.index('train_glmc.py') + 1:])
+        assert args.data_dir or args.dataset.startswith('hfds/')
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_every_value_names_its_source(name):
+    lines = (HPARAMS / f'{name}.yaml').read_text(encoding='utf-8').splitlines()
+    for line in (line for line in lines if line and not line.startswith('#')):
+        assert re.search(r'  # ([qkγd]; )?(paper|code|ours)\b', line), line
