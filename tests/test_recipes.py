@@ -10,7 +10,6 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 from glmc import cifar_resnet  # noqa: F401  registers the CIFAR nets
 from glmc.config import train_parser
-from glmc.data.loaders import train_transform
 from glmc.methods import METHODS, ignored_options
 from glmc.models import create_backbone
 from glmc.parsing import parse_args
@@ -130,14 +129,6 @@ def test_recipe_builds_its_model(name):
     assert parameters == pytest.approx(reference, abs=0.06e6)
     if args.model_kwargs:
         assert features.shape[-2:] == (4, 4)
-
-
-@pytest.mark.parametrize('name', ['cifar100_lt_if100', 'imagenet_lt_resnext50'])
-def test_augmentation_of_a_recipe_gives_its_size(name):
-    from PIL import Image
-    args, _ = read(name)
-    transform = train_transform(args.augmentation, (args.img_size, args.img_size))
-    assert tuple(torch.as_tensor(transform(Image.new('RGB', (300, 260)))).shape) == (3, args.img_size, args.img_size)
 
 
 def test_models_are_in_the_registry():
