@@ -30,9 +30,10 @@ from glmc.checkpoint import (
     set_rng_state,
 )
 from glmc.config import DEMONSTRATION, train_parser
-from glmc.data.loaders import create_eval_loader, create_train_loader, train_transform
+from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_loader
+from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
 from glmc.data.sources import open_training_data
-from glmc.engine import evaluate, train_one_epoch
+from glmc.engine import TrainStep, evaluate, train_one_epoch
 from glmc.evaluation import LongTailEvaluator, shot_table
 from glmc.export import export_model
 from glmc.launch import create_accelerator, is_main_process
@@ -126,7 +127,7 @@ class Run:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        self.task_alone = self.method.task(model, counts, **pick(args, self.method.task_options))
+        self.task = self.method.task(model, counts, **pick(args, self.method.task_options))
         self.mixer = self.method.mixer(counts, **pick(args, self.method.mixer_options))
         _logger.info(f'Model: {args.model}, {self.num_parameters / 1e6:.2f} M parameters, '
                      f"input {'x'.join(map(str, self.data_config['input_size']))}, method {args.method}")
@@ -134,24 +135,26 @@ class Run:
     def _build_loaders(self) -> None:
         args, accelerator = self.args, self.accelerator
         common = dict(
-            data_config=self.data_config, device=accelerator.device, workers=args.workers, batch_size=args.batch_size,
+            data_config=self.data_config, batch_size=args.batch_size, device=accelerator.device, workers=args.workers,
             rank=accelerator.process_index, world_size=accelerator.num_processes)
-        transform = train_transform(
-            args.augmentation, self.data_config['input_size'][-2:], no_aug=args.no_aug, auto_augment=args.aa,
-            interpolation=args.train_interpolation, mean=self.data_config['mean'], **pick(args, (
-                'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
-                'grayscale_prob', 'gaussian_blur_prob')))
-        erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=accelerator.device)
+        augmentation = dict(auto_augment=args.aa, interpolation=args.train_interpolation, **pick(args, (
+            'augmentation', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter',
+            'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')))
+        resident = is_resident(args.resident, self.data.train, augmentation, self.data_config['input_size'])
+        create_train = create_resident_train_loader if resident else create_train_loader
+        create_eval = create_resident_eval_loader if resident else create_eval_loader
         pairs = self.method.paired and args.partner == 'sampler'
         try:
-            self.train_loader = create_train_loader(
-                self.data.train, transform, num_views=self.method.num_views, seed=args.seed,
-                resample_power=args.resample_power if pairs else None,
-                random_erasing=erasing if args.reprob else None, **common)
+            self.train_loader = create_train(
+                self.data.train, augmentation, num_views=self.method.num_views, seed=args.seed,
+                resample_power=args.resample_power if pairs else None, **common)
         except ValueError as error:
             raise InputError(f'--batch-size {args.batch_size}, {accelerator.num_processes} processes: {error}') from error
-        self.val_loader = self.data.validation and create_eval_loader(self.data.validation, **common)
-        self.epoch_loader = create_eval_loader(self.data.holdout, **common) if self.data.holdout else self.val_loader
+        if args.reprob:
+            erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=accelerator.device)
+            self.train_loader = ErasingLoader(self.train_loader, erasing)
+        self.val_loader = self.data.validation and create_eval(self.data.validation, **common)
+        self.epoch_loader = create_eval(self.data.holdout, **common) if self.data.holdout else self.val_loader
         self.evaluator = LongTailEvaluator(
             self.data.profile['class_counts'], args.shot_thresholds, device=accelerator.device)
 
@@ -161,14 +164,17 @@ class Run:
         lr = args.lr or scaled_learning_rate(args.opt, batch, args.lr_base, args.lr_base_size, args.lr_base_scale)
         _logger.info(f'Global batch: {batch} images ({args.batch_size} x {processes} processes x {args.grad_accum_steps} '
                      f"steps); learning rate {lr:g}{'' if args.lr else ' by the rule of --lr-base'}")
-        optimizer = create_optimizer(self.task_alone.get_trainable_module(), lr=lr, **pick(args, (
+        optimizer = create_optimizer(self.task.get_trainable_module(), lr=lr, **pick(args, (
             'opt', 'weight_decay', 'momentum', 'filter_bias_and_bn', 'layer_decay', 'opt_eps', 'opt_betas', 'opt_kwargs')))
         self.updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
         self.scheduler, self.num_epochs = create_scheduler_v2(
             optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
-        self.task, self.optimizer = self.accelerator.prepare(self.task_alone, optimizer)
+        train_step = TrainStep(self.task, self.mixer, self.train_loader.normalize)
+        if args.torchcompile:
+            train_step.compile(fullgraph=True, mode=None if args.torchcompile == 'default' else args.torchcompile)
+        self.train_step, self.optimizer = self.accelerator.prepare(train_step, optimizer)
         if args.model_ema:
-            self.task_alone.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+            self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
     def _create_folder(self) -> None:
         options = {name: value for name, value in vars(self.args).items() if name not in ('config', 'resume', 'debug')}
@@ -180,9 +186,9 @@ class Run:
 
     def train(self, epoch: int) -> dict:
         args = self.args
-        self.task_alone.set_progress(epoch / self.num_epochs)
+        self.task.set_progress(epoch / self.num_epochs)
         metrics = train_one_epoch(
-            self.accelerator, self.task, self.train_loader, self.mixer, self.optimizer, self.scheduler, epoch=epoch,
+            self.accelerator, self.train_step, self.train_loader, self.optimizer, self.scheduler, epoch=epoch,
             accum_steps=args.grad_accum_steps, **pick(args, ('seed', 'clip_grad', 'clip_mode', 'log_interval')))
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1)
@@ -190,7 +196,7 @@ class Run:
 
     @property
     def eval_model(self) -> torch.nn.Module:
-        return self.task_alone.get_eval_model(ema=self.args.model_ema)
+        return self.task.get_eval_model(ema=self.args.model_ema)
 
     def evaluate(self, loader) -> dict:
         if self.accelerator.num_processes > 1:
@@ -198,7 +204,7 @@ class Run:
         return evaluate(self.accelerator, self.eval_model, loader, self.evaluator)
 
     def record(self, epoch: int, train_metrics: dict, metrics: dict) -> None:
-        alpha = getattr(self.task_alone, 'alpha', None)
+        alpha = getattr(self.task, 'alpha', None)
         row = summary_row(epoch, train_metrics, metrics, None if alpha is None else alpha.item())
         if self.accelerator.is_main_process:
             write_summary(self.folder, row)
@@ -217,9 +223,9 @@ class Run:
             return
         state = dict(
             epoch=epoch, best=self.best, metrics=self.metrics, rng=rng, optimizer=self.optimizer.state_dict(),
-            model=self.task_alone.get_checkpoint_state(), seconds=self._seconds(),
+            model=self.task.get_checkpoint_state(), seconds=self._seconds(),
             scaler=self.accelerator.scaler and self.accelerator.scaler.state_dict(),
-            ema=self.task_alone.get_checkpoint_state(ema=True) if self.args.model_ema else None,
+            ema=self.task.get_checkpoint_state(ema=True) if self.args.model_ema else None,
             description=self._description())
         folder = self.folder / 'checkpoints'
         is_best = self.data.holdout and (self.best is None or metrics['class_mean'] > self.best)
@@ -245,9 +251,9 @@ class Run:
                              f"{wanted['num_classes']} classes by {self.args.method}")
         if state['metrics']['fingerprint'] != self.data.profile['fingerprint']:
             _logger.warning('The training set differs from the one of the checkpoint (fingerprints).')
-        self.task_alone.load_checkpoint_state(state['model']['state_dict'], state['model'].get('task_state'))
+        self.task.load_checkpoint_state(state['model']['state_dict'], state['model'].get('task_state'))
         if self.args.model_ema and state['ema']:
-            self.task_alone.load_checkpoint_state(
+            self.task.load_checkpoint_state(
                 state['ema']['state_dict_ema'], state['ema'].get('task_state_ema'), ema=True)
         self.optimizer.load_state_dict(state['optimizer'])
         if state['scaler'] and self.accelerator.scaler:

@@ -12,7 +12,7 @@ non_negative = number(float, 0)
 fraction = number(float, 0, 1)
 
 # Without any data, the embedded digits are trained on; these stand in for what the user did not say.
-DEMONSTRATION = dict(img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
+DEMONSTRATION = dict(epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
 
 
 def train_parser(methods: dict) -> Parser:
@@ -107,7 +107,8 @@ def _model(parser: Parser) -> None:
     add('--interpolation', choices=('bilinear', 'bicubic', 'nearest', 'lanczos'), help='of the evaluation resize')
     add('--crop-pct', type=positive, metavar='PCT', help='of the evaluation centre crop')
     add('--grad-checkpointing', action='store_true', help='trade compute for memory')
-    add('--channels-last', action='store_true', help='memory layout that convolutions like')
+    add('--channels-last', action=argparse.BooleanOptionalAction, default=True,
+        help='memory layout that convolutions like')
 
 
 def _method(parser: Parser) -> None:
@@ -177,6 +178,10 @@ def _running(parser: Parser) -> None:
     add('--dist-bn', choices=('reduce', 'broadcast'), default='reduce',
         help='make BatchNorm statistics of all processes equal before evaluation: mean, or those of the first')
     add('-j', '--workers', type=count, default=2, metavar='N', help='loader processes per process')
+    add('--resident', choices=('auto', 'on', 'off'), default='auto',
+        help='keep the images on the device and crop and flip there; auto: cifar augmentation, up to 1 GiB')
+    add('--torchcompile', nargs='?', const='default', choices=('default', 'reduce-overhead', 'max-autotune'),
+        metavar='MODE', help='compile the step: mixing, forward passes and losses in one graph')
     add('--seed', type=count, default=42, help='of everything random')
 
 

@@ -1,32 +1,52 @@
-"""One epoch of training, and evaluation."""
+"""One step, one epoch of training, and evaluation."""
 import logging
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
+from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
-from glmc.data.loaders import DeviceLoader
 from glmc.evaluation import LongTailEvaluator
 
 _logger = logging.getLogger(__name__)
 
 
+class TrainStep(nn.Module):
+    """All that runs on the device in a step, as one graph: mixing, normalisation, the forward passes, the losses.
+
+    Args:
+        task: Model and loss.
+        mixer: Of the method.
+        normalize: Of the loader.
+    """
+
+    def __init__(self, task: TrainingTask, mixer, normalize: nn.Module):
+        super().__init__()
+        self.task, self.mixer, self.normalize = task, mixer, normalize
+
+    def forward(self, views: Tensor, labels: Tensor, mixture) -> dict[str, Tensor]:
+        """Losses of a batch: (B, V, c, H, W) views, (B, images) labels, and the random numbers of `mixer.draw`."""
+        inputs, targets = self.mixer(views, labels, mixture)
+        inputs = self.normalize(inputs) if isinstance(inputs, Tensor) else tuple(map(self.normalize, inputs))
+        return self.task(inputs, targets)
+
+
 def train_one_epoch(
-        accelerator: Accelerator, task: nn.Module, loader: DeviceLoader, mixer, optimizer, scheduler, *, epoch: int,
-        seed: int, accum_steps: int = 1, clip_grad: float | None = None, clip_mode: str = 'norm',
+        accelerator: Accelerator, train_step: nn.Module, loader, optimizer, scheduler, *, epoch: int, seed: int,
+        accum_steps: int = 1, clip_grad: float | None = None, clip_mode: str = 'norm',
         log_interval: int = 50) -> dict[str, float]:
     """Train on every image once.
 
     Args:
         accelerator: Of the run.
-        task: Prepared by the accelerator.
+        train_step: A TrainStep, prepared by the accelerator.
         loader: Training batches.
-        mixer: Of the method.
         optimizer: Prepared by the accelerator.
         scheduler: timm's, stepped per update if it is made for that; or None.
         epoch: 0-based; with `seed` and the step it decides all random numbers of the mixture.
@@ -36,35 +56,32 @@ def train_one_epoch(
         log_interval: Steps between log lines.
 
     Returns:
-        Mean of each loss over the epoch, `lr`, and `images_per_second` over all processes.
+        Mean of each loss over the epoch, `lr`, `images`, and `images_per_second`, over all processes.
     """
-    base_task = accelerator.unwrap_model(task)
-    task.train()
+    alone = accelerator.unwrap_model(train_step)
+    train_step.train()
     loader.set_epoch(epoch)
-    meter = _Meter(('loss', *base_task.loss_names), accelerator.device)
-    num_steps, start = len(loader), time.perf_counter()
-    bar = tqdm(loader, desc=f'epoch {epoch}', leave=False, disable=not sys.stderr.isatty())
+    meter = _Meter(('loss', *alone.task.loss_names), accelerator.device)
+    lr, num_steps, start = optimizer.param_groups[-1]['lr'], len(loader), time.perf_counter()
+    bar = tqdm(loader, desc=f'epoch {epoch + 1}', leave=False, disable=not sys.stderr.isatty())
     for step, (views, labels) in enumerate(bar):
-        mixture = mixer.draw(len(views), views.shape[-2:], step_generator(seed, epoch, step))
-        inputs, targets = mixer(views, labels, mixture if mixture is None else mixture.to(views.device))
+        mixture = alone.mixer.draw(len(views), views.shape[-2:], step_generator(seed, epoch, step))
         group = min(accum_steps, num_steps - step // accum_steps * accum_steps)  # the last group may be shorter
         updates = (step + 1) % accum_steps == 0 or step + 1 == num_steps
-        with torch.enable_grad() if updates else accelerator.no_sync(task):
-            losses = task(inputs, targets)
+        with nullcontext() if updates else accelerator.no_sync(train_step):
+            losses = train_step(views, labels, mixture if mixture is None else mixture.to(views.device))
             accelerator.backward(losses['loss'] / group)
         meter.update(losses, len(views))
         if updates:
-            _update(accelerator, base_task, optimizer, clip_grad, clip_mode)
+            _update(accelerator, alone.task, optimizer, clip_grad, clip_mode)
             done = epoch * -(-num_steps // accum_steps) + step // accum_steps + 1
-            base_task.update_ema(step=done)
+            alone.task.update_ema(step=done)
             if scheduler is not None:
                 scheduler.step_update(done)
         if (step + 1) % log_interval == 0 and bar.disable and accelerator.is_main_process:
             _log_step(epoch, step + 1, num_steps, meter, optimizer, start, accelerator.num_processes)
     metrics = meter.compute(accelerator)
-    seconds = time.perf_counter() - start
-    images = metrics.pop('images')
-    return {**metrics, 'lr': optimizer.param_groups[-1]['lr'], 'images': images, 'images_per_second': images / seconds}
+    return {**metrics, 'lr': lr, 'images_per_second': metrics['images'] / (time.perf_counter() - start)}
 
 
 def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
@@ -72,10 +89,10 @@ def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, step))
 
 
-def _update(accelerator: Accelerator, base_task: nn.Module, optimizer, clip_grad: float | None, clip_mode: str) -> None:
+def _update(accelerator: Accelerator, task: TrainingTask, optimizer, clip_grad: float | None, clip_mode: str) -> None:
     if clip_grad is not None:
         accelerator.unscale_gradients(optimizer)
-        dispatch_clip_grad(base_task.get_clip_parameters(exclude_head='agc' in clip_mode), clip_grad, mode=clip_mode)
+        dispatch_clip_grad(task.get_clip_parameters(exclude_head='agc' in clip_mode), clip_grad, mode=clip_mode)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -110,11 +127,11 @@ def _log_step(epoch: int, step: int, num_steps: int, meter: _Meter, optimizer, s
 
 
 def evaluate(
-        accelerator: Accelerator, model: nn.Module, loader: DeviceLoader, evaluator: LongTailEvaluator) -> dict:
+        accelerator: Accelerator, model: nn.Module, loader, evaluator: LongTailEvaluator) -> dict:
     """Metrics of a bare model, each image counted once over all processes, in the run's precision."""
     model.eval()
     evaluator.reset()
     with torch.inference_mode(), accelerator.autocast():
         for images, labels in loader:
-            evaluator.update(model(images), labels)
+            evaluator.update(model(loader.normalize(images)), labels)
     return evaluator.compute(distributed=accelerator.num_processes > 1)

@@ -120,7 +120,7 @@ class GLMCMixer:
         """Mix image i with its partner j.
 
         Args:
-            views: (B, 4, c, H, W) normalised images: i for the global and the local view, then j for the same; without
+            views: (B, 4, c, H, W) images, uint8 or float: i for the global and the local view, then j for the same; without
                 j, (B, 2, c, H, W), partners are drawn from the batch.
             labels: (B, 2) labels of i and j, or (B, 1).
             mixture: From `draw`, on the device of the views.
@@ -133,7 +133,7 @@ class GLMCMixer:
             partners = partners_within(labels[:, 0], self.partner_weight, mixture.uniform)
             views, labels = torch.cat([views, views[partners]], 1), torch.cat([labels, labels[partners]], 1)
         i_global, i_local, j_global, j_local = views.unbind(1)
-        i_label, j_label = F.one_hot(labels, self.num_classes).to(views.dtype).unbind(1)
+        i_label, j_label = F.one_hot(labels, self.num_classes).to(mixture.lam.dtype).unbind(1)
         images = mixup(i_global, j_global, mixture.lam), cutmix(i_local, j_local, mixture.box)
         targets = mixup(i_label, j_label, mixture.lam), mixup(i_label, j_label, mixture.local_lam)
         return images, targets

@@ -1,4 +1,5 @@
 """Image sets whose labels and names are known without decoding, long-tailed and held-out parts of them."""
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,6 +37,11 @@ class ImageSet:
     def counts(self) -> np.ndarray:
         """(C,) images per class."""
         return np.bincount(self.labels, minlength=self.num_classes)
+
+    def identities(self) -> list[str]:
+        """`class/file` of each image, without suffix and outer folders: the same from folders, a tar or a parquet file."""
+        files = (os.path.splitext(os.path.basename(name))[0] for name in self.names)
+        return [f'{self.class_names[label]}/{file}' for label, file in zip(self.labels.tolist(), files, strict=True)]
 
     def image(self, index: int, mode: str = 'RGB') -> Image.Image:
         """The decoded image in `mode`, RGB or L.

@@ -1,4 +1,4 @@
-"""Views of images as batches on the device: each image decoded once, uint8 until the device, normalised there."""
+"""Views of images as batches on the device, decoded once and uint8 until they are mixed there."""
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,35 +8,39 @@ import torch
 from timm.data import IterableImageDataset, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybePILToTensor
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision import transforms
 
 from glmc.data.datasets import ImageSet
 from glmc.data.sampling import PairSampler, ShardSampler
 
+CIFAR_PADDING = 4
 # GLMC's published ImageNet-LT augmentation in timm's terms.
 IMAGENET_LT = dict(
     scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), color_jitter=0.4, color_jitter_prob=None, grayscale_prob=0.2,
     gaussian_blur_prob=0.5, interpolation='bilinear')
 
 
-def train_transform(augmentation: str, img_size: tuple[int, int], hflip: float = 0.5, **kwargs) -> Callable:
+def train_transform(
+        img_size: tuple[int, int], augmentation: str = 'timm', hflip: float = 0.5, no_aug: bool = False,
+        **kwargs) -> Callable:
     """PIL image -> uint8 tensor (c, H, W).
 
     Args:
+        img_size: (H, W) in pixels.
         augmentation: `timm` by `kwargs` of `timm.data.create_transform`; `cifar`: random crop with padding 4 and
             flip, after a resize where the image has another size; `imagenet_lt`.
-        img_size: (H, W) in pixels.
         hflip: Probability of a horizontal flip.
+        no_aug: Resize and centre crop only.
     """
-    if augmentation == 'cifar':
+    if augmentation == 'cifar' and not no_aug:
         return transforms.Compose([
-            transforms.Resize(img_size), transforms.RandomCrop(img_size, padding=4),
+            transforms.Resize(img_size), transforms.RandomCrop(img_size, padding=CIFAR_PADDING),
             transforms.RandomHorizontalFlip(hflip), MaybePILToTensor()])
     if augmentation == 'imagenet_lt':
         kwargs = {**kwargs, **IMAGENET_LT}
-    return create_transform(img_size, is_training=True, hflip=hflip, use_prefetcher=True, **kwargs)
+    return create_transform(img_size, is_training=True, hflip=hflip, no_aug=no_aug, use_prefetcher=True, **kwargs)
 
 
 class ViewDataset(Dataset):
@@ -68,6 +72,9 @@ class EvalDataset(Dataset):
 
     def __init__(self, images: ImageSet, transform: Callable, mode: str = 'RGB'):
         self.images, self.transform, self.mode = images, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.transform(self.images.image(index, self.mode)), torch.as_tensor(self.images.labels[index])
@@ -101,22 +108,33 @@ def seeded(seed: int) -> Iterator[None]:
             torch.set_rng_state(state[2])
 
 
+class Normalize(nn.Module):
+    """Images in 0…255, uint8 or mixed from such, to zero mean and unit deviation.
+
+    Args:
+        mean, std: Per channel, for images in 0…1.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer('mean', 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer('std', 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
 class DeviceLoader:
-    """A DataLoader of (uint8 images, labels) whose batches arrive on the device, normalised.
+    """A DataLoader of (uint8 images, labels) whose batches arrive on the device.
 
     Args:
         loader: Yields (B, …, c, H, W) uint8 images and their labels.
-        mean, std: Per channel, for images in 0…1.
+        normalize: For whoever uses the images.
         device: Where to.
-        random_erasing: timm's, for training images.
     """
 
-    def __init__(
-            self, loader: DataLoader, mean: Sequence[float], std: Sequence[float], device: torch.device,
-            random_erasing: RandomErasing | None = None):
-        self.loader, self.device, self.random_erasing = loader, device, random_erasing
-        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
-        self.std = torch.tensor(std, device=device).view(-1, 1, 1) * 255
+    def __init__(self, loader: DataLoader, normalize: Normalize, device: torch.device):
+        self.loader, self.normalize, self.device = loader, normalize, device
 
     def set_epoch(self, epoch: int) -> None:
         for owner in (self.loader.batch_sampler, self.loader.dataset, getattr(self.loader.dataset, 'source', None)):
@@ -128,47 +146,64 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.loader:
-            images = images.to(self.device, non_blocking=True)
-            labels = labels.to(self.device, non_blocking=True)
-            images = (images - self.mean) / self.std
-            if self.random_erasing is not None:
-                images = self.random_erasing(images.flatten(0, 1)).view_as(images)
-            yield images, labels
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class ErasingLoader:
+    """A loader whose views are normalised and pass timm's random erasing, before anything is mixed.
+
+    Args:
+        loader: Yields (B, V, c, H, W) uint8 views and labels.
+        erasing: timm's.
+    """
+
+    def __init__(self, loader, erasing: RandomErasing):
+        self.loader, self.erasing, self.normalize = loader, erasing, nn.Identity()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.loader.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.loader:
+            yield self.erasing(self.loader.normalize(images).flatten(0, 1)).view_as(images), labels
 
 
 def create_train_loader(
-        images: ImageSet | IterableImageDataset, transform: Callable, *, num_views: int, batch_size: int,
+        images: ImageSet | IterableImageDataset, augmentation: dict, *, num_views: int, batch_size: int,
         resample_power: float | None, data_config: dict, device: torch.device, seed: int, workers: int,
-        rank: int = 0, world_size: int = 1, random_erasing: RandomErasing | None = None) -> DeviceLoader:
-    """Batches of (B, images · views, c, H, W) normalised views and (B, images) labels.
+        rank: int = 0, world_size: int = 1) -> DeviceLoader:
+    """Batches of (B, images · views, c, H, W) uint8 views and (B, images) labels.
 
     Args:
         images: The training set.
-        transform: Of `train_transform`.
+        augmentation: Options of `train_transform`.
         num_views: Views of each image.
         batch_size: Per process.
         resample_power: q of the partner images; None for none.
         data_config: timm's: input_size, mean, std.
         device, seed, workers, rank, world_size: As their names say.
-        random_erasing: timm's, or None.
 
     Raises:
         ValueError: If the batch is larger than the set.
     """
+    transform = train_transform(data_config['input_size'][-2:], mean=data_config['mean'], **augmentation)
     if isinstance(images, IterableImageDataset):
         dataset, batching = IterableViews(images, transform, num_views), dict(batch_size=batch_size, drop_last=True)
     else:
         dataset = ViewDataset(images, transform, num_views, image_mode(data_config))
         batching = dict(batch_sampler=PairSampler(images.labels, batch_size, resample_power, seed, rank, world_size))
     loader = _data_loader(dataset, workers, device, seed, **batching)
-    return DeviceLoader(loader, data_config['mean'], data_config['std'], device, random_erasing)
+    return DeviceLoader(loader, create_normalize(data_config, device), device)
 
 
 def create_eval_loader(
         images: ImageSet | IterableImageDataset, *, batch_size: int, data_config: dict, device: torch.device,
         workers: int, rank: int = 0, world_size: int = 1) -> DeviceLoader:
-    """Batches of (B, c, H, W) normalised images and (B,) labels: this process's share, no image twice."""
-    transform = create_transform(**data_config, is_training=False, use_prefetcher=True)
+    """Batches of (B, c, H, W) uint8 images and (B,) labels: this process's share, no image twice."""
+    transform = eval_transform(data_config)
     if isinstance(images, IterableImageDataset):
         images.transform = transform
         dataset, sampler = images, None
@@ -176,15 +211,25 @@ def create_eval_loader(
         dataset = EvalDataset(images, transform, image_mode(data_config))
         sampler = ShardSampler(len(images), rank, world_size)
     loader = _data_loader(dataset, workers, device, 0, batch_size=batch_size, sampler=sampler)
-    return DeviceLoader(loader, data_config['mean'], data_config['std'], device)
+    return DeviceLoader(loader, create_normalize(data_config, device), device)
+
+
+def eval_transform(data_config: dict) -> Callable:
+    """timm's evaluation transform, PIL image -> uint8 tensor (c, H, W)."""
+    return create_transform(**data_config, is_training=False, use_prefetcher=True)
+
+
+def create_normalize(data_config: dict, device: torch.device) -> Normalize:
+    """With timm's mean and standard deviation."""
+    return Normalize(data_config['mean'], data_config['std']).to(device)
+
+
+def image_mode(data_config: dict) -> str:
+    """PIL mode of the decoded images: L for one channel, else RGB."""
+    return 'L' if data_config['input_size'][0] == 1 else 'RGB'
 
 
 def _data_loader(dataset, workers: int, device: torch.device, seed: int, **kwargs) -> DataLoader:
     return DataLoader(
         dataset, num_workers=workers, pin_memory=device.type == 'cuda', persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(seed), **kwargs)  # its own generator: none of the training's draws
-
-
-def image_mode(data_config: dict) -> str:
-    """PIL mode of the decoded images: L for one channel, else RGB."""
-    return 'L' if data_config['input_size'][0] == 1 else 'RGB'

@@ -62,9 +62,14 @@ class PairSampler(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         draws = self.draw_epoch()
         for step in range(len(self)):
-            start = step * self.global_batch
-            stop = start + self.global_batch if step + 1 < len(self) else self.num_images
-            yield list(zip(*(column[start:stop][self.rank::self.world_size].tolist() for column in draws), strict=True))
+            part = self.positions(step)
+            yield list(zip(*(column[part].tolist() for column in draws), strict=True))
+
+    def positions(self, step: int) -> slice:
+        """This process's share of a step, as places in the draws of the epoch."""
+        start = step * self.global_batch
+        stop = start + self.global_batch if step + 1 < len(self) else self.num_images
+        return slice(start + self.rank, stop, self.world_size)
 
     def draw_epoch(self) -> Sequence[np.ndarray]:
         """Columns (seed, i) or (seed, i, j) of the whole epoch, each (N,)."""

@@ -1,12 +1,15 @@
 """Where images come from: timm's sources, `path label` lists, the embedded digits."""
 import gzip
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 from PIL import Image
 from timm.data import IterableImageDataset, create_dataset, get_img_extensions
 from timm.data.dataset_factory import _search_split
@@ -14,6 +17,9 @@ from timm.data.dataset_factory import _search_split
 from glmc.data.datasets import ImageSet, long_tailed, split_holdout
 from glmc.data.profiles import profile
 from glmc.parsing import InputError
+
+_logger = logging.getLogger(__name__)
+_FOLDERS = ('', 'torch/image_folder', 'torch/folder')  # sources that are a folder for each split
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ def open_training_data(
     source = dict(name=dataset, root=data_dir, num_classes=num_classes, batch_size=batch_size, seed=seed, **source_options)
     train = open_images(train_split, train_list, is_training=True, **source)
     if isinstance(train, IterableImageDataset):
-        return _iterable_data(train, source, val_split, val_list, num_classes, class_counts, shot_thresholds,
-                              cuts=(imbalance_factor, holdout))
+        return _iterable_data(train, source, train_split, val_split, val_list, num_classes, class_counts,
+                              shot_thresholds, cuts=(imbalance_factor, holdout))
     if num_classes is not None and num_classes != train.num_classes:
         raise InputError(f'--num-classes {num_classes}: {train.source} has {train.num_classes} classes')
     held = None
@@ -62,7 +68,7 @@ def open_training_data(
         raise InputError(f'{train.source}: class {train.class_names[empty[0]]!r} has no training image '
                          f'({len(empty)} of {train.num_classes} classes are empty)')
     validation = open_validation(train, source, val_split, val_list, optional=held is not None)
-    facts = profile(train.labels, train.num_classes, train.names, shot_thresholds)
+    facts = profile(train.labels, train.num_classes, train.identities(), shot_thresholds)
     return TrainingData(train, validation, held, train.class_names, facts)
 
 
@@ -73,41 +79,87 @@ def open_validation(
     Raises:
         InputError: If there is none, unless `optional`, or it has a class that training has not.
     """
-    is_folder = not source['name'] and not list_path and source['root'] and os.path.isdir(source['root'])
-    if is_folder and _search_split(source['root'], split) == source['root']:
-        if optional:
-            return None
-        raise InputError(f"--data-dir {source['root']}: no folder for --val-split {split}; expected one beside the "
-                         'training folder, a --val-list, or --holdout to set training images aside')
-    images = open_images(split, list_path, **{**source, 'num_classes': train.num_classes})
+    root = source['root']
+    try:
+        if source['name'] in _FOLDERS and not list_path and root and _search_split(root, split) == root:
+            raise InputError(f'--data-dir {root}: no folder for --val-split {split}; expected one beside the training '
+                             'folder, a --val-list, or --holdout to set training images aside')
+        images = open_images(split, list_path, **{**source, 'num_classes': train.num_classes})
+    except InputError as error:
+        if not optional:
+            raise
+        _logger.warning(f'No validation set, only held-out images: {error}')
+        return None
     if list_path:  # numbers say which class it is
         return replace(images, class_names=train.class_names)
-    return images if isinstance(images, IterableImageDataset) else images.with_classes(train.class_names)
+    return images.with_classes(train.class_names)
 
 
 def _iterable_data(
-        train: IterableImageDataset, source: dict, val_split: str, val_list: str | None, num_classes: int | None,
-        class_counts: str | None, thresholds: Sequence[int], cuts: tuple) -> TrainingData:
+        train: IterableImageDataset, source: dict, train_split: str, val_split: str, val_list: str | None,
+        num_classes: int | None, class_counts: str | None, thresholds: Sequence[int], cuts: tuple) -> TrainingData:
     """A source without an index: its class counts come from a file, or from one pass over it."""
+    where = f"--dataset {source['name']}"
     if any(cut is not None for cut in cuts):
-        raise InputError(f"--dataset {source['name']}: --imbalance-factor and --holdout need a source with an index")
-    counts = read_class_counts(class_counts) if class_counts else count_classes(train)
+        raise InputError(f'{where}: --imbalance-factor and --holdout need a source with an index')
+    if class_counts:
+        counts = read_class_counts(class_counts)
+    else:
+        _logger.info(f'{where}: counting the images of each class; --class-counts FILE spares this pass')
+        counts = count_classes(open_images(train_split, None, **source))
     if num_classes is not None and num_classes != len(counts):
         raise InputError(f'--num-classes {num_classes}: found counts of {len(counts)} classes')
-    if min(counts) < 1:
-        raise InputError(f"--dataset {source['name']}: class {int(np.argmin(counts))} has no training image")
-    names = [str(c) for c in range(len(counts))]
-    facts = profile(np.repeat(np.arange(len(counts)), counts), len(counts), [], thresholds)
+    if not counts or min(counts) < 1:
+        raise InputError(f'{where}: class {int(np.argmin(counts or [0]))} has no training image')
+    train.reader = _CheckedReader(train.reader, len(counts), where)
     validation = open_images(val_split, val_list, **{**source, 'num_classes': len(counts)})
+    if isinstance(validation, IterableImageDataset):
+        validation.reader = _CheckedReader(_undivided(validation.reader), len(counts), where, *_place())
+    facts = profile(np.repeat(np.arange(len(counts)), counts), len(counts), [], thresholds)
+    names = [str(c) for c in range(len(counts))]
     return TrainingData(train, validation, None, names, {**facts, 'fingerprint': None})
 
 
 def count_classes(dataset: IterableImageDataset) -> list[int]:
-    """Images per class by one pass over an iterable source."""
+    """Images per class by one pass over an iterable source, opened as for evaluation: training repeats some."""
     counts: dict[int, int] = {}
-    for _, label in dataset.reader:
+    for _, label in _undivided(dataset.reader):
         counts[int(label)] = counts.get(int(label), 0) + 1
     return [counts.get(c, 0) for c in range(max(counts, default=-1) + 1)]
+
+
+def _undivided(reader):
+    """timm's iterable reader, reading everything in every process; its own division pads and leaves out."""
+    reader.dist_rank, reader.dist_num_replicas = 0, 1
+    return reader
+
+
+def _place() -> tuple[int, int]:
+    """Rank and number of the processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+class _CheckedReader:
+    """timm's iterable reader with labels checked; every `world_size`-th image of it, from `rank` on."""
+
+    def __init__(self, reader, num_classes: int, where: str, rank: int = 0, world_size: int = 1):
+        self.reader, self.num_classes, self.where = reader, num_classes, where
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        for image, label in islice(self.reader, self.rank, None, self.world_size):
+            if not 0 <= label < self.num_classes:
+                raise InputError(f'{self.where}: expected labels 0…{self.num_classes - 1}, found {label}')
+            yield image, label
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.reader), self.world_size))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.reader.set_epoch(epoch)
+
+    def set_loader_cfg(self, num_workers: int | None = None) -> None:
+        self.reader.set_loader_cfg(num_workers)
 
 
 def read_class_counts(path: str) -> list[int]:
@@ -159,28 +211,36 @@ def open_list(path: str, root: str | None, num_classes: int | None = None) -> Im
     """
     try:
         opener = gzip.open if path.endswith('.gz') else open
-        with opener(path, 'rt', encoding='utf-8') as file:
-            lines = file.read().splitlines()
+        with opener(path, 'rt', encoding='utf-8-sig') as file:
+            lines = file.readlines()
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise InputError(f'{path}: cannot read this list: {error}') from error
     files, labels = [], []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        file, _, label = line.strip().rpartition(' ')
-        if not file or not label.lstrip('-').isdigit():
-            raise InputError(f'{path}, line {number}: expected `path label`, found {line.strip()[:80]!r}')
-        if int(label) < 0 or (num_classes is not None and int(label) >= num_classes):
-            upper = f'0…{num_classes - 1}' if num_classes is not None else '0 or more'
-            raise InputError(f'{path}, line {number}: expected a label {upper}, found {label}')
-        files.append(file.strip())
-        labels.append(int(label))
+        if line.strip():
+            file, label = _parse_line(line.strip(), f'{path}, line {number}', num_classes)
+            files.append(file)
+            labels.append(label)
     if not files:
         raise InputError(f'{path}: the list is empty, expected `path label` lines')
     paths = [os.path.join(root or '', file) for file in files]
     _require_files(path, paths)
     labels = np.array(labels, dtype=np.int64)
     return ImageSet(_FileReader(paths), labels, files, _folder_names(files, labels, num_classes), path)
+
+
+def _parse_line(line: str, where: str, num_classes: int | None) -> tuple[str, int]:
+    file, *label = line.rsplit(maxsplit=1)
+    try:
+        label = int(*label) if label else None
+    except ValueError:
+        label = None
+    if label is None:
+        raise InputError(f'{where}: expected `path label`, found {line[:80]!r}')
+    if label < 0 or (num_classes is not None and label >= num_classes):
+        expected = '0 or more' if num_classes is None else f'0…{num_classes - 1}'
+        raise InputError(f'{where}: expected a label {expected}, found {label}')
+    return file, label
 
 
 @dataclass(frozen=True)
@@ -268,6 +328,9 @@ def _from_reader(reader, where: str) -> ImageSet:
         labels, names = np.array([target for _, target in reader.samples], dtype=np.int64), reader.filenames()
         class_to_idx = reader.class_to_idx
     by_index = {index: str(name) for name, index in class_to_idx.items()}
+    if '' in by_index.values():
+        stray = next(name for name, label in zip(names, labels, strict=True) if by_index[label] == '')
+        raise InputError(f'{where}: image {stray} lies in no class folder, expected class/image')
     class_names = [by_index.get(c, str(c)) for c in range(max([int(labels.max()), *by_index]) + 1)]
     return ImageSet(_TimmReader(reader), labels, names, class_names, where)
 
