@@ -7,7 +7,6 @@
 """
 import argparse
 import logging
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,12 +20,14 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import distribute_bn
 
 from glmc.checkpoint import (
+    BEST,
+    CheckpointWriter,
     checkpoint_path,
     epoch_checkpoints,
+    keep_best,
     load_checkpoint,
     prune,
     rng_state,
-    save_checkpoint,
     set_rng_state,
 )
 from glmc.config import DEMONSTRATION, train_parser
@@ -34,7 +35,7 @@ from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_lo
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
 from glmc.data.sources import open_training_data
 from glmc.engine import TrainStep, evaluate, train_one_epoch
-from glmc.evaluation import LongTailEvaluator, shot_table
+from glmc.evaluation import LongTailEvaluator, shot_line, shot_table
 from glmc.export import export_model
 from glmc.launch import create_accelerator, is_main_process
 from glmc.methods import METHODS, ignored_options
@@ -52,7 +53,7 @@ def main() -> None:
     run.resume()
     for epoch in range(run.start_epoch, run.num_epochs):
         train_metrics = run.train(epoch)
-        metrics = run.evaluate(run.epoch_loader)
+        metrics = run.evaluate(run.epoch_loader) if run.evaluates(epoch) else None
         run.record(epoch, train_metrics, metrics)
         run.save(epoch, metrics)
     run.finish()
@@ -65,7 +66,7 @@ class Run:
         self.args, self.method = args, METHODS[args.method]
         self.accelerator = create_accelerator(args.amp, args.amp_dtype)
         self.started, self.seconds_before, self.start_epoch = time.time(), 0.0, 0
-        self.best, self.metrics = None, None
+        self.best, self.metrics, self.writer = None, None, CheckpointWriter()
         self.folder = self._choose_folder()
         self._announce(given)
         set_seed(args.seed)
@@ -198,45 +199,51 @@ class Run:
     def eval_model(self) -> torch.nn.Module:
         return self.task.get_eval_model(ema=self.args.model_ema)
 
+    def evaluates(self, epoch: int) -> bool:
+        return (epoch + 1) % self.args.val_interval == 0 or epoch + 1 == self.num_epochs
+
     def evaluate(self, loader) -> dict:
         if self.accelerator.num_processes > 1:
             distribute_bn(self.eval_model, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
         return evaluate(self.accelerator, self.eval_model, loader, self.evaluator)
 
-    def record(self, epoch: int, train_metrics: dict, metrics: dict) -> None:
+    def record(self, epoch: int, train_metrics: dict, metrics: dict | None) -> None:
         alpha = getattr(self.task, 'alpha', None)
         row = summary_row(epoch, train_metrics, metrics, None if alpha is None else alpha.item())
         if self.accelerator.is_main_process:
             write_summary(self.folder, row)
-        shots = ' / '.join('–' if metrics[name] is None else f'{metrics[name]:.1f}' for name in ('many', 'medium', 'few'))
-        _logger.info(
-            f"Epoch {epoch + 1}/{self.num_epochs}: loss {train_metrics['loss']:.3f}, top-1 {metrics['top1']:.2f} "
-            f"({shots}), class mean {metrics['class_mean']:.2f}, {train_metrics['images']:,} images at "
-            f"{train_metrics['images_per_second']:.0f}/s")
+        evaluation = f'{shot_line(metrics)}, ' if metrics else ''
+        _logger.info(f"Epoch {epoch + 1}/{self.num_epochs}: loss {train_metrics['loss']:.3f}, {evaluation}"
+                     f"{train_metrics['images']:,} images at {train_metrics['images_per_second']:.0f}/s")
 
     # --- what stays ---
 
-    def save(self, epoch: int, metrics: dict) -> None:
-        self.metrics = self._facts(epoch, metrics)
+    def save(self, epoch: int, metrics: dict | None) -> None:
+        self.metrics = self._facts(epoch, metrics or {})
         rng = gather_object([rng_state()])
         if not self.accelerator.is_main_process:
             return
-        state = dict(
-            epoch=epoch, best=self.best, metrics=self.metrics, rng=rng, optimizer=self.optimizer.state_dict(),
-            model=self.task.get_checkpoint_state(), seconds=self._seconds(),
-            scaler=self.accelerator.scaler and self.accelerator.scaler.state_dict(),
-            ema=self.task.get_checkpoint_state(ema=True) if self.args.model_ema else None,
-            description=self._description())
+        is_best = self.data.holdout and metrics and (self.best is None or metrics['class_mean'] > self.best)
+        self.best = metrics['class_mean'] if is_best else self.best
         folder = self.folder / 'checkpoints'
-        is_best = self.data.holdout and (self.best is None or metrics['class_mean'] > self.best)
-        if is_best:
-            self.best = state['best'] = metrics['class_mean']
         path = checkpoint_path(folder, epoch)
-        save_checkpoint(path, state)
-        if is_best:
-            shutil.copyfile(path, folder / 'best.tmp')
-            (folder / 'best.tmp').replace(folder / 'best.safetensors')
-        prune(folder, self.args.checkpoint_hist)
+
+        def keep() -> None:
+            if is_best:
+                keep_best(path)
+            prune(folder, self.args.checkpoint_hist)
+
+        self.writer.save(path, self._state(epoch, rng), then=keep)
+
+    def _state(self, epoch: int, rng: list) -> dict:
+        """All that a checkpoint holds."""
+        scaler = self.accelerator.scaler
+        return dict(
+            epoch=epoch, best=self.best, metrics=self.metrics, seconds=self._seconds(), rng=rng,
+            model=self.task.get_checkpoint_state(),
+            ema=self.task.get_checkpoint_state(ema=True) if self.args.model_ema else None,
+            optimizer=self.optimizer.state_dict(), scaler=scaler and scaler.state_dict(),
+            description=self._description())
 
     def resume(self) -> None:
         """Go on from a checkpoint: the newest of the run for `auto`, if there is one yet."""
@@ -280,6 +287,8 @@ class Run:
 
     def finish(self) -> None:
         """Export the last model, or the best on the held-out images, with its metrics."""
+        self.writer.wait()
+        self.accelerator.wait_for_everyone()
         if self.data.holdout:
             self._load_best()
         if self.data.holdout and self.val_loader:
@@ -292,7 +301,7 @@ class Run:
               f'{shot_table(self.metrics)}\nExported to {folder}', flush=True)
 
     def _load_best(self) -> None:
-        state = load_checkpoint(self.folder / 'checkpoints' / 'best.safetensors')
+        state = load_checkpoint(self.folder / 'checkpoints' / BEST)
         weights = state['ema']['state_dict_ema'] if self.args.model_ema else state['model']['state_dict']
         self.eval_model.load_state_dict(weights)
         self.metrics = state['metrics']

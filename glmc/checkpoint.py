@@ -2,6 +2,9 @@
 import json
 import os
 import random
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from torch import Tensor
 from glmc.parsing import InputError
 
 SUFFIX = '.safetensors'
+BEST = f'best{SUFFIX}'
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
@@ -22,14 +26,41 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         path: Of the file; it is written beside, synced and renamed.
         state: Dicts, lists, tuples (read back as lists), tensors, str, int, float, bool, None.
     """
+    _write(path, *_freeze(state))
+
+
+def _freeze(state: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Copies of the tensors on the CPU, and all else as text: what training does from now on changes neither."""
     tensors: dict[str, Tensor] = {}
-    header = {'state': json.dumps(_flatten(state, '', tensors))}
+    return tensors, {'state': json.dumps(_flatten(state, '', tensors))}
+
+
+def _write(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     beside = f'{path}.tmp'
     save_file(tensors, beside, metadata=header)
     os.chmod(beside, 0o666 & ~_umask())  # safetensors creates files that only their owner may read
     with open(beside, 'rb') as file:
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+class CheckpointWriter:
+    """Writes checkpoints beside the training: `save` returns once the state is copied, `wait` once it is on disk."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future | None = None
+
+    def save(self, path: str | Path, state: dict, then: Callable[[], None]) -> None:
+        """Save after the save before; errors of that one come up here. `then` runs when the file is in place."""
+        self.wait()
+        frozen = _freeze(state)
+        self._pending = self._pool.submit(lambda: (_write(path, *frozen), then()))
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -42,7 +73,7 @@ def load_checkpoint(path: str | Path) -> dict:
         with safe_open(path, 'pt') as file:
             state = json.loads((file.metadata() or {})['state'])
             return _unflatten(state, file.get_tensor)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f'{path}: expected a checkpoint of train_glmc.py, cannot read it: {error}') from error
 
 
@@ -103,6 +134,13 @@ def checkpoint_path(folder: Path, epoch: int) -> Path:
 def epoch_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
     return sorted(folder.glob(f'epoch-*{SUFFIX}'))
+
+
+def keep_best(path: Path) -> None:
+    """Keep this checkpoint under a name that pruning leaves alone."""
+    beside = path.with_name(f'{BEST}.tmp')
+    shutil.copyfile(path, beside)
+    beside.replace(path.with_name(BEST))
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -125,6 +125,7 @@ def _method(parser: Parser) -> None:
     add('--reweight-power', type=float, default=1.0, metavar='K', help='k: class weights ∝ n^-k')
     add('--consistency-weight', type=non_negative, default=1.0, metavar='GAMMA', help='γ of the consistency loss')
     add('--projection-dim', type=positive_int, default=256, metavar='D', help='width d of projection and prediction')
+    add('--joint-forward', action='store_true', help='encode both views as one batch; BatchNorm sees them together')
     add('--balanced', action='store_true', help='balanced data: no rebalanced classifier, L = L_c + γ·L_sim')
 
 
@@ -191,6 +192,7 @@ def _output(parser: Parser) -> None:
     add('--output', default='output', metavar='DIR', help='parent folder of all runs')
     add('--experiment', metavar='NAME', help='folder of this run; default: data-model-method, numbered')
     add('--resume', metavar='PATH', help='`auto` for the newest checkpoint of the experiment, or a checkpoint')
+    add('--val-interval', type=positive_int, default=1, metavar='N', help='epochs between evaluations; the last is one')
     add('--checkpoint-hist', type=positive_int, default=3, metavar='N', help='checkpoints to keep, the best aside')
     add('--log-interval', type=positive_int, default=50, metavar='N', help='steps between log lines')
     add('--debug', action='store_true', help='show a traceback where an error is one line otherwise')

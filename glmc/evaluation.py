@@ -101,3 +101,9 @@ def shot_table(metrics: dict) -> str:
     widths = [max(len(h), len(c)) for h, c in zip(head, cells, strict=True)]
     lines = ('  '.join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in (head, cells))
     return '\n'.join(lines)
+
+
+def shot_line(metrics: dict) -> str:
+    """One line for the log: top-1 with many / medium / few, and the class mean."""
+    shots = ' / '.join('–' if metrics[name] is None else f'{metrics[name]:.1f}' for name in SHOT_NAMES)
+    return f"top-1 {metrics['top1']:.2f} ({shots}), class mean {metrics['class_mean']:.2f}"

@@ -92,13 +92,16 @@ model = timm.create_model('local-dir:PATH', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 ```
 
-```
-{shot_table(metrics)}
-```
-
-Measured on {metrics['num_images']} images of `{metrics['evaluated_on']}`; training set fingerprint
-`{metrics['fingerprint']}`. All figures are in `metrics.json`.
+{_measured(metrics)}
+Training set: {metrics['train_images']:,} images, fingerprint `{metrics['fingerprint']}`. All figures are in `metrics.json`.
 """
+
+
+def _measured(metrics: dict) -> str:
+    if 'top1' not in metrics:
+        return 'Not evaluated.\n'
+    table = f'```\n{shot_table(metrics)}\n```'
+    return f"{table}\n\nMeasured on {metrics['num_images']:,} images of `{metrics['evaluated_on']}`.\n"
 
 
 def export_checkpoint(checkpoint: str | Path, folder: str | Path | None = None) -> Path:
@@ -114,8 +117,7 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path | None = None) 
     state = load_checkpoint(checkpoint)
     description = state['description']
     model = create_backbone(**description['model'])
-    weights = state.get('ema') or state['model']
-    model.load_state_dict(weights['state_dict_ema' if 'state_dict_ema' in weights else 'state_dict'])
+    model.load_state_dict(state['ema']['state_dict_ema'] if state['ema'] else state['model']['state_dict'])
     return export_model(folder, model, **description['export'], metrics=state['metrics'])
 
 

@@ -66,7 +66,7 @@ METHODS = {
         summary='global and local mixture consistency cumulative learning (arXiv 2305.08661)',
         task=GLMCTask, module=GLMCModule, mixer=GLMCMixer, paired=True, num_views=2,
         task_options=('reweight_power', 'consistency_weight'),
-        module_options=('projection_dim', 'balanced'),
+        module_options=('projection_dim', 'balanced', 'joint_forward'),
         mixer_options=('mix_beta', 'cutmix_lambda', 'partner', 'resample_power')),
 }
 

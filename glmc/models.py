@@ -29,14 +29,17 @@ class GLMCModule(nn.Module):
         backbone: Any timm model with a classifier.
         projection_dim: d.
         balanced: Leave out the conventional classifier; the backbone's own takes its place.
+        joint_forward: Encode both views as one batch of 2B, BatchNorm statistics over both.
 
     Raises:
         InputError: If the backbone is an encoder without a classifier.
     """
 
-    def __init__(self, backbone: nn.Module, projection_dim: int = 256, balanced: bool = False):
+    def __init__(self, backbone: nn.Module, projection_dim: int = 256, balanced: bool = False,
+                 joint_forward: bool = False):
         super().__init__()
         self.single_pass = classifies_pre_logits(backbone)
+        self.joint_forward = joint_forward
         self.backbone = backbone
         width = backbone.head_hidden_size
         self.classifier = None if balanced else nn.Linear(width, backbone.num_classes)
@@ -44,7 +47,11 @@ class GLMCModule(nn.Module):
         self.predictor = nn.Linear(projection_dim, projection_dim)
 
     def forward(self, global_view: Tensor, local_view: Tensor) -> tuple[ViewOutput, ViewOutput]:
-        """Both views, each (B, c, H, W), each in a forward pass of its own, as BatchNorm sees them in the paper."""
+        """Both views, each (B, c, H, W); each in a forward pass of its own, as in the paper, unless `joint_forward`."""
+        if self.joint_forward:
+            both = self.forward_view(torch.cat([global_view, local_view]))
+            halves = [(None, None) if output is None else output.chunk(2) for output in both]
+            return tuple(ViewOutput(*half) for half in zip(*halves, strict=True))
         return self.forward_view(global_view), self.forward_view(local_view)
 
     def forward_view(self, images: Tensor) -> ViewOutput:

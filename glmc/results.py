@@ -72,10 +72,11 @@ def write_summary(folder: Path, row: dict) -> None:
     beside.replace(path)
 
 
-def summary_row(epoch: int, train: dict, metrics: dict, alpha: float | None) -> dict:
-    """timm's columns, then those of the long tail; empty where there is no value."""
-    row = {'epoch': epoch, 'train_loss': train['loss'], 'eval_loss': metrics['loss']}
-    row.update({f'eval_{name}': metrics[name] for name in ('top1', 'top5', 'many', 'medium', 'few', 'class_mean')})
+def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | None) -> dict:
+    """timm's columns, then those of the long tail; empty where there is no value, as in an epoch without evaluation."""
+    row = {'epoch': epoch, 'train_loss': train['loss']}
+    names = ('loss', 'top1', 'top5', 'many', 'medium', 'few', 'class_mean')
+    row.update({f'eval_{name}': (metrics or {}).get(name) for name in names})
     row.update(lr=train['lr'], alpha=alpha)
     row.update({name: train.get(name) for name in ('loss_c', 'loss_cb', 'loss_sim')})
     row['images_per_second'] = round(train['images_per_second'], 1)

@@ -19,6 +19,7 @@ from glmc.data.profiles import profile
 from glmc.parsing import InputError
 
 _logger = logging.getLogger(__name__)
+_PREFIXES = ('torch', 'hfds', 'hfids', 'wds', 'tfds')  # timm's
 _FOLDERS = ('', 'torch/image_folder', 'torch/folder')  # sources that are a folder for each split
 
 
@@ -281,6 +282,8 @@ def open_source(name: str, root: str | None, split: str, **kwargs) -> 'ImageSet 
     where = f'--data-dir {root}' if is_folder else f'--dataset {name}'
     if is_folder:
         _check_folder(root, split)
+    else:
+        _check_name(name, root)
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
     except ImportError as error:
@@ -294,6 +297,15 @@ def open_source(name: str, root: str | None, split: str, **kwargs) -> 'ImageSet 
     if is_folder and os.path.isdir(root):
         _reject_empty_class_folders(_search_split(root, split), kwargs.get('input_key'))
     return images
+
+
+def _check_name(name: str, root: str | None) -> None:
+    prefix = name.partition('/')[0].lower()
+    if prefix not in _PREFIXES or '/' not in name:
+        raise InputError(f"--dataset {name}: expected {', '.join(f'{known}/NAME' for known in _PREFIXES)}, or nothing "
+                         'for the image folders of --data-dir')
+    if prefix in ('torch', 'wds') and not root:
+        raise InputError(f'--dataset {name}: expected its folder as --data-dir')
 
 
 def _check_folder(root: str, split: str) -> None:
@@ -319,7 +331,7 @@ def _reject_empty_class_folders(folder: str, input_key: str | None) -> None:
 def _from_reader(reader, where: str) -> ImageSet:
     """timm's folder, tar and hfds readers."""
     if hasattr(reader, 'dataset'):
-        labels, names = _hfds_labels(reader, where), _hfds_names(reader)
+        labels, names = _hfds_labels(reader, where), _hfds_names(reader, where)
         class_to_idx = reader.class_to_idx
     elif hasattr(reader, 'targets'):  # tar
         labels, names = np.asarray(reader.targets, dtype=np.int64), reader.filenames()
@@ -355,22 +367,30 @@ def _hfds_labels(reader, where: str) -> np.ndarray:
     return np.array(labels, dtype=np.int64)
 
 
-def _hfds_names(reader) -> list[str]:
+def _hfds_names(reader, where: str) -> list[str]:
     import pyarrow.compute as pc
-    paths = pc.struct_field(reader.dataset.data.column(reader.image_key), 'path').to_pylist()
-    return [path or str(index) for index, path in enumerate(paths)]
+    images = reader.dataset.data.column(reader.image_key)
+    if images.null_count == len(images):  # what timm's reader makes of a column that is not there
+        columns = ', '.join(name for name in reader.dataset.column_names if name != reader.image_key)
+        raise InputError(f'{where}: no image column {reader.image_key!r} (--input-key), found {columns}')
+    return [path or str(index) for index, path in enumerate(pc.struct_field(images, 'path').to_pylist())]
 
 
 def _from_torch(dataset, where: str) -> ImageSet:
-    """torchvision's data sets; labels from `targets` or `labels`, or by one pass where a set has neither."""
-    targets = getattr(dataset, 'targets', getattr(dataset, 'labels', None))
+    """torchvision's data sets; labels and file names are attributes of various names, or labels take a pass over it."""
+    if hasattr(dataset, 'samples'):  # folders
+        names, targets = zip(*((os.path.relpath(path, dataset.root), label) for path, label in dataset.samples), strict=True)
+    elif getattr(dataset, 'target_type', None) == ['full']:  # iNaturalist
+        targets, names = zip(*dataset.index, strict=True)
+    else:
+        targets, names = getattr(dataset, 'targets', getattr(dataset, 'labels', None)), map(str, range(len(dataset)))
     if targets is None:
         targets = [dataset[index][1] for index in range(len(dataset))]
     labels = np.asarray(targets).astype(np.int64)
     labels = labels[:, 0] if labels.ndim == 2 else labels  # QMNIST: the class is the first of eight columns
     classes = getattr(dataset, 'classes', None) or range(int(labels.max()) + 1)
-    names = [str(index) for index in range(len(dataset))]
-    return ImageSet(_TorchReader(dataset), labels, names, [str(name) for name in classes], where)
+    class_names = [', '.join(name) if isinstance(name, tuple) else str(name) for name in classes]
+    return ImageSet(_TorchReader(dataset), labels, list(names), class_names, where)
 
 
 @dataclass(frozen=True)
