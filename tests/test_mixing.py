@@ -1,0 +1,187 @@
+"""MixUp, CutMix pixel by pixel, the box, and the mixer on a batch, against loops."""
+import numpy as np
+import pytest
+import torch
+from scipy.stats import beta as beta_distribution
+from scipy.stats import chisquare, kstest
+
+from glmc.mixing import GLMCMixer, Mixture, cutmix, draw_mixture, mixup, partners_within, random_box
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+def loop_mixup(a: np.ndarray, b: np.ndarray, lam: float) -> np.ndarray:
+    mixed = np.empty_like(a)
+    for place in np.ndindex(a.shape):
+        mixed[place] = lam * a[place] + (1 - lam) * b[place]
+    return mixed
+
+
+def loop_cutmix(a: np.ndarray, b: np.ndarray, box) -> np.ndarray:
+    y0, y1, x0, x1 = box
+    mixed = a.copy()
+    for place in np.ndindex(a.shape):
+        *_, y, x = place
+        if y0 <= y < y1 and x0 <= x < x1:
+            mixed[place] = b[place]
+    return mixed
+
+
+@pytest.mark.parametrize('lam', [0.0, 0.3, 1.0])
+@pytest.mark.parametrize('shape', [(2, 3, 4, 5), (6, 7)])
+def test_mixup_is_the_loop(lam, shape):
+    a, b = images(*shape), images(*shape, seed=1)
+    expected = loop_mixup(a.numpy(), b.numpy(), lam)
+    np.testing.assert_allclose(mixup(a, b, lam).numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(mixup(a, b, torch.tensor(lam, dtype=torch.float64)).numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize('box', [(1, 3, 2, 6), (0, 5, 0, 7), (0, 2, 5, 7), (3, 3, 0, 7), (0, 1, 6, 7)])
+def test_cutmix_is_the_loop(box):
+    a, b = images(2, 3, 5, 7), images(2, 3, 5, 7, seed=1)
+    expected = loop_cutmix(a.numpy(), b.numpy(), box)
+    assert (cutmix(a, b, box).numpy() == expected).all()
+    assert (cutmix(a, b, torch.tensor(box)).numpy() == expected).all()
+
+
+def test_mixing_returns_new_tensors():
+    a, b = images(2, 3, 5, 7), images(2, 3, 5, 7, seed=1)
+    before = a.clone(), b.clone()
+    for mixed in (mixup(a, b, 1.0), cutmix(a, b, (0, 0, 0, 0))):
+        mixed.zero_()
+    assert torch.equal(a, before[0])
+    assert torch.equal(b, before[1])
+
+
+@pytest.mark.parametrize('mix, weight', [(mixup, 0.5), (cutmix, (0, 1, 0, 1))])
+def test_shapes_that_would_broadcast_are_errors(mix, weight):
+    with pytest.raises(ValueError, match=r'\(2, 3, 5, 7\) and \(1, 3, 5, 7\)'):
+        mix(images(2, 3, 5, 7), images(1, 3, 5, 7), weight)
+
+
+@pytest.mark.parametrize('lam', [0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize('height, width', [(8, 8), (9, 32), (31, 7)])
+def test_box_has_its_sides_around_its_centre_and_is_clipped(lam, height, width):
+    sides = int(height * (1 - lam) ** 0.5), int(width * (1 - lam) ** 0.5)
+    rng, replay = np.random.default_rng(5), np.random.default_rng(5)
+    for _ in range(200):
+        y0, y1, x0, x1 = random_box(height, width, lam, rng)
+        centres = int(replay.integers(height)), int(replay.integers(width))
+        for low, high, size, side, centre in zip((y0, x0), (y1, x1), (height, width), sides, centres, strict=True):
+            covered = [p for p in range(size) if centre - side // 2 <= p < centre - side // 2 + side]
+            assert list(range(low, high)) == covered
+            assert 0 <= low <= high <= size
+
+
+def test_box_is_uniform_over_its_places():
+    # sides of 2 in 8x4 pixels around a uniform centre: rows 0-1 clipped to 1, then 2 each
+    rows = [(0, 1), *((y, y + 2) for y in range(7))]
+    columns = [(0, 2), (1, 3)]
+    rng = np.random.default_rng(0)
+    boxes = [random_box(8, 8, 1 - 1 / 16, rng) for _ in range(8000)]
+    for side in (slice(0, 2), slice(2, 4)):
+        found = [box[side] for box in boxes]
+        assert set(found) == set(rows)
+        assert chisquare([found.count(row) for row in rows]).pvalue > 0.001
+    wide = [random_box(8, 4, 0.75, rng)[2:] for _ in range(4000)]  # 4x2 in 8x4: first columns -1 … 2, the first clipped
+    assert chisquare([wide.count(place) for place in [(0, 1), *columns, (2, 4)]]).pvalue > 0.001
+
+
+@pytest.mark.parametrize('beta', [0.5, 1.0, 2.0])
+def test_lambda_follows_its_beta_distribution(beta):
+    rng = np.random.default_rng(0)
+    lams = [draw_mixture((8, 8), beta, 'nominal', rng).lam.item() for _ in range(2000)]
+    assert kstest(lams, beta_distribution(beta, beta).cdf).pvalue > 0.001
+
+
+def test_label_of_the_local_view_is_nominal_or_by_area():
+    corrected = 0
+    for seed in range(50):
+        nominal, area = (draw_mixture((8, 6), 1.0, name, np.random.default_rng(seed)) for name in ('nominal', 'area'))
+        y0, y1, x0, x1 = area.box.tolist()
+        assert nominal.local_lam == nominal.lam == area.lam
+        assert area.local_lam.item() == pytest.approx(1 - (y1 - y0) * (x1 - x0) / 48)
+        corrected += area.local_lam > nominal.local_lam + 0.05
+    assert corrected > 10  # clipping leaves more of the first image
+
+
+@pytest.mark.parametrize('power', [0.0, 0.2, 1.0])
+def test_partners_within_a_batch_are_the_loop(power):
+    counts, labels = [40, 15, 5], [0, 0, 2, 1, 0, 2, 0]
+    weights = [counts[label] ** -power for label in labels]
+    uniform = np.random.default_rng(0).random(500)
+    expected = []
+    for number in uniform:
+        index, reached = 0, weights[0]
+        while reached <= number * sum(weights):
+            index += 1
+            reached += weights[index]
+        expected.append(index)
+    class_weight = torch.tensor(counts, dtype=torch.float64) ** -power
+    assert partners_within(torch.tensor(labels), class_weight, torch.from_numpy(uniform)).tolist() == expected
+
+
+@pytest.mark.parametrize('power', [0.0, 0.2, 1.0])
+def test_partners_within_a_batch_follow_their_distribution(power):
+    labels = torch.tensor([0, 0, 0, 1, 2, 2, 1, 0])
+    mixer = GLMCMixer([100, 20, 5], partner='batch', resample_power=power)
+    rng = np.random.default_rng(0)
+    partners = [j for _ in range(500) for j in partners_within(
+        labels, mixer.partner_weight, mixer.draw(8, (4, 4), rng).uniform).tolist()]
+    weights = np.array([[100, 20, 5][label] ** -power for label in labels.tolist()])
+    assert chisquare(np.bincount(partners, minlength=8), weights / weights.sum() * len(partners)).pvalue > 0.001
+
+
+def loop_targets(i_labels, j_labels, lam: float, num_classes: int) -> np.ndarray:
+    targets = np.zeros((len(i_labels), num_classes))
+    for row, (i, j) in enumerate(zip(i_labels, j_labels, strict=True)):
+        targets[row, i] += lam
+        targets[row, j] += 1 - lam
+    return targets
+
+
+MIXTURE = Mixture(torch.tensor(0.25).double(), torch.tensor([1, 4, 0, 3]), torch.tensor(0.75).double())
+
+
+def check_mixed(mixed, views: np.ndarray, partner_views: np.ndarray, labels, partner_labels) -> None:
+    """The mixer's output against loops; global views stand first, local views second."""
+    (global_view, local_view), (global_target, local_target) = mixed
+    expected_global = loop_mixup(views[:, 0], partner_views[:, 0], 0.25)
+    expected_local = loop_cutmix(views[:, 1], partner_views[:, 1], (1, 4, 0, 3))
+    np.testing.assert_allclose(global_view.numpy(), expected_global, rtol=1e-12)
+    assert (local_view.numpy() == expected_local).all()
+    np.testing.assert_allclose(global_target.numpy(), loop_targets(labels, partner_labels, 0.25, 4), rtol=1e-12)
+    np.testing.assert_allclose(local_target.numpy(), loop_targets(labels, partner_labels, 0.75, 4), rtol=1e-12)
+
+
+def test_mixer_mixes_pairs_of_the_sampler():
+    views, labels = images(3, 4, 2, 6, 5), torch.tensor([[0, 3], [2, 2], [1, 0]])
+    mixed = GLMCMixer([9, 9, 9, 9])(views, labels, MIXTURE)
+    check_mixed(mixed, views[:, :2].numpy(), views[:, 2:].numpy(), [0, 2, 1], [3, 2, 0])
+
+
+def test_mixer_finds_partners_in_the_batch():
+    views, labels = images(3, 2, 2, 6, 5), torch.tensor([[0], [2], [1]])
+    mixture = MIXTURE._replace(uniform=torch.tensor([0.9, 0.1, 0.5]).double())  # q = 0: thirds
+    mixed = GLMCMixer([9, 9, 9, 9], partner='batch')(views, labels, mixture)
+    check_mixed(mixed, views.numpy(), views.numpy()[[2, 0, 1]], [0, 2, 1], [1, 0, 2])
+
+
+@pytest.mark.parametrize('partner', ['sampler', 'batch'])
+@pytest.mark.parametrize('cutmix_lambda', ['nominal', 'area'])
+def test_mixer_draws_what_it_uses(partner, cutmix_lambda):
+    mixer = GLMCMixer([9, 5, 2], 0.5, cutmix_lambda, partner)
+    mixture, again = (mixer.draw(6, (8, 7), np.random.default_rng(3)) for _ in range(2))
+    assert str(mixture) == str(again)
+    drawn = draw_mixture((8, 7), 0.5, cutmix_lambda, np.random.default_rng(3))
+    assert [value.tolist() for value in mixture[:3]] == [value.tolist() for value in drawn[:3]]
+    assert (mixture.uniform is None) == (partner == 'sampler')
+    views = images(6, 4 if partner == 'sampler' else 2, 3, 8, 7).float()
+    labels = torch.randint(3, (6, views.shape[1] // 2), generator=torch.Generator().manual_seed(0))
+    mixed, targets = mixer(views, labels, mixture.to(torch.device('cpu')))
+    assert [tuple(view.shape) for view in mixed] == [(6, 3, 8, 7)] * 2
+    for target in targets:
+        assert target.dtype == torch.float32
+        np.testing.assert_allclose(target.sum(1).numpy(), 1, rtol=1e-6)
