@@ -1,0 +1,172 @@
+"""The evaluator's metrics against numpy loops and scikit-learn."""
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, top_k_accuracy_score
+
+from glmc.evaluation import LongTailEvaluator, shot_line, shot_table
+
+TRAIN_COUNTS = [300, 101, 100, 60, 21, 20, 3]  # two many-, three medium-, two few-shot classes
+GROUPS = {'many': [0, 1], 'medium': [2, 3, 4], 'few': [5, 6]}
+
+
+def predictions(seed: int = 0, size: int = 400, num_classes: int = 7) -> tuple[np.ndarray, np.ndarray]:
+    """Logits that lean towards the label, and uneven labels."""
+    rng = np.random.default_rng(seed)
+    weights = np.arange(1, num_classes + 1)
+    labels = rng.choice(num_classes, size, p=weights / weights.sum())
+    return rng.normal(size=(size, num_classes)) + 1.5 * np.eye(num_classes)[labels], labels
+
+
+def measure(logits, labels, train_counts=tuple(TRAIN_COUNTS), batch: int = 64, **kwargs) -> dict:
+    evaluator = LongTailEvaluator(train_counts, **kwargs)
+    for start in range(0, len(labels), batch):
+        evaluator.update(torch.tensor(logits[start:start + batch]).float(), torch.tensor(labels[start:start + batch]))
+    return evaluator.compute()
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponents = np.exp(logits - logits.max(1, keepdims=True))
+    return exponents / exponents.sum(1, keepdims=True)
+
+
+def class_accuracies(logits, labels, num_classes: int = 7) -> list[float | None]:
+    hits = logits.argmax(1) == labels
+    return [100 * hits[labels == c].mean() if (labels == c).any() else None for c in range(num_classes)]
+
+
+def loop_calibration_error(logits, labels, num_bins: int = 15) -> float:
+    """Guo et al.: bins (b/B, (b+1)/B], each |accuracy - confidence| weighted by its share of the images."""
+    confidence, hits = softmax(logits).max(1), logits.argmax(1) == labels
+    error = 0.0
+    for b in range(num_bins):
+        inside = [k for k in range(len(labels)) if b / num_bins < confidence[k] <= (b + 1) / num_bins]
+        if inside:
+            accuracy, mean_confidence = np.mean(hits[inside]), np.mean(confidence[inside])
+            error += len(inside) / len(labels) * abs(accuracy - mean_confidence)
+    return 100 * error
+
+
+def test_accuracies_are_scikit_learns():
+    logits, labels = predictions()
+    metrics = measure(logits, labels)
+    assert metrics['top1'] == pytest.approx(100 * accuracy_score(labels, logits.argmax(1)))
+    assert metrics['top5'] == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5, labels=range(7)))
+    assert metrics['class_mean'] == pytest.approx(100 * balanced_accuracy_score(labels, logits.argmax(1)))
+    assert metrics['macro_f1'] == pytest.approx(100 * f1_score(labels, logits.argmax(1), average='macro'))
+    assert metrics['loss'] == pytest.approx(log_loss(labels, softmax(logits)), rel=1e-5)
+    assert metrics['top1'] < metrics['top5'] < 100
+    assert metrics['top1'] != pytest.approx(metrics['class_mean'], abs=0.1)
+
+
+def test_shot_groups_are_means_over_their_classes():
+    logits, labels = predictions()
+    accuracies, metrics = class_accuracies(logits, labels), measure(logits, labels)
+    assert metrics['per_class_accuracy'] == pytest.approx(accuracies)
+    for name, classes in GROUPS.items():
+        assert metrics[name] == pytest.approx(np.mean([accuracies[c] for c in classes]))
+    assert metrics['worst_class'] == pytest.approx(min(accuracies))
+    assert metrics['harmonic_mean'] == pytest.approx(7 / sum(1 / a for a in accuracies))
+    assert metrics['shot_classes'] == {'many': 2, 'medium': 3, 'few': 2}
+
+
+def test_what_else_a_report_needs():
+    logits, labels = predictions()
+    metrics = measure(logits, labels, thresholds=(3, 60))
+    assert metrics['num_images'] == 400
+    assert metrics['per_class_images'] == [(labels == c).sum() for c in range(7)]
+    assert metrics['train_counts'] == TRAIN_COUNTS
+    assert metrics['shot_thresholds'] == [3, 60]
+    assert metrics['shot_classes'] == {'many': 3, 'medium': 3, 'few': 1}
+
+
+@pytest.mark.parametrize('scale', [0.2, 1, 5])
+def test_calibration_error_is_the_loop(scale):
+    logits, labels = predictions()
+    logits = (logits * scale).astype(np.float32)
+    assert measure(logits, labels)['ece'] == pytest.approx(loop_calibration_error(logits, labels), abs=1e-3)
+
+
+def test_calibration_error_of_certainty():
+    logits = 200 * np.eye(7)[[0, 1, 2, 3]]
+    assert measure(logits, np.array([0, 1, 2, 3]))['ece'] == pytest.approx(0, abs=1e-9)
+    assert measure(logits, np.array([0, 1, 2, 4]))['ece'] == pytest.approx(25)
+
+
+def test_counting_does_not_depend_on_the_batches():
+    logits, labels = predictions()
+    one, many = measure(logits, labels, batch=400), measure(logits, labels, batch=7)
+    assert one.keys() == many.keys()
+    for name in one.keys() - {'shot_classes'}:
+        assert one[name] == pytest.approx(many[name]), name
+
+
+def test_absent_classes_count_nowhere_and_read_none():
+    logits, labels = predictions()
+    kept = ~np.isin(labels, [3, 5, 6])  # one medium-shot class, and all few-shot ones
+    logits, labels = logits[kept], labels[kept]
+    accuracies, metrics = class_accuracies(logits, labels), measure(logits, labels)
+    seen = [0, 1, 2, 4]
+    assert metrics['few'] is None
+    assert metrics['medium'] == pytest.approx(np.mean([accuracies[2], accuracies[4]]))
+    assert metrics['class_mean'] == pytest.approx(np.mean([accuracies[c] for c in seen]))
+    assert metrics['worst_class'] == pytest.approx(min(accuracies[c] for c in seen))
+    assert [value is None for value in metrics['per_class_accuracy']] == [c not in seen for c in range(7)]
+    # absent but predicted: scikit-learn counts such a class with an F1 of 0
+    assert metrics['macro_f1'] == pytest.approx(100 * f1_score(labels, logits.argmax(1), average='macro'))
+
+
+def test_a_class_never_predicted_has_f1_zero():
+    labels = np.repeat(np.arange(7), 3)
+    logits = np.eye(7)[np.where(labels == 6, 0, labels)]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        expected = f1_score(labels, logits.argmax(1), average='macro', zero_division=0)
+    metrics = measure(logits, labels)
+    assert metrics['macro_f1'] == pytest.approx(100 * expected)
+    assert metrics['harmonic_mean'] == metrics['worst_class'] == 0
+
+
+@pytest.mark.parametrize('num_classes', [2, 3, 4])
+def test_fewer_than_five_classes_are_all_in_the_top_five(num_classes):
+    logits, labels = predictions(num_classes=num_classes)
+    metrics = measure(logits, labels, [50] * num_classes)
+    assert metrics['top5'] == 100
+    assert metrics['top1'] == pytest.approx(100 * accuracy_score(labels, logits.argmax(1)))
+
+
+def test_nothing_evaluated_is_not_a_crash():
+    metrics = LongTailEvaluator(TRAIN_COUNTS).compute()
+    for name in ('many', 'medium', 'few', 'class_mean', 'worst_class', 'harmonic_mean', 'macro_f1'):
+        assert metrics[name] is None
+    assert metrics['ece'] == metrics['num_images'] == 0
+
+
+def test_reset_forgets():
+    logits, labels = predictions()
+    evaluator = LongTailEvaluator(TRAIN_COUNTS)
+    evaluator.update(torch.tensor(logits), torch.tensor(labels))
+    evaluator.reset()
+    evaluator.update(torch.tensor(logits[:100]), torch.tensor(labels[:100]))
+    assert evaluator.compute() == measure(logits[:100], labels[:100], batch=100)
+
+
+def test_table_shows_groups_and_a_dash_for_an_empty_one():
+    logits, labels = predictions()
+    kept = labels < 5
+    metrics = measure(logits[kept], labels[kept])
+    head, row = shot_table(metrics).splitlines()
+    assert head.split('  ') == ['top-1', 'top-5', 'many (2)', 'medium (3)', 'few (2)', 'class mean']
+    assert row.split() == [f'{metrics[name]:.2f}' for name in ('top1', 'top5', 'many', 'medium')] + [
+        '–', f"{metrics['class_mean']:.2f}"]
+    assert len(head) == len(row)
+
+
+def test_line_for_the_log():
+    logits, labels = predictions()
+    kept = labels < 5
+    metrics = measure(logits[kept], labels[kept])
+    expected = 'top-1 {top1:.2f} ({many:.1f} / {medium:.1f} / –), class mean {class_mean:.2f}'
+    assert shot_line(metrics) == expected.format(**metrics)
