@@ -65,15 +65,13 @@ def train_one_epoch(
     lr, num_steps, start = optimizer.param_groups[-1]['lr'], len(loader), time.perf_counter()
     bar = tqdm(loader, desc=f'epoch {epoch + 1}', leave=False, disable=not sys.stderr.isatty())
     for step, (views, labels) in enumerate(bar):
-        mixture = alone.mixer.draw(len(views), views.shape[-2:], step_generator(seed, epoch, step))
         group = min(accum_steps, num_steps - step // accum_steps * accum_steps)  # the last group may be shorter
         updates = (step + 1) % accum_steps == 0 or step + 1 == num_steps
-        with nullcontext() if updates else accelerator.no_sync(train_step):
-            losses = train_step(views, labels, mixture if mixture is None else mixture.to(views.device))
-            accelerator.backward(losses['loss'] / group)
+        losses = train_batch(
+            accelerator, train_step, views, labels, step_generator(seed, epoch, step), sync=updates, divisor=group)
         meter.update(losses, len(views))
         if updates:
-            _update(accelerator, alone.task, optimizer, clip_grad, clip_mode)
+            update(accelerator, alone.task, optimizer, clip_grad, clip_mode)
             done = epoch * -(-num_steps // accum_steps) + step // accum_steps + 1
             alone.task.update_ema(step=done)
             if scheduler is not None:
@@ -84,12 +82,38 @@ def train_one_epoch(
     return {**metrics, 'lr': lr, 'images_per_second': metrics['images'] / (time.perf_counter() - start)}
 
 
+def train_batch(
+        accelerator: Accelerator, train_step: nn.Module, views: Tensor, labels: Tensor, rng: np.random.Generator,
+        sync: bool = True, divisor: int = 1) -> dict[str, Tensor]:
+    """Forward and backward pass of one batch.
+
+    Args:
+        accelerator: Of the run.
+        train_step: A TrainStep, prepared by the accelerator.
+        views, labels: Of the loader.
+        rng: Owner of the mixture's random numbers.
+        sync: Whether processes exchange gradients: at an update.
+        divisor: Batches that share an update.
+
+    Returns:
+        The task's losses, on the device.
+    """
+    mixture = accelerator.unwrap_model(train_step).mixer.draw(len(views), views.shape[-2:], rng)
+    with nullcontext() if sync else accelerator.no_sync(train_step):
+        losses = train_step(views, labels, mixture if mixture is None else mixture.to(views.device))
+        accelerator.backward(losses['loss'] / divisor)
+    return losses
+
+
 def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
     """The generator of one step's mixture: the same on all processes, and after any resume."""
     return np.random.default_rng((seed, epoch, step))
 
 
-def _update(accelerator: Accelerator, task: TrainingTask, optimizer, clip_grad: float | None, clip_mode: str) -> None:
+def update(
+        accelerator: Accelerator, task: TrainingTask, optimizer, clip_grad: float | None = None,
+        clip_mode: str = 'norm') -> None:
+    """Clip the gradients and step the optimizer."""
     if clip_grad is not None:
         accelerator.unscale_gradients(optimizer)
         dispatch_clip_grad(task.get_clip_parameters(exclude_head='agc' in clip_mode), clip_grad, mode=clip_mode)

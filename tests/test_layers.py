@@ -9,7 +9,8 @@ import glmc
 ROOT = Path(glmc.__file__).parent
 LAYERS = [
     'parsing', 'config',
-    'data.profiles', 'data.datasets', 'data.sources', 'data.sampling', 'data.loaders', 'data.resident',
+    'data.profiles', 'data.datasets', 'data.sources', 'data.sampling', 'data.transforms',
+    'data.loaders', 'data.resident',
     'mixing', 'cifar_resnet', 'models', 'losses', 'tasks', 'methods', 'optim',
     'evaluation', 'engine', 'checkpoint', 'export', 'results', 'launch',
 ]

@@ -11,8 +11,9 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
 from glmc.data.datasets import ImageSet
-from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_loader, train_transform
+from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_loader
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader
+from glmc.data.transforms import view_transform
 
 CONFIG = dict(input_size=(3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), interpolation='bilinear', crop_pct=1.0)
 CPU = torch.device('cpu')
@@ -162,13 +163,14 @@ def test_flip_probability_holds_for_cifar(hflip, flips):
 
 
 def test_other_sizes_are_resized_for_cifar():
-    transform = train_transform((32, 32), 'cifar')
+    transform = view_transform((32, 32), 'cifar').transform
     assert transform(Image.new('RGB', (50, 41))).shape == (3, 32, 32)
 
 
 def test_imagenet_lt_is_the_published_augmentation():
-    parts = {type(part).__name__: part for part in train_transform((224, 224), 'imagenet_lt').transforms}
-    assert parts['RandomResizedCropAndInterpolation'].scale == (0.08, 1.0)
+    make_views = view_transform((224, 224), 'imagenet_lt')
+    parts = {type(part).__name__: part for part in make_views.others.transforms}
+    assert make_views.crop.scale == (0.08, 1.0)
     jitter = parts['ColorJitter']
     assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == ((0.6, 1.4),) * 3 + (None,)
     assert parts['RandomGrayscale'].p == 0.2 and parts['RandomHorizontalFlip'].p == 0.5
@@ -177,11 +179,11 @@ def test_imagenet_lt_is_the_published_augmentation():
 
 
 def test_imagenet_lt_makes_a_fifth_grey():
-    transform = train_transform((16, 16), 'imagenet_lt')
+    make_views = view_transform((16, 16), 'imagenet_lt')
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3)).astype(np.uint8))
     torch.manual_seed(0)
     random.seed(0)
-    grey = sum((view[0] == view[1]).all().item() for view in (transform(picture) for _ in range(400)))
+    grey = sum((view[0] == view[1]).all().item() for view in make_views(picture, 400, 'RGB'))
     assert 48 < grey < 112  # 80 expected, four deviations either way
 
 

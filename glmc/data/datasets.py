@@ -1,6 +1,7 @@
 """Image sets whose labels and names are known without decoding, long-tailed and held-out parts of them."""
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,14 +45,20 @@ class ImageSet:
         return [f'{self.class_names[label]}/{file}' for label, file in zip(self.labels.tolist(), files, strict=True)]
 
     def image(self, index: int, mode: str = 'RGB') -> Image.Image:
-        """The decoded image in `mode`, RGB or L.
+        """The decoded image in `mode`, RGB or L; errors as in `opened`."""
+        with self.opened(index) as image:
+            return to_mode(image, mode)
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[Image.Image]:
+        """The image with its size known and its pixels not yet decoded.
 
         Raises:
-            ImageError: If it cannot be decoded, naming the file.
+            ImageError: If it cannot be decoded, now or inside the block, naming the file.
         """
         try:
             with self.read(index) as image:
-                return _convert(image, mode)
+                yield image
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ImageError(f'{self.source}: cannot decode image {self.names[index]}: {error}') from error
 
@@ -88,8 +95,8 @@ class _Reindexed:
         return self.read(int(self.indices[index]))
 
 
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """Pixels in `mode`; 16-bit grey keeps its upper 8 bits, where PIL alone would clip it to white."""
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Pixels in `mode`, RGB or L; 16-bit grey keeps its upper 8 bits, where PIL alone would clip it to white."""
     if image.mode.startswith('I'):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert(mode)

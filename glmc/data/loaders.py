@@ -7,40 +7,12 @@ import numpy as np
 import torch
 from timm.data import IterableImageDataset, create_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import MaybePILToTensor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from torchvision import transforms
 
 from glmc.data.datasets import ImageSet
 from glmc.data.sampling import PairSampler, ShardSampler
-
-CIFAR_PADDING = 4
-# GLMC's published ImageNet-LT augmentation in timm's terms.
-IMAGENET_LT = dict(
-    scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), color_jitter=0.4, color_jitter_prob=None, grayscale_prob=0.2,
-    gaussian_blur_prob=0.5, interpolation='bilinear')
-
-
-def train_transform(
-        img_size: tuple[int, int], augmentation: str = 'timm', hflip: float = 0.5, no_aug: bool = False,
-        **kwargs) -> Callable:
-    """PIL image -> uint8 tensor (c, H, W).
-
-    Args:
-        img_size: (H, W) in pixels.
-        augmentation: `timm` by `kwargs` of `timm.data.create_transform`; `cifar`: random crop with padding 4 and
-            flip, after a resize where the image has another size; `imagenet_lt`.
-        hflip: Probability of a horizontal flip.
-        no_aug: Resize and centre crop only.
-    """
-    if augmentation == 'cifar' and not no_aug:
-        return transforms.Compose([
-            transforms.Resize(img_size), transforms.RandomCrop(img_size, padding=CIFAR_PADDING),
-            transforms.RandomHorizontalFlip(hflip), MaybePILToTensor()])
-    if augmentation == 'imagenet_lt':
-        kwargs = {**kwargs, **IMAGENET_LT}
-    return create_transform(img_size, is_training=True, hflip=hflip, no_aug=no_aug, use_prefetcher=True, **kwargs)
+from glmc.data.transforms import view_transform
 
 
 class ViewDataset(Dataset):
@@ -48,23 +20,24 @@ class ViewDataset(Dataset):
 
     Args:
         images: The set.
-        transform: PIL image -> uint8 tensor.
+        make_views: Of `transforms.view_transform`.
         num_views: Views of each image, all from one decoding.
         mode: RGB or L.
     """
 
-    def __init__(self, images: ImageSet, transform: Callable, num_views: int, mode: str = 'RGB'):
-        self.images, self.transform, self.num_views, self.mode = images, transform, num_views, mode
+    def __init__(self, images: ImageSet, make_views: Callable, num_views: int, mode: str = 'RGB'):
+        self.images, self.make_views, self.num_views, self.mode = images, make_views, num_views, mode
 
     def __getitem__(self, draw: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """(images · views, c, H, W) uint8, image by image, and the (images,) labels."""
         seed, *indices = draw
         with seeded(seed):
-            views = [self.transform(image) for image in map(self._decode, indices) for _ in range(self.num_views)]
+            views = [view for index in indices for view in self._views(index)]
         return torch.stack(views), torch.from_numpy(self.images.labels[indices])
 
-    def _decode(self, index: int):
-        return self.images.image(index, self.mode)
+    def _views(self, index: int) -> list[Tensor]:
+        with self.images.opened(index) as image:
+            return self.make_views(image, self.num_views, self.mode)
 
 
 class EvalDataset(Dataset):
@@ -83,12 +56,12 @@ class EvalDataset(Dataset):
 class IterableViews(IterableDataset):
     """Views of the images of a source that can only be read in its own order (wds/, tfds/, hfids/)."""
 
-    def __init__(self, source: IterableImageDataset, transform: Callable, num_views: int):
-        self.source, self.transform, self.num_views = source, transform, num_views
+    def __init__(self, source: IterableImageDataset, make_views: Callable, num_views: int, mode: str = 'RGB'):
+        self.source, self.make_views, self.num_views, self.mode = source, make_views, num_views, mode
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for image, label in self.source:
-            yield torch.stack([self.transform(image) for _ in range(self.num_views)]), torch.tensor([label])
+            yield torch.stack(self.make_views(image, self.num_views, self.mode)), torch.tensor([label])
 
 
 @contextmanager
@@ -179,7 +152,7 @@ def create_train_loader(
 
     Args:
         images: The training set.
-        augmentation: Options of `train_transform`.
+        augmentation: Options of `transforms.view_transform`.
         num_views: Views of each image.
         batch_size: Per process.
         resample_power: q of the partner images; None for none.
@@ -189,11 +162,12 @@ def create_train_loader(
     Raises:
         ValueError: If the batch is larger than the set.
     """
-    transform = train_transform(data_config['input_size'][-2:], mean=data_config['mean'], **augmentation)
+    make_views = view_transform(data_config['input_size'][-2:], mean=data_config['mean'], **augmentation)
+    views = make_views, num_views, image_mode(data_config)
     if isinstance(images, IterableImageDataset):
-        dataset, batching = IterableViews(images, transform, num_views), dict(batch_size=batch_size, drop_last=True)
+        dataset, batching = IterableViews(images, *views), dict(batch_size=batch_size, drop_last=True)
     else:
-        dataset = ViewDataset(images, transform, num_views, image_mode(data_config))
+        dataset = ViewDataset(images, *views)
         batching = dict(batch_sampler=PairSampler(images.labels, batch_size, resample_power, seed, rank, world_size))
     loader = _data_loader(dataset, workers, device, seed, **batching)
     return DeviceLoader(loader, create_normalize(data_config, device), device)

@@ -10,16 +10,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Resize
 
 from glmc.data.datasets import ImageSet
-from glmc.data.loaders import (
-    CIFAR_PADDING,
-    EvalDataset,
-    Normalize,
-    create_normalize,
-    eval_transform,
-    image_mode,
-    train_transform,
-)
+from glmc.data.loaders import EvalDataset, Normalize, create_normalize, eval_transform, image_mode
 from glmc.data.sampling import PairSampler
+from glmc.data.transforms import CIFAR_PADDING, view_transform
 from glmc.parsing import InputError
 
 MAX_BYTES = 2 ** 30  # what `auto` takes of the device's memory
@@ -134,7 +127,7 @@ def create_resident_train_loader(
     """As `loaders.create_train_loader`, for `cifar` augmentation or none."""
     plain = augmentation['no_aug']
     size = data_config['input_size'][-2:]
-    transform = train_transform(size, **augmentation) if plain else Compose([Resize(size), MaybePILToTensor()])
+    transform = view_transform(size, **augmentation).transform if plain else Compose([Resize(size), MaybePILToTensor()])
     return ResidentTrainLoader(
         images, transform, PairSampler(images.labels, batch_size, resample_power, seed, rank, world_size), num_views,
         padding=0 if plain else CIFAR_PADDING, hflip=0.0 if plain else augmentation['hflip'],
