@@ -1,6 +1,8 @@
 """Long-tail metrics on top of timm's evaluator: shot groups, per-class accuracy, calibration."""
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from timm.task.evaluator import ClassificationEvaluator
@@ -9,6 +11,14 @@ from torch import Tensor
 from glmc.data.profiles import SHOT_NAMES, shot_groups
 
 NUM_BINS = 15  # of the expected calibration error (Guo et al., arXiv 1706.04599)
+WORST_PART = 10  # the worst class in ten, rounded up
+
+
+class Predictions(NamedTuple):
+    """What was predicted for each evaluated image, in the order of the set."""
+    labels: np.ndarray  # (N,) int64
+    predicted: np.ndarray  # (N,) int64
+    confidence: np.ndarray  # (N,) float32, probability of the predicted class
 
 
 class LongTailEvaluator(ClassificationEvaluator):
@@ -24,13 +34,19 @@ class LongTailEvaluator(ClassificationEvaluator):
         self.train_counts = list(train_counts)
         self.groups = shot_groups(self.train_counts, *thresholds)
         self.thresholds = list(thresholds)
+        group = np.zeros(len(self.train_counts), dtype=np.int64)
+        for place, name in enumerate(SHOT_NAMES):
+            group[self.groups[name]] = place
+        self.group_of_class = torch.from_numpy(group).to(device or 'cpu')
         super().__init__(device)
 
     def reset(self) -> None:
         super().reset()
         size = len(self.train_counts)
         self.per_class = torch.zeros(3, size, dtype=torch.int64, device=self.device)  # images, predictions, hits
-        self.bins = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=self.device)  # images, confidence, hits
+        # images, confidence, hits; bins of the many-, then of the medium-, then of the few-shot classes
+        self.bins = torch.zeros(3, len(SHOT_NAMES) * NUM_BINS, dtype=self.loss_sum.dtype, device=self.device)
+        self.records = []  # (B, 3) label, prediction, confidence; they stay on the device
 
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor) -> None:
@@ -42,9 +58,10 @@ class LongTailEvaluator(ClassificationEvaluator):
         self.per_class[0].scatter_add_(0, target, one)
         self.per_class[1].scatter_add_(0, predicted, one)
         self.per_class[2].scatter_add_(0, target, hit.long())
-        index = (confidence * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
-        columns = torch.stack([torch.ones_like(confidence), confidence, hit.float()]).double()
+        index = (confidence * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1 + NUM_BINS * self.group_of_class[target]
+        columns = torch.stack([torch.ones_like(confidence), confidence, hit.float()]).to(self.bins.dtype)
         self.bins.scatter_add_(1, index.expand(3, -1), columns)
+        self.records.append(torch.stack([target.float(), predicted.float(), confidence], 1))
 
     def compute(self, distributed: bool = False) -> dict:
         """Metrics in percent (loss, counts and lists aside); None for a group or class without evaluated images."""
@@ -56,25 +73,55 @@ class LongTailEvaluator(ClassificationEvaluator):
         images, predictions, hits = per_class.cpu().double()
         accuracy = 100 * hits / images  # nan where a class has no image
         seen = images > 0
+        bins = bins.cpu().view(3, len(SHOT_NAMES), NUM_BINS)
         metrics.update({name: _mean(accuracy[classes][seen[classes]]) for name, classes in self.groups.items()})
         metrics.update(
             class_mean=_mean(accuracy[seen]),
             worst_class=accuracy[seen].min().item() if seen.any() else None,
+            worst_tenth=_worst_mean(accuracy[seen], WORST_PART),
             harmonic_mean=_harmonic_mean(accuracy[seen]),
             macro_f1=_mean(100 * (2 * hits / (images + predictions))[seen | (predictions > 0)]),
-            ece=_calibration_error(*bins.cpu()),
+            ece=_calibration_error(*bins.sum(1)),
+            **{f'ece_{name}': _calibration_error(*bins[:, place]) if bins[0, place].any() else None
+               for place, name in enumerate(SHOT_NAMES)},
+            **dict(zip(('bin_images', 'bin_confidence', 'bin_hits'), bins.sum(1).tolist(), strict=True)),
             num_images=int(images.sum()),
             shot_classes={name: len(self.groups[name]) for name in SHOT_NAMES},
             shot_thresholds=self.thresholds,
             per_class_accuracy=[value if ok else None for value, ok in zip(accuracy.tolist(), seen.tolist(), strict=True)],
             per_class_images=images.long().tolist(),
+            per_class_predictions=predictions.long().tolist(),
             train_counts=self.train_counts,
         )
         return metrics
 
+    def predictions(self, distributed: bool = False) -> Predictions:
+        """All images that were counted, on every process; with several, image k of process r of P is number k·P + r."""
+        records = torch.cat([torch.zeros(0, 3), *(record.cpu() for record in self.records)]).numpy()
+        if distributed:
+            shares = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, records)
+            places = [np.arange(len(share)) * len(shares) + rank for rank, share in enumerate(shares)]
+            records = np.concatenate(shares)[np.argsort(np.concatenate(places))]
+        return Predictions(records[:, 0].astype(np.int64), records[:, 1].astype(np.int64), records[:, 2])
+
+
+def confused_pairs(predictions: Predictions, limit: int = 20) -> list[tuple[int, int, int]]:
+    """The most frequent mistakes as (label, prediction, images), without a C x C matrix."""
+    wrong = predictions.labels != predictions.predicted
+    pairs = np.stack([predictions.labels[wrong], predictions.predicted[wrong]])
+    (labels, predicted), images = np.unique(pairs, axis=1, return_counts=True)
+    order = np.argsort(-images, kind='stable')[:limit]
+    return [(int(labels[k]), int(predicted[k]), int(images[k])) for k in order]
+
 
 def _mean(values: Tensor) -> float | None:
     return values.mean().item() if len(values) else None
+
+
+def _worst_mean(values: Tensor, part: int) -> float | None:
+    """Mean of the lowest value in `part`, rounded up to whole ones."""
+    return _mean(values.sort().values[:-(-len(values) // part)])
 
 
 def _harmonic_mean(values: Tensor) -> float | None:
@@ -97,10 +144,21 @@ def shot_table(metrics: dict) -> str:
         row.append(metrics[name])
     head.append('class mean')
     row.append(metrics['class_mean'])
+    return _two_lines(head, row)
+
+
+def _two_lines(head: list[str], row: list[float | None]) -> str:
     cells = ['–' if value is None else f'{value:.2f}' for value in row]
     widths = [max(len(h), len(c)) for h, c in zip(head, cells, strict=True)]
     lines = ('  '.join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in (head, cells))
     return '\n'.join(lines)
+
+
+def detail_table(metrics: dict) -> str:
+    """Two lines: the metrics that look at the worst classes and at the probabilities."""
+    columns = {'worst class': 'worst_class', 'worst 10 %': 'worst_tenth', 'harmonic mean': 'harmonic_mean',
+               'macro F1': 'macro_f1', 'ECE': 'ece', **{f'ECE {name}': f'ece_{name}' for name in SHOT_NAMES}}
+    return _two_lines([*columns, 'NLL'], [*(metrics.get(name) for name in columns.values()), metrics['loss']])
 
 
 def shot_line(metrics: dict) -> str:

@@ -4,9 +4,16 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, top_k_accuracy_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    top_k_accuracy_score,
+)
 
-from glmc.evaluation import LongTailEvaluator, shot_line, shot_table
+from glmc.evaluation import LongTailEvaluator, Predictions, confused_pairs, detail_table, shot_line, shot_table
 
 TRAIN_COUNTS = [300, 101, 100, 60, 21, 20, 3]  # two many-, three medium-, two few-shot classes
 GROUPS = {'many': [0, 1], 'medium': [2, 3, 4], 'few': [5, 6]}
@@ -170,3 +177,71 @@ def test_line_for_the_log():
     metrics = measure(logits[kept], labels[kept])
     expected = 'top-1 {top1:.2f} ({many:.1f} / {medium:.1f} / –), class mean {class_mean:.2f}'
     assert shot_line(metrics) == expected.format(**metrics)
+
+
+@pytest.mark.parametrize('seed', [1, 2])
+def test_calibration_of_the_shot_groups_is_that_of_their_images(seed):
+    logits, labels = predictions(seed)
+    metrics = measure(logits, labels)
+    for name, classes in GROUPS.items():
+        inside = np.isin(labels, classes)
+        assert metrics[f'ece_{name}'] == pytest.approx(loop_calibration_error(logits[inside], labels[inside]), abs=1e-3)
+    assert sum(metrics['bin_images']) == 400
+    assert sum(metrics['bin_hits']) == (logits.argmax(1) == labels).sum()
+    assert sum(metrics['bin_confidence']) == pytest.approx(softmax(logits).max(1).sum(), rel=1e-5)
+    gaps = np.abs(np.subtract(metrics['bin_hits'], metrics['bin_confidence']))
+    assert metrics['ece'] == pytest.approx(100 * gaps.sum() / 400)
+
+
+@pytest.mark.parametrize('num_classes', [2, 7, 40])
+def test_ece_and_f1_are_torchmetrics(num_classes):
+    functional = pytest.importorskip('torchmetrics.functional.classification', reason='needs torchmetrics')
+    logits, labels = predictions(3, 1000, num_classes)
+    metrics, probabilities = measure(logits, labels, [50] * num_classes), torch.tensor(softmax(logits))
+    error = functional.multiclass_calibration_error(
+        probabilities, torch.tensor(labels), num_classes, n_bins=15, norm='l1')
+    f1 = functional.multiclass_f1_score(probabilities, torch.tensor(labels), num_classes, average='macro')
+    assert metrics['ece'] == pytest.approx(100 * error.item(), abs=1e-3)
+    assert metrics['macro_f1'] == pytest.approx(100 * f1.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize('num_classes, worst', [(7, 1), (10, 1), (11, 2), (30, 3)])
+def test_the_worst_tenth_is_rounded_up(num_classes, worst):
+    logits, labels = predictions(4, 2000, num_classes)
+    accuracies = sorted(class_accuracies(logits, labels, num_classes))
+    metrics = measure(logits, labels, [50] * num_classes)
+    assert metrics['worst_tenth'] == pytest.approx(np.mean(accuracies[:worst]))
+
+
+def test_predictions_are_kept_in_order():
+    logits, labels = predictions()
+    evaluator = LongTailEvaluator(TRAIN_COUNTS)
+    for start in range(0, 400, 64):
+        evaluator.update(torch.tensor(logits[start:start + 64]), torch.tensor(labels[start:start + 64]))
+    kept = evaluator.predictions()
+    np.testing.assert_array_equal(kept.labels, labels)
+    np.testing.assert_array_equal(kept.predicted, logits.argmax(1))
+    np.testing.assert_allclose(kept.confidence, softmax(logits).max(1), rtol=1e-5)
+    assert LongTailEvaluator(TRAIN_COUNTS).predictions().labels.shape == (0,)
+
+
+def test_confused_pairs_are_those_of_the_confusion_matrix():
+    logits, labels = predictions()
+    matrix = confusion_matrix(labels, logits.argmax(1))
+    np.fill_diagonal(matrix, 0)
+    kept = Predictions(labels, logits.argmax(1), logits.max(1))
+    pairs = confused_pairs(kept, limit=100)
+    assert {(label, predicted): images for label, predicted, images in pairs} == {
+        (i, j): matrix[i, j] for i in range(7) for j in range(7) if matrix[i, j]}
+    assert [pair[2] for pair in pairs] == sorted((pair[2] for pair in pairs), reverse=True)
+    assert confused_pairs(kept, limit=3) == pairs[:3]
+    assert confused_pairs(Predictions(labels, labels, logits.max(1))) == []
+
+
+def test_details_of_a_group_without_images_are_a_dash():
+    logits, labels = predictions()
+    kept = labels < 5
+    head, row = detail_table(measure(logits[kept], labels[kept])).splitlines()
+    assert head.split('  ')[-2:] == ['ECE few', ' NLL']
+    assert row.split()[-2] == '–'
+    assert len(head) == len(row)
