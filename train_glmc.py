@@ -37,14 +37,28 @@ from glmc.data.sources import open_training_data
 from glmc.engine import TrainStep, evaluate, train_one_epoch
 from glmc.evaluation import LongTailEvaluator, shot_line, shot_table
 from glmc.export import export_model
+from glmc.hub import push_or_tell, warn_without_token
 from glmc.launch import create_accelerator, is_main_process
 from glmc.methods import METHODS, ignored_options
 from glmc.models import create_backbone
 from glmc.optim import create_optimizer, scaled_learning_rate
 from glmc.parsing import InputError, parse_args, pick, run_script
-from glmc.results import create_run_folder, open_run_folder, provenance, summary_row, write_summary
+from glmc.pictures import mixed_views
+from glmc.report import Evidence, classifier_norms, report_or_tell
+from glmc.results import (
+    create_run_folder,
+    open_run_folder,
+    provenance,
+    read_summary,
+    summary_row,
+    write_summary,
+    write_tables,
+)
+from glmc.trackers import log_pictures, log_row, require_trackers, start_trackers
 
 _logger = logging.getLogger('glmc.train')
+RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
+          'warmup_epochs', 'imbalance_factor')  # on the model card, with the method's own
 
 
 def main() -> None:
@@ -66,7 +80,7 @@ class Run:
         self.args, self.method = args, METHODS[args.method]
         self.accelerator = create_accelerator(args.amp, args.amp_dtype)
         self.started, self.seconds_before, self.start_epoch = time.time(), 0.0, 0
-        self.best, self.metrics, self.writer = None, None, CheckpointWriter()
+        self.best, self.metrics, self.predictions, self.writer = None, None, None, CheckpointWriter()
         self.folder = self._choose_folder()
         self._announce(given)
         set_seed(args.seed)
@@ -89,6 +103,9 @@ class Run:
 
     def _announce(self, given: set[str]) -> None:
         args = self.args
+        self.trackers = require_trackers(args.report_to)
+        if args.push_to_hub:
+            warn_without_token()
         for name in sorted(ignored_options(args.method, given)):
             _logger.warning(f"--{name.replace('_', '-')} has no effect with --method {args.method}")
         if not (args.data_dir or args.dataset or args.train_list):
@@ -118,6 +135,7 @@ class Run:
             drop_path_rate=args.drop_path, global_pool=args.gp, **args.model_kwargs)
         backbone = create_backbone(
             **self.model_options, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
+        self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if args.pretrained else None
         if args.grad_checkpointing:
             backbone.set_grad_checkpointing(True)
         self.data_config = resolve_input_data_config(
@@ -182,6 +200,7 @@ class Run:
         if self.accelerator.is_main_process:
             create_run_folder(self.folder, options)
         self.accelerator.wait_for_everyone()
+        start_trackers(self.accelerator, self.trackers, self.folder, options)
 
     # --- an epoch ---
 
@@ -205,13 +224,16 @@ class Run:
     def evaluate(self, loader) -> dict:
         if self.accelerator.num_processes > 1:
             distribute_bn(self.eval_model, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
-        return evaluate(self.accelerator, self.eval_model, loader, self.evaluator)
+        metrics = evaluate(self.accelerator, self.eval_model, loader, self.evaluator)
+        self.predictions = self.evaluator.predictions(self.accelerator.num_processes > 1)
+        return metrics
 
     def record(self, epoch: int, train_metrics: dict, metrics: dict | None) -> None:
         alpha = getattr(self.task, 'alpha', None)
         row = summary_row(epoch, train_metrics, metrics, None if alpha is None else alpha.item())
         if self.accelerator.is_main_process:
             write_summary(self.folder, row)
+            log_row(self.accelerator, row)
         evaluation = f'{shot_line(metrics)}, ' if metrics else ''
         _logger.info(f"Epoch {epoch + 1}/{self.num_epochs}: loss {train_metrics['loss']:.3f}, {evaluation}"
                      f"{train_metrics['images']:,} images at {train_metrics['images_per_second']:.0f}/s")
@@ -299,9 +321,31 @@ class Run:
         folder = export_model(self.folder / 'export', self.eval_model, metrics=self.metrics, **description)
         print(f"\n{self.args.method} on {self.metrics['evaluated_on']}, {self.metrics['num_images']:,} images:\n"
               f'{shot_table(self.metrics)}\nExported to {folder}', flush=True)
+        self.share(folder)
+
+    def share(self, export: Path) -> None:
+        """Tables, report, trackers, Hub: none of them can fail the run."""
+        args = self.args
+        write_tables(self.folder, self.metrics, self.data.class_names, self.predictions)
+        if args.report:
+            report_or_tell(self.folder, self.metrics, self._evidence, export)
+        self.accelerator.end_training()
+        if args.push_to_hub:
+            push_or_tell(export, args.push_to_hub, args.hub_private, args.hub_revision)
+
+    def _evidence(self) -> Evidence:
+        """What the report shows beside the metrics."""
+        names, last = list(map(str, self.data.class_names)), self.num_epochs - 1
+        views = mixed_views(self.train_loader, self.mixer, names, self.args.seed, last)
+        log_pictures(self.accelerator, 'mixed_views', views, last)
+        norms = classifier_norms(
+            c=getattr(self.task.trainable_module, 'classifier', None), cb=self.eval_model.get_classifier())
+        read_for = self.data.validation if self.data.validation else self.data.holdout
+        return Evidence(names, self.predictions, read_for, norms, read_summary(self.folder), views)
 
     def _load_best(self) -> None:
         state = load_checkpoint(self.folder / 'checkpoints' / BEST)
+        self.predictions = None  # those at hand are of the last epoch
         weights = state['ema']['state_dict_ema'] if self.args.model_ema else state['model']['state_dict']
         self.eval_model.load_state_dict(weights)
         self.metrics = state['metrics']
@@ -311,12 +355,16 @@ class Run:
         """What metrics.json and a checkpoint say about the model."""
         evaluated_on = evaluated_on or ('holdout' if self.data.holdout else self.args.val_list or self.args.val_split)
         return {
-            'model': self.args.model, 'method': self.args.method, 'num_classes': len(self.data.class_names),
+            'model': self.args.model, 'method': self.args.method, 'data': self._data_name(),
+            'num_classes': len(self.data.class_names),
             'parameters': self.num_parameters, 'epoch': epoch, 'epochs': self.num_epochs, 'evaluated_on': evaluated_on,
             **metrics, 'fingerprint': self.data.profile['fingerprint'], 'train_images': self.data.profile['num_images'],
             'seed': self.args.seed, 'seconds': round(self._seconds(), 1), 'processes': self.accelerator.num_processes,
             'precision': self.accelerator.mixed_precision, 'device': self._device_name(), **provenance(),
         }
+
+    def _data_name(self) -> str:
+        return self.args.train_list or self.args.dataset or self.args.data_dir or 'digits'
 
     def _device_name(self) -> str:
         device = self.accelerator.device
@@ -330,7 +378,17 @@ class Run:
         model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}
         return {'model': model, 'export': dict(
             data_config=self.data_config, class_names=list(self.data.class_names),
-            source=dict(method=self.args.method, profile=self.data.profile))}
+            source=self._source())}
+
+    def _source(self) -> dict:
+        """What an export says about its training."""
+        args = self.args
+        options = {**pick(args, RECIPE), **pick(args, sorted(self.method.options))}
+        return dict(
+            method=args.method, profile=self.data.profile, precision=self.accelerator.mixed_precision,
+            prior='uniform' if self.method.rebalanced else 'train', recipe=options,
+            license=None if args.hub_license == 'unknown' else args.hub_license,
+            base_model=self.base_model, other_weights=bool(args.initial_checkpoint) or ':' in args.model)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Options of train_glmc.py in pipeline order. Names and meaning are timm's wherever timm has the option."""
 import argparse
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.utils import ParseKwargs
 
 from glmc.parsing import Parser, number
@@ -10,6 +11,26 @@ count = number(int, 0)
 positive = number(float, 0, open_low=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
+
+TRACKERS = ('tensorboard', 'wandb', 'trackio')
+
+
+def trackers(text: str) -> str:
+    """argparse type: names of TRACKERS with commas between."""
+    unknown = [name for name in text.split(',') if name not in TRACKERS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"expected names of {', '.join(TRACKERS)}; found {unknown[0]!r}")
+    return text
+
+
+def repo_id(text: str) -> str:
+    """argparse type: name of a Hub repository."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(f'expected ORG/NAME or NAME, found {text!r}') from error
+    return text
+
 
 # Without any data, the embedded digits are trained on; these stand in for what the user did not say.
 DEMONSTRATION = dict(epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
@@ -25,7 +46,8 @@ def train_parser(methods: dict) -> Parser:
         prog='train_glmc.py', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Train a timm model on long-tailed images with GLMC. Without data: a demonstration on digits.')
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
-    for add_group in (_data, _long_tail, _augmentation, _model, _method, _optimizer, _schedule, _running, _output):
+    for add_group in (data_group, _training_data, _long_tail, _augmentation, _model, input_group, _method, _optimizer,
+                      _schedule, _running, _output, share_group):
         add_group(parser)
     methods_help = '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
     parser._option_string_actions['--method'].choices = list(methods)
@@ -33,15 +55,14 @@ def train_parser(methods: dict) -> Parser:
     return parser
 
 
-def _data(parser: Parser) -> None:
+def data_group(parser: Parser) -> None:
+    """Options of every script that reads images."""
     group = parser.add_argument_group('data')
     add = group.add_argument
     add('--data-dir', metavar='DIR', help='image folders (or a tar), root of a list, or download folder')
     add('--dataset', default='', metavar='NAME', help="timm's source: empty for folders, torch/…, hfds/…, wds/…, tfds/…")
-    add('--train-split', default='train', help='name of the training split')
     add('--val-split', default='validation', help='name of the split to evaluate on')
-    add('--train-list', metavar='FILE', help='`path label` lines (may be .gz), paths relative to --data-dir')
-    add('--val-list', metavar='FILE', help='the same for evaluation')
+    add('--val-list', metavar='FILE', help='`path label` lines (may be .gz) to evaluate on, paths relative to --data-dir')
     add('--num-classes', type=positive_int, help='number of classes; default: as found in the training data')
     add('--class-map', metavar='FILE', help="timm's class-to-index file")
     add('--input-key', help='column or key of the image (hfds, wds, tfds)')
@@ -49,6 +70,13 @@ def _data(parser: Parser) -> None:
     add('--dataset-download', action='store_true', help='let torch/ and tfds/ sources download')
     add('--class-counts', metavar='FILE', help='training images per class, for sources that cannot be indexed: '
         'JSON list, metrics.json of a run, or one number a line; default: one counting pass')
+
+
+def _training_data(parser: Parser) -> None:
+    group = parser.add_argument_group('training data')
+    add = group.add_argument
+    add('--train-split', default='train', help='name of the training split')
+    add('--train-list', metavar='FILE', help='`path label` lines to train on')
     add('--holdout', type=positive, default=None, metavar='N',
         help='evaluate each epoch on training images set aside per class (a number, taken before the long tail is '
         'cut, or a fraction), keep the best epoch by class mean, and read the validation split once, at the end')
@@ -96,17 +124,23 @@ def _model(parser: Parser) -> None:
     add('--model', default='resnet18', metavar='NAME', help='any timm architecture, hf-hub:… or local-dir:…')
     add('--pretrained', action='store_true', help="start from the architecture's pretrained weights")
     add('--initial-checkpoint', metavar='FILE', help='start from these weights (.safetensors or .pth)')
+    add('--drop', type=fraction, metavar='PCT', help='drop-out before the classifier')
+    add('--drop-path', type=fraction, metavar='PCT', help='stochastic depth')
+    add('--grad-checkpointing', action='store_true', help='trade compute for memory')
+
+
+def input_group(parser: Parser) -> None:
+    """Options of what goes into a model, and of its shape."""
+    group = parser.add_argument_group('model input')
+    add = group.add_argument
     add('--img-size', type=positive_int, metavar='N', help="side of the input in pixels; default: the model's")
     add('--in-chans', type=positive_int, metavar='N', help="image channels, 1 or 3; default: the model's")
     add('--gp', metavar='POOL', help='global pooling: avg, max, avgmax, …')
-    add('--drop', type=fraction, metavar='PCT', help='drop-out before the classifier')
-    add('--drop-path', type=fraction, metavar='PCT', help='stochastic depth')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='more for timm.create_model')
     add('--mean', type=float, nargs='+', metavar='M', help="normalisation; default: the model's")
     add('--std', type=positive, nargs='+', metavar='S', help="normalisation; default: the model's")
     add('--interpolation', choices=('bilinear', 'bicubic', 'nearest', 'lanczos'), help='of the evaluation resize')
     add('--crop-pct', type=positive, metavar='PCT', help='of the evaluation centre crop')
-    add('--grad-checkpointing', action='store_true', help='trade compute for memory')
     add('--channels-last', action=argparse.BooleanOptionalAction, default=True,
         help='memory layout that convolutions like')
 
@@ -196,3 +230,15 @@ def _output(parser: Parser) -> None:
     add('--checkpoint-hist', type=positive_int, default=3, metavar='N', help='checkpoints to keep, the best aside')
     add('--log-interval', type=positive_int, default=50, metavar='N', help='steps between log lines')
     add('--debug', action='store_true', help='show a traceback where an error is one line otherwise')
+
+
+def share_group(parser: Parser) -> None:
+    """Options of what is shown and shared at the end of a run."""
+    group = parser.add_argument_group('report and sharing')
+    add = group.add_argument
+    add('--report', action=argparse.BooleanOptionalAction, default=True, help='write report.html and plots at the end')
+    add('--report-to', type=trackers, metavar='NAMES', help=f"log to these as well, commas between: {', '.join(TRACKERS)}")
+    add('--push-to-hub', type=repo_id, metavar='ORG/NAME', help='upload the export at the end; token from HF_TOKEN or login')
+    add('--hub-private', action='store_true', help='where the repository is new, make it private')
+    add('--hub-revision', metavar='NAME', help='branch to upload to')
+    add('--hub-license', default='unknown', metavar='ID', help="licence on the model card, e.g. apache-2.0: yours to choose")

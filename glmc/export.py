@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from glmc.card import write_card
 from glmc.checkpoint import load_checkpoint
-from glmc.evaluation import shot_table
 from glmc.models import create_backbone
 from glmc.parsing import InputError
 
@@ -33,7 +33,8 @@ def export_model(
         data_config: timm's, of the evaluation: input_size, mean, std, interpolation, crop_pct, crop_mode.
         class_names: C names.
         metrics: What `metrics.json` says.
-        source: More for the root of config.json.
+        source: More for the root of config.json: `method`, `profile`, `prior`, `precision`, `recipe`, `license`,
+            `base_model`.
 
     Returns:
         The folder.
@@ -50,11 +51,11 @@ def export_model(
     save_file(tensors, beside / 'model.safetensors', metadata={'format': 'pt'})
     os.chmod(beside / 'model.safetensors', (beside.stat().st_mode & 0o666))
     config = dict(
-        label_names=list(class_names), glmc=source or {},
-        pretrained_cfg=dict(tag='glmc', license=None, origin_url=None, paper_ids=None, hf_hub_id=None))
+        label_names=list(class_names), glmc=source or {}, pretrained_cfg=dict(
+            tag='glmc', license=(source or {}).get('license'), origin_url=None, paper_ids=None, hf_hub_id=None))
     save_config_for_hf(model, str(beside / 'config.json'), model_config=config, data_config=data_config)
     (beside / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-    (beside / 'README.md').write_text(model_card(metrics, data_config), encoding='utf-8')
+    write_card(beside)
     verify_export(beside, model)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
@@ -70,38 +71,6 @@ def verify_export(folder: Path, model: nn.Module) -> None:
     reference = copy.deepcopy(model).to('cpu', torch.float32, memory_format=torch.contiguous_format).eval()
     if not torch.equal(reference(images), loaded(images)):
         raise RuntimeError(f'{folder}: the exported model does not give the logits of the trained one')
-
-
-def model_card(metrics: dict, data_config: dict) -> str:
-    """README.md of an export: how to load it, and what was measured."""
-    name, size = metrics['model'], data_config['input_size'][-1]
-    ours = name.startswith('resnet32')
-    registered = '\nThis architecture is not one of timm\'s own: `import glmc` before loading it.\n' if ours else ''
-    return f"""---
-library_name: timm
-pipeline_tag: image-classification
-tags: [timm, image-classification, long-tail]
----
-# {name}, trained with {metrics['method']}
-
-A plain timm model for {metrics['num_classes']} classes at {size}x{size} pixels.
-{registered}
-```python
-import timm
-model = timm.create_model('local-dir:PATH', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-```
-
-{_measured(metrics)}
-Training set: {metrics['train_images']:,} images, fingerprint `{metrics['fingerprint']}`. All figures are in `metrics.json`.
-"""
-
-
-def _measured(metrics: dict) -> str:
-    if 'top1' not in metrics:
-        return 'Not evaluated.\n'
-    table = f'```\n{shot_table(metrics)}\n```'
-    return f"{table}\n\nMeasured on {metrics['num_images']:,} images of `{metrics['evaluated_on']}`.\n"
 
 
 def export_checkpoint(checkpoint: str | Path, folder: str | Path | None = None) -> Path:

@@ -41,6 +41,7 @@ class Method:
         task_options, module_options, mixer_options: Names of the options each takes.
         paired: Whether an image comes with a partner.
         num_views: Views of each image.
+        rebalanced: Whether the classifier is fitted to a uniform class prior instead of the training set's.
     """
     summary: str
     task: type[TrainingTask]
@@ -51,6 +52,7 @@ class Method:
     mixer_options: tuple[str, ...] = ()
     paired: bool = False
     num_views: int = 1
+    rebalanced: bool = False
 
     @property
     def options(self) -> set[str]:
@@ -64,7 +66,7 @@ METHODS = {
         task=PlainTask),
     'glmc': Method(
         summary='global and local mixture consistency cumulative learning (arXiv 2305.08661)',
-        task=GLMCTask, module=GLMCModule, mixer=GLMCMixer, paired=True, num_views=2,
+        task=GLMCTask, module=GLMCModule, mixer=GLMCMixer, paired=True, num_views=2, rebalanced=True,
         task_options=('reweight_power', 'consistency_weight'),
         module_options=('projection_dim', 'balanced', 'joint_forward'),
         mixer_options=('mix_beta', 'cutmix_lambda', 'partner', 'resample_power')),

@@ -4,11 +4,13 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
 
+from glmc.evaluation import Predictions, confused_pairs
 from glmc.parsing import InputError
 
 SUMMARY = 'summary.csv'
@@ -81,6 +83,34 @@ def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | No
     row.update({name: train.get(name) for name in ('loss_c', 'loss_cb', 'loss_sim')})
     row['images_per_second'] = round(train['images_per_second'], 1)
     return {name: '' if value is None else value for name, value in row.items()}
+
+
+def write_tables(
+        folder: Path, metrics: dict, class_names: Sequence[str] | None, predictions: Predictions | None = None) -> None:
+    """per_class.csv, and the most frequent mistakes as confused_pairs.csv where there are predictions."""
+    names = class_names or list(map(str, range(len(metrics['train_counts']))))
+    columns = ('train_counts', 'per_class_images', 'per_class_accuracy', 'per_class_predictions')
+    rows = zip(range(len(names)), names, *(metrics[column] for column in columns), strict=True)
+    _write_csv(folder / 'per_class.csv', ('class', 'name', 'train_images', 'images', 'accuracy', 'predictions'), rows)
+    if predictions is not None:
+        pairs = ((names[label], names[predicted], images) for label, predicted, images in confused_pairs(predictions, 100))
+        _write_csv(folder / 'confused_pairs.csv', ('label', 'prediction', 'images'), pairs)
+
+
+def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence]) -> None:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        writer.writerows(rows)
+
+
+def read_summary(folder: Path) -> list[dict[str, float | None]]:
+    """Rows of summary.csv, None where a cell is empty; none where there is no file."""
+    path = folder / SUMMARY
+    if not path.exists():
+        return []
+    with open(path, newline='', encoding='utf-8') as file:
+        return [{name: float(cell) if cell else None for name, cell in row.items()} for row in csv.DictReader(file)]
 
 
 def provenance() -> dict:

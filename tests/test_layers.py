@@ -12,7 +12,8 @@ LAYERS = [
     'data.profiles', 'data.datasets', 'data.sources', 'data.sampling', 'data.transforms',
     'data.loaders', 'data.resident',
     'mixing', 'cifar_resnet', 'models', 'losses', 'tasks', 'methods', 'optim',
-    'evaluation', 'engine', 'checkpoint', 'export', 'results', 'launch',
+    'evaluation', 'priors', 'engine', 'checkpoint', 'card', 'export', 'trained', 'results',
+    'pictures', 'plots', 'page', 'report', 'trackers', 'hub', 'launch',
 ]
 
 

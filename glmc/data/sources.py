@@ -96,6 +96,34 @@ def open_validation(
     return images.with_classes(train.class_names)
 
 
+def open_evaluation_data(
+        *, class_names: Sequence[str] | None, num_classes: int, data_dir: str | None = None, dataset: str = '',
+        val_split: str = 'validation', val_list: str | None = None, batch_size: int = 64,
+        **source_options) -> ImageSet | IterableImageDataset:
+    """The images that a trained model is evaluated on, labelled as it was trained.
+
+    Args:
+        class_names: C names in the order of the model's outputs; None if unknown: the set's own order must be the model's.
+        num_classes: C.
+        **source_options: As those of `open_training_data`.
+
+    Raises:
+        InputError: If there is none, or its classes are not the model's.
+    """
+    source = dict(name=dataset, root=data_dir, num_classes=num_classes, batch_size=batch_size, **source_options)
+    images = open_images(val_split, val_list, **source)
+    if isinstance(images, IterableImageDataset):
+        images.reader = _CheckedReader(_undivided(images.reader), num_classes, f'--dataset {dataset}', *_place())
+        return images
+    if val_list:  # numbers say which class it is
+        return replace(images, class_names=class_names or images.class_names)
+    if class_names is not None:
+        return images.with_classes(class_names)
+    if images.num_classes != num_classes:
+        raise InputError(f'{images.source}: has {images.num_classes} classes, the model has {num_classes}')
+    return images
+
+
 def _iterable_data(
         train: IterableImageDataset, source: dict, train_split: str, val_split: str, val_list: str | None,
         num_classes: int | None, class_counts: str | None, thresholds: Sequence[int], cuts: tuple) -> TrainingData:

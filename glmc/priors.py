@@ -1,0 +1,86 @@
+"""Test distributions and what they change: which images are kept, and how logits move from one prior to another."""
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from glmc.data.profiles import long_tail_counts
+
+TARGETS = ('uniform', 'forward', 'backward')
+
+
+def ranked_counts(train_counts: Sequence[int], n_max: int, kind: str, imbalance_factor: float) -> np.ndarray:
+    """Test images per class of the test-agnostic benchmark (SADE, Zhang et al., arXiv 2107.09249).
+
+    `forward`: n_max·F^(-r/(C-1)) for the class of rank r by training images, as long-tailed as training is; `backward`:
+    the same the other way round; `uniform`: n_max of each. Classes with equally many training images rank by label.
+
+    Args:
+        train_counts: (C,) training images per class.
+        n_max: Test images of the largest class.
+        kind: One of TARGETS.
+        imbalance_factor: F, which `uniform` has no use for.
+
+    Returns:
+        (C,) int64 counts.
+
+    Raises:
+        ValueError: If a class would be left without an image or `kind` is unknown.
+    """
+    if kind not in TARGETS:
+        raise ValueError(f"kind must be one of {', '.join(TARGETS)}, got {kind!r}")
+    factor = 1.0 if kind == 'uniform' else imbalance_factor
+    profile = long_tail_counts(n_max, len(train_counts), factor)
+    order = np.argsort(-np.asarray(train_counts), kind='stable')
+    counts = np.empty_like(profile)
+    counts[order] = profile[::-1] if kind == 'backward' else profile
+    return counts
+
+
+def target_prior(train_counts: Sequence[int], kind: str, imbalance_factor: float) -> np.ndarray:
+    """(C,) class probabilities of `ranked_counts`, before rounding to images."""
+    large = 10 ** 6 * max(imbalance_factor, 1)
+    return normalized(ranked_counts(train_counts, int(large), kind, imbalance_factor))
+
+
+def normalized(counts: Sequence[float]) -> np.ndarray:
+    """(C,) float64 probabilities; classes that were counted zero times get those of half an image."""
+    counts = np.maximum(np.asarray(counts, dtype=np.float64), 0.5)
+    return counts / counts.sum()
+
+
+def prior_shift(source: Sequence[float], target: Sequence[float]) -> Tensor:
+    """What to add to logits learnt under one class prior to use them under another: log π_target - log π_source.
+
+    Logit adjustment (Menon et al., arXiv 2007.07314; Saerens et al. 2002).
+
+    Args:
+        source: (C,) probabilities the classifier embodies.
+        target: (C,) probabilities it will meet.
+
+    Returns:
+        (C,) float32, zero where nothing changes.
+    """
+    return torch.from_numpy(np.log(np.asarray(target)) - np.log(np.asarray(source))).float()
+
+
+class AdjustedModel(nn.Module):
+    """A model whose logits are averaged over the mirrored image and moved to another class prior.
+
+    Args:
+        model: Images -> (B, C) logits.
+        shift: (C,) of `prior_shift`, or None.
+        flip: Average the logits of image and mirror image.
+    """
+
+    def __init__(self, model: nn.Module, shift: Tensor | None = None, flip: bool = False):
+        super().__init__()
+        self.model, self.flip = model, flip
+        self.register_buffer('shift', shift)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.model(images).float()
+        if self.flip:
+            logits = (logits + self.model(images.flip(-1)).float()) / 2
+        return logits if self.shift is None else logits + self.shift

@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""Evaluate a trained model on long-tailed classes: shot groups, worst classes, calibration, and a report with plots.
+
+    python validate_glmc.py --model output/RUN/export --data-dir my_images
+    python validate_glmc.py --model hf-hub:ORG/NAME --data-dir my_images --flip-tta
+    python validate_glmc.py --model resnet50 --class-counts counts.json --dataset torch/imagenet --data-dir data
+    python validate_glmc.py --compare output/RUN-A output/RUN-B
+"""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import IterableImageDataset
+
+from glmc.config import count, data_group, input_group, positive_int
+from glmc.data.loaders import create_eval_loader
+from glmc.data.profiles import long_tail_indices
+from glmc.data.sources import open_evaluation_data, read_class_counts
+from glmc.engine import evaluate
+from glmc.evaluation import LongTailEvaluator, detail_table, shot_table
+from glmc.launch import create_accelerator, is_main_process
+from glmc.parsing import InputError, Parser, number, parse_args, pick, run_script
+from glmc.priors import TARGETS, AdjustedModel, normalized, prior_shift, ranked_counts, target_prior
+from glmc.report import Evidence, classifier_norms, write_comparison, write_report
+from glmc.results import open_run_folder, provenance, write_tables
+from glmc.trained import TrainedModel, open_trained
+
+PRECISIONS = {'bf16': 'bfloat16', 'fp16': 'float16'}
+DATA_CONFIG = ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')
+
+
+def main() -> None:
+    args, _ = parse_args(validate_parser())
+    if args.compare:
+        compare(args)
+    else:
+        validate(args)
+
+
+def validate(args: argparse.Namespace) -> None:
+    trained = open_trained(
+        args.model, checkpoint=args.checkpoint, data_options=pick(args, DATA_CONFIG), num_classes=args.num_classes,
+        img_size=args.img_size, in_chans=args.in_chans, global_pool=args.gp, **args.model_kwargs)
+    args.shot_thresholds = args.shot_thresholds or trained.facts.get('profile', {}).get('shot_thresholds', [20, 100])
+    counts = training_counts(args, trained)
+    accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
+    images = choose_images(args, trained, counts)
+    model = adjust(args, trained, counts, images).to(accelerator.device)
+    loader = create_eval_loader(
+        images, batch_size=args.batch_size, data_config=trained.data_config, device=accelerator.device,
+        workers=args.workers, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    evaluator = LongTailEvaluator(counts, args.shot_thresholds, device=accelerator.device)
+    metrics = evaluate(accelerator, model, loader, evaluator)
+    predictions = evaluator.predictions(accelerator.num_processes > 1)
+    if accelerator.is_main_process:
+        facts = describe(args, trained, accelerator)
+        leave_results(args, trained, {**facts, **metrics, **provenance()}, predictions, images)
+
+
+def validate_parser() -> Parser:
+    parser = Parser(
+        prog='validate_glmc.py', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description='Evaluate any export, checkpoint, Hub id or timm model on long-tailed classes.')
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
+    for add_group in (data_group, _model_group, input_group, _evaluation_group, _running_group):
+        add_group(parser)
+    return parser
+
+
+def _model_group(parser: Parser) -> None:
+    add = parser.add_argument_group('model').add_argument
+    add('--model', default='resnet18', metavar='NAME',
+        help='export folder, run folder, checkpoint, hf-hub:ORG/NAME, or a timm architecture with its pretrained weights')
+    add('--checkpoint', metavar='FILE', help='weights for an architecture (.safetensors or .pth)')
+
+
+def _evaluation_group(parser: Parser) -> None:
+    add = parser.add_argument_group('evaluation').add_argument
+    add('--shot-thresholds', type=count, nargs=2, metavar=('FEW', 'MANY'),
+        help="few-shot <= FEW < medium-shot <= MANY < many-shot training images; default: the training's, else 20 100")
+    add('--flip-tta', action='store_true', help='average the logits of image and mirror image')
+    add('--test-distribution', choices=TARGETS,
+        help='keep test images so that they are distributed like the training set (forward) or the other way round '
+        '(backward), as in the test-agnostic benchmark (arXiv 2107.09249)')
+    add('--target-prior', choices=(*TARGETS, 'test'),
+        help='move the logits to this class prior; test: that of the images evaluated on')
+    add('--source-prior', choices=('train', 'uniform'),
+        help="prior that the classifier has learnt; default: the export's, train for a plain timm model")
+    add('--target-imbalance', type=number(float, 1), default=50.0, metavar='F', help='of forward and backward')
+    add('--compare', nargs='+', metavar='FOLDER', help='evaluate nothing: draw the results in these folders together')
+
+
+def _running_group(parser: Parser) -> None:
+    add = parser.add_argument_group('running').add_argument
+    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per process and step')
+    add('-j', '--workers', type=count, default=2, metavar='N', help='loader processes per process')
+    add('--amp', action='store_true', help='mixed precision in float16, or in --amp-dtype')
+    add('--amp-dtype', choices=('float16', 'bfloat16'), help="default: as the launcher says, else training's")
+    add('--output', default='output', metavar='DIR', help='parent folder of the results')
+    add('--experiment', metavar='NAME', help='folder of these results; default: validate-model, numbered')
+    add('--report', action=argparse.BooleanOptionalAction, default=True, help='write report.html and plots')
+    add('--debug', action='store_true', help='show a traceback where an error is one line otherwise')
+
+
+def training_counts(args: argparse.Namespace, trained: TrainedModel) -> list[int]:
+    """Training images per class, which decide the shot groups."""
+    counts = trained.facts.get('profile', {}).get('class_counts')
+    if args.class_counts:
+        counts = read_class_counts(args.class_counts)
+    if counts is None:
+        raise InputError(f'--model {args.model}: nothing says how many training images each class had; expected '
+                         '--class-counts FILE (JSON list, metrics.json of a run, or one number a line)')
+    if len(counts) != trained.num_classes:
+        raise InputError(f'--class-counts {args.class_counts or "of the export"}: found {len(counts)} classes, '
+                         f'--model {args.model} has {trained.num_classes}')
+    return counts
+
+
+def trained_precision(trained: TrainedModel, amp: bool) -> str | None:
+    """The training's mixed precision, unless a flag or the launcher names one or this device cannot do it."""
+    precision = trained.facts.get('precision')
+    if amp or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no') != 'no':
+        return None
+    return None if precision == 'fp16' and not torch.cuda.is_available() else PRECISIONS.get(precision)
+
+
+def choose_images(args: argparse.Namespace, trained: TrainedModel, counts: list[int]):
+    """The set that the data options name, cut to the test distribution."""
+    images = open_evaluation_data(
+        class_names=trained.class_names, num_classes=trained.num_classes, download=args.dataset_download or None,
+        **pick(args, ('data_dir', 'dataset', 'val_split', 'val_list', 'batch_size', 'class_map', 'input_key', 'target_key')))
+    if not args.test_distribution:
+        return images
+    require_index(images, '--test-distribution', args.test_distribution)
+    smallest = int(images.counts().min())
+    try:
+        kept = ranked_counts(counts, smallest, args.test_distribution, args.target_imbalance)
+    except ValueError as error:
+        raise InputError(f'--test-distribution {args.test_distribution}, --target-imbalance '
+                         f'{args.target_imbalance:g}: {error}') from error
+    return images.subset(long_tail_indices(images.labels, kept))
+
+
+def require_index(images, flag: str, value: str) -> None:
+    if isinstance(images, IterableImageDataset):
+        raise InputError(f'{flag} {value}: needs a source with an index')
+
+
+def adjust(args: argparse.Namespace, trained: TrainedModel, counts: list[int], images) -> torch.nn.Module:
+    """The model with whatever is done to its logits."""
+    if not args.target_prior:
+        return AdjustedModel(trained.model, flip=True) if args.flip_tta else trained.model
+    if args.target_prior == 'test':
+        require_index(images, '--target-prior', 'test')
+        target = normalized(images.counts())
+    else:
+        target = target_prior(counts, args.target_prior, args.target_imbalance)
+    learnt = args.source_prior or trained.facts.get('prior', 'train')
+    source = normalized(counts if learnt == 'train' else np.ones(len(counts)))
+    return AdjustedModel(trained.model, prior_shift(source, target), args.flip_tta)
+
+
+def describe(args: argparse.Namespace, trained: TrainedModel, accelerator) -> dict:
+    """What metrics.json says beside the metrics."""
+    options = pick(args, ('flip_tta', 'test_distribution', 'target_prior', 'source_prior', 'target_imbalance'))
+    return {
+        'model': trained.architecture, 'weights': args.model, 'method': trained.facts.get('method'),
+        'num_classes': trained.num_classes, 'parameters': sum(p.numel() for p in trained.model.parameters()),
+        'evaluated_on': args.val_list or args.val_split, **options, 'precision': accelerator.mixed_precision,
+        'processes': accelerator.num_processes, 'fingerprint': trained.facts.get('profile', {}).get('fingerprint'),
+    }
+
+
+def leave_results(args: argparse.Namespace, trained: TrainedModel, metrics: dict, predictions, images) -> None:
+    folder = open_run_folder(args.output, args.experiment, f'validate-{trained.architecture}', resume=False)
+    try:
+        folder.mkdir(parents=True)
+        (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    except OSError as error:
+        raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
+    class_names = trained.class_names or getattr(images, 'class_names', None)
+    write_tables(folder, metrics, class_names, predictions)
+    print(f"{args.model} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n{shot_table(metrics)}\n"
+          f'{detail_table(metrics)}\nWritten to {folder}', flush=True)
+    if args.report:
+        norms = classifier_norms(classifier=trained.model.get_classifier())
+        write_report(folder, metrics, Evidence(class_names, predictions, images, norms))
+
+
+def compare(args: argparse.Namespace) -> None:
+    folder = open_run_folder(args.output, args.experiment, 'compare', resume=False)
+    print(write_comparison(folder, [Path(name) for name in args.compare]))
+
+
+if __name__ == '__main__':
+    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv))
