@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -20,10 +21,11 @@ PACKS = ROOT.parent / 'shared' / 'data'
 COUNTS = {'ant': 14, 'bee': 7, 'cat': 4}  # training images per class of the small sets; 5 + 4 + 4 for validation
 VALIDATION = {'ant': 5, 'bee': 4, 'cat': 4}
 TINY = ['--model', 'test_resnet', '--img-size', '32', '--batch-size', '8', '--workers', '0', '--epochs', '1',
-        '--lr', '0.01']
+        '--lr', '0.01', '--no-report']
 
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # every data set used here is on this disk
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose where several tests run at once
 Outcome = namedtuple('Outcome', 'code out err')
 
 
@@ -72,7 +74,8 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 def run_command(*command, cwd: Path = ROOT, **environment) -> Outcome:
     """A command in a process of its own, without the distributed settings of this one."""
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': '', **environment}
+    defaults = {'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
+    env = {**os.environ, **defaults, **environment}
     done = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -101,6 +104,17 @@ def folders(tmp_path_factory) -> Path:
     write_folders(root / 'train', COUNTS)
     write_folders(root / 'validation', VALIDATION, start=100)
     return root
+
+
+@pytest.fixture(scope='session')
+def finished_run(folders, tmp_path_factory) -> Path:
+    """Folder of a run of 2 epochs on `folders`, by the script in a process of its own; look, but change nothing."""
+    output = tmp_path_factory.mktemp('runs')
+    outcome = run_train(*TINY, '--epochs', '2', '--data-dir', folders, '--output', output, '--experiment', 'first')
+    assert outcome.code == 0, outcome.err
+    (output / 'stdout.txt').write_text(outcome.out)
+    (output / 'stderr.txt').write_text(outcome.err)
+    return output / 'first'
 
 
 @pytest.fixture

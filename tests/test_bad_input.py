@@ -1,0 +1,258 @@
+"""Wrong input: exit code 2 and one line that names the flag or file, what was found and what is expected."""
+import os
+import re
+import shutil
+
+import pytest
+from conftest import COUNTS, TINY, Outcome, coloured, run_train, write_folders, write_shards
+
+import glmc.export
+
+OPTIONS = {  # command line -> what the line says
+    '--imbalance-factor 0.5': '--imbalance-factor: expected a number >= 1.*0.5',
+    '--imbalance-factor 1000': '--imbalance-factor 1000: .*leaves a class of 4 images with none',
+    '--batch-size 26': '--batch-size 26, 1 processes: a batch of 26 is larger than the set of 25 images',
+    '--batch-size 0': '(-b/)?--batch-size: expected a number >= 1.*0',
+    '--epochs 1.5': "--epochs: .*'?1.5",
+    '--epoch 3': '--epoch: unknown option; did you mean --epochs',
+    'stray': 'stray: unexpected argument',
+    '--method glmx': "--method: invalid choice: '?glmx'? .*'?glmc",
+    '--model resnet_18': '--model resnet_18: not a model of timm .*resnet18',
+    '--model qwen3_vit_88m_enc': '--model qwen3_vit_88m_enc: expected a model with a classifier, found an encoder',
+    '--model local-dir:nowhere': '--model local-dir:nowhere: .*nowhere',
+    '--model resnet32_cifar --drop-path 0.1': '--model resnet32_cifar: .*drop_path_rate',
+    '--model resnet18 --drop-path 1.5': '--drop-path: expected a number >= 0 and <= 1, found 1.5',
+    '--gp nonsense': '--(gp|model) .*nonsense',
+    '--in-chans 2': '--in-chans.* 2',
+    '--in-chans 5': '--in-chans.* 5',
+    '--model-kwargs layerz=3': '--model test_resnet: .*layerz',
+    '--num-classes 4': '--num-classes 4: .* has 3 classes',
+    '--mean 0.5 0.5': '--mean.* 2',
+    '--opt sgdd': '--opt sgdd: .*sgdd',
+    '--opt adamw --opt-kwargs nonsense=1': '--opt adamw: .*nonsense',
+    '--sched triangle': "--sched: invalid choice: '?triangle",
+    '--lr 0': '--lr: expected a number > 0, found 0',
+    '--holdout 4': "--holdout 4: class 'cat' has 4 training images",
+    '--shot-thresholds 100 20': '--shot-thresholds.*100',
+    '--aa nonsense': '--aa.*nonsense',
+    '--val-split test': '--data-dir .*: no folder for --val-split test',
+    '--train-split training2': "--data-dir .*: no folder for split 'training2', found train, validation",
+    '--class-map nowhere.txt': '--data-dir .*nowhere.txt',
+    '--initial-checkpoint nowhere.pth': '--initial-checkpoint nowhere.pth: .*',
+    '--resume nowhere/checkpoints/epoch-0001.safetensors': '(--resume )?nowhere/.*: .*No such file',
+    '--resume README.md': '(--resume )?README.md: expected a checkpoint of train_glmc.py',
+    '--resume tests': '--resume tests: no checkpoint in this folder',
+    '--dataset hfds/nowhere/nothing': '--dataset hfds/nowhere/nothing, split train: cannot be opened: ',
+    '--dataset cifar100': '--dataset cifar100: expected torch/NAME, hfds/NAME',
+    '--dataset torch/nothing': '--dataset torch/nothing, split train: cannot be opened: ',
+    '--dataset wds/nothing': '--dataset wds/nothing, split train: cannot be opened: ',
+    '--config nowhere.yaml': '--config nowhere.yaml: cannot be read',
+    '--output README.md': '--output: cannot write to README.md',
+    '--resident on': '--resident on: needs an indexable source and --augmentation cifar',
+}
+
+
+def error_line(outcome) -> str:
+    """The one line of an error; what comes before it are messages of the run."""
+    *messages, line = outcome.err.splitlines()
+    assert outcome.code == 2 and line.startswith('error: '), outcome.err
+    assert 'Traceback' not in outcome.err and not any(message.startswith('error') for message in messages)
+    assert 'Exported' not in outcome.out
+    return line.removeprefix('error: ')
+
+
+@pytest.fixture
+def refused(script, tmp_path, folders, monkeypatch):
+    """Options -> the error line of a tiny run on `folders`; it must leave no run behind."""
+    def run(*options, data_dir=folders, output=tmp_path / 'output') -> str:
+        where = ['--data-dir', data_dir] if data_dir else []
+        line = error_line(script(*TINY, *where, '--output', output, *options))
+        assert not (tmp_path / 'output').exists() or not list((tmp_path / 'output').rglob('*.safetensors'))
+        return line
+    monkeypatch.chdir(tmp_path)  # where nothing of the repository can be overwritten
+    (tmp_path / 'README.md').write_text('no checkpoint')
+    (tmp_path / 'tests').mkdir()
+    return run
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+def test_option(options, refused, tmp_path):
+    outside = [tmp_path.parent / 'args.yaml', tmp_path.parent.parent / 'args.yaml']
+    before = [path.exists() for path in outside]
+    assert re.match(OPTIONS[options], refused(*options.split()))
+    left = {path.name for path in tmp_path.iterdir()} - {'README.md', 'tests', 'output'}
+    assert not left and not list((tmp_path / 'tests').iterdir())
+    assert before == [path.exists() for path in outside]
+
+
+# --- folders ---
+
+
+def empty_class(root):
+    (root / 'train' / 'dog').mkdir()
+    (root / 'train' / 'dog' / 'notes.txt').write_text('no image')
+
+
+FOLDERS = {
+    'missing': (shutil.rmtree, '--data-dir .*: no such folder'),
+    'empty': (lambda root: [shutil.rmtree(root), root.mkdir()], '--data-dir .*: (no images|.*Found 0 images)'),
+    'empty train': (lambda root: [shutil.rmtree(root / 'train'), (root / 'train').mkdir()], '--data-dir .*Found 0 images'),
+    'no validation': (lambda root: shutil.rmtree(root / 'val'), '--data-dir .*: no folder for --val-split validation'),
+    'class without images': (empty_class, r'--data-dir.*class folder .*train/dog has no images \(.*\.jpg'),
+    'class only in validation': (
+        lambda root: write_folders(root / 'val', {'dog': 2}), "--data-dir .*: class 'dog' is not in the training data"),
+    'image beside the classes': (
+        lambda root: coloured(0, 0).save(root / 'train' / 'stray.png'), 'image stray.png lies in no class folder'),
+}
+
+
+@pytest.mark.parametrize('name', FOLDERS)
+def test_folder(name, refused, tmp_path):
+    spoil, expected = FOLDERS[name]
+    root = tmp_path / 'images'
+    write_folders(root / 'train', COUNTS)
+    write_folders(root / 'val', {'bee': 2})
+    spoil(root)
+    assert re.search(expected, refused(data_dir=root))
+
+
+def test_data_dir_that_is_a_file(refused, tmp_path):
+    assert re.match('--data-dir .*README.md.*: ', refused(data_dir=tmp_path / 'README.md'))
+
+
+def test_tar_for_both_splits(refused, folders, tmp_path):
+    shutil.make_archive(tmp_path / 'images', 'tar', folders / 'train')
+    assert 'no folder for --val-split validation' in refused(data_dir=tmp_path / 'images.tar')
+
+
+# --- lists ---
+
+
+@pytest.mark.parametrize('flag, text, expected', [
+    ('--train-list', 'train/ant/0.png -1\n', 'line 1: expected a label 0 or more, found -1'),
+    ('--train-list', 'train/ant/0.png 0\ntrain/bee/0.png 2\n', "class '1' has no training image"),
+    ('--train-list', 'train/ant/0.png 0\n\ntrain/ant/1.png\n', "line 3: expected `path label`, found 'train/ant/1.png'"),
+    ('--train-list', 'train/ant/0.png zero\n', 'line 1: expected `path label`'),
+    ('--train-list', 'train/ant/0.png --5\n', 'line 1: expected `path label`'),
+    ('--train-list', 'train/ant/0.png 1.5\n', 'line 1: expected `path label`'),
+    ('--train-list', 'train/ant/0.png 0\ntrain/ant/gone.png 0\n', 'image .*train/ant/gone.png does not exist'),
+    ('--train-list', '', 'the list is empty'),
+    ('--val-list', 'validation/ant/100.png 3\n', 'line 1: expected a label 0…2, found 3'),
+    ('--val-list', 'validation/ant/100.png -2\n', 'line 1: expected a label 0…2, found -2'),
+    ('--val-list', 'validation/ant/100.png\n', 'line 1: expected `path label`')])
+def test_list(flag, text, expected, refused, tmp_path):
+    (tmp_path / 'list.txt').write_text(text)
+    line = refused(flag, tmp_path / 'list.txt')
+    assert re.match(f'{re.escape(str(tmp_path))}/list.txt.*{expected}', line)
+
+
+@pytest.mark.parametrize('name, content', [
+    ('list.txt', b'\xff\xfe\x00'), ('list.txt.gz', b'not gzipped'), ('gone.txt', None)])
+def test_list_that_cannot_be_read(name, content, refused, tmp_path):
+    if content:
+        (tmp_path / name).write_bytes(content)
+    assert f'{name}: cannot read this list' in refused('--train-list', tmp_path / name)
+
+
+# --- images ---
+
+
+def spoiled(folders, tmp_path, split):
+    """A copy of the image folder, one image of the split a truncated JPEG; all of them are seen in an epoch."""
+    root = tmp_path / 'images'
+    shutil.copytree(folders, root)
+    coloured(0, 7, size=(64, 64)).save(root / split / 'ant' / 'cut.jpg')
+    os.truncate(root / split / 'ant' / 'cut.jpg', 700)
+    return root
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('split', ['train', 'validation'])
+@pytest.mark.parametrize('augmentation', ['timm', 'cifar'])
+def test_truncated_jpeg(split, workers, augmentation, script, folders, tmp_path):
+    outcome = script(*TINY, '--data-dir', spoiled(folders, tmp_path, split), '--output', tmp_path / 'output',
+                     '--workers', workers, '--augmentation', augmentation)
+    assert re.match('--data-dir .*: cannot decode image ant/cut.jpg: .*truncated', error_line(outcome))
+
+
+# --- YAML ---
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('epoch: 3', "unknown key 'epoch'; did you mean epochs"), ('epochs: three', "epochs: expected int, found 'three'"),
+    ('epochs: 1.5', 'epochs: expected int, found 1.5'), ('epochs: 0', 'epochs: expected a number >= 1, found 0'),
+    ('lr: high', "lr: expected float, found 'high'"), ('pretrained: 1', 'pretrained: expected true or false, found 1'),
+    ('method: glmx', 'method: expected one of ce, glmc.*glmx'), ('model: [a]', r"model: expected str, found \['a'\]"),
+    ('scale: 0.5', 'scale: expected a list of 2 values, found 0.5'), ('model_kwargs: 3', 'model_kwargs: expected a mapping'),
+    ('epochs: [', 'cannot be read as YAML'), ('- epochs', 'expected `option: value` lines, found a list'),
+    ('imbalance_factor: 0.5', 'imbalance_factor: expected a number >= 1.*0.5'), ('model: null', 'model: expected str')])
+def test_yaml(text, expected, refused, tmp_path):
+    (tmp_path / 'options.yaml').write_text(text)
+    assert re.match(f'--config .*/options.yaml: {expected}', refused('-c', tmp_path / 'options.yaml'))
+
+
+# --- sources without an index ---
+
+
+@pytest.mark.parametrize('options, expected', [
+    ([], '--dataset wds/x: .*--partner batch'),
+    (['--partner', 'batch', '--imbalance-factor', '2'], '--dataset wds/x: --imbalance-factor and --holdout need'),
+    (['--partner', 'batch', '--num-classes', '4'], '--num-classes 4: found counts of 3 classes'),
+    (['--partner', 'batch', '--class-counts', 'gone.json'], '--class-counts gone.json: expected a list of images per')])
+def test_shards(options, expected, refused, tmp_path):
+    (tmp_path / 'shards').mkdir()
+    write_shards(tmp_path / 'shards', shard_size=8)
+    assert re.match(expected, refused('--dataset', 'wds/x', *options, data_dir=tmp_path / 'shards'))
+
+
+# --- checkpoints and output ---
+
+
+@pytest.fixture
+def checkpoint(finished_run):
+    return finished_run / 'checkpoints' / 'epoch-0001.safetensors'
+
+
+@pytest.mark.parametrize('options, expected', [
+    ('--model test_vit', 'holds test_resnet .*this run trains test_vit'),
+    ('--method ce', 'holds test_resnet with 3 classes by glmc, .* by ce'),
+    ('--projection-dim 8', '.*projection_dim'),
+    ('--opt adamw', '.*opt'),
+    ('--gp max', '.*(gp|global_pool)')])
+def test_resume_from_another_run(options, expected, script, checkpoint, folders):
+    files = {path: path.stat().st_mtime_ns for path in checkpoint.parent.parent.rglob('*') if path.is_file()}
+    outcome = script(*TINY, '--data-dir', folders, '--resume', checkpoint, '--epochs', '3', *options.split())
+    assert re.match(f'--resume {checkpoint}: {expected}', error_line(outcome))
+    assert files == {path: path.stat().st_mtime_ns for path in checkpoint.parent.parent.rglob('*') if path.is_file()}
+
+
+def test_truncated_checkpoint(script, checkpoint, folders, tmp_path):
+    broken = tmp_path / 'run' / 'checkpoints' / 'epoch-0001.safetensors'
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(checkpoint.read_bytes()[:-1000])
+    line = error_line(script(*TINY, '--data-dir', folders, '--resume', broken))
+    assert re.match(f'(--resume )?{broken}: expected a checkpoint of train_glmc.py', line)
+
+
+def test_experiment_that_exists(script, finished_run, folders):
+    line = error_line(script(*TINY, '--data-dir', folders, '--output', finished_run.parent, '--experiment', 'first'))
+    assert re.match('--experiment first: .*first exists; --resume auto continues it', line)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='the superuser may write anywhere')
+def test_folder_without_permission(refused, tmp_path):
+    (tmp_path / 'locked').mkdir(mode=0o500)
+    assert '--output: cannot write to' in refused(output=tmp_path / 'locked')
+
+
+def test_export_says_what_is_wrong(checkpoint, tmp_path, monkeypatch, capsys):
+    def export(*words):
+        monkeypatch.setattr('sys.argv', ['glmc.export', *map(str, words)])
+        return error_line(Outcome(glmc.export.main(), *capsys.readouterr()))
+    assert re.match('(--checkpoint )?.*gone.safetensors: expected a checkpoint', export(tmp_path / 'gone.safetensors'))
+    assert re.match(f'{tmp_path}: exists, expected a new folder', export(checkpoint, tmp_path))
+
+
+def test_one_line_and_exit_code_of_the_process(tmp_path):
+    outcome = run_train('--data-dir', 'nowhere', '--output', tmp_path)
+    assert outcome == (2, '', 'error: --data-dir nowhere: no such folder\n')

@@ -1,0 +1,111 @@
+"""Two processes on the CPU do what one does: same images, none lost or counted twice, same numbers."""
+import csv
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import TINY, free_port, launch_train, write_shards
+from safetensors.torch import load_file
+
+TWO = ('--multi_gpu', '--num_processes', '2', '--mixed_precision', 'no')
+
+
+def metrics_of(run) -> dict:
+    return json.loads((run / 'export' / 'metrics.json').read_text())
+
+
+def summary_of(run) -> list[dict]:
+    with open(run / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def launch(tmp_path_factory):
+    """Options -> outcome and folder of a run by `accelerate launch`, two processes unless said otherwise."""
+    output = tmp_path_factory.mktemp('launched')
+
+    def run(experiment, *options, launcher=TWO):
+        launcher = (*launcher, '--main_process_port', str(free_port()))
+        outcome = launch_train(*TINY, '--output', output, '--experiment', experiment, *options, launcher=launcher)
+        assert outcome.code == 0, outcome.err
+        return outcome, output / experiment
+    return run
+
+
+@pytest.fixture(scope='module')
+def two_processes(launch, folders):
+    return launch('two', '--data-dir', folders, '--epochs', '2', '--batch-size', '4')
+
+
+def test_same_images_as_one_process(two_processes, finished_run):
+    outcome, run = two_processes
+    assert 'Training set: 25 images of 3 classes, 14 … 4 per class' in outcome.err
+    assert outcome.err.count('25 images at') == 2 and outcome.err.count('Epoch 1/2') == 1  # each epoch, said once
+    assert 'Global batch: 8 images (4 x 2 processes' in outcome.err
+    two, one = metrics_of(run), metrics_of(finished_run)
+    assert two['num_images'] == one['num_images'] == 13 and two['processes'] == 2
+    assert two['train_counts'] == one['train_counts'] and two['fingerprint'] == one['fingerprint']
+    assert two['per_class_images'] == one['per_class_images'] == [5, 4, 4]
+
+
+def test_same_numbers_given_the_same_weights(script, launch, folders, tmp_path):
+    """A finished run with held-out images, resumed, evaluates its best model on the validation images once more."""
+    options = ('--data-dir', folders, '--holdout', '1')
+    assert script(*TINY, *options, '--output', tmp_path, '--experiment', 'one').code == 0
+    shutil.copytree(tmp_path / 'one', tmp_path / 'two')
+    shutil.rmtree(tmp_path / 'two' / 'export')
+    launch('two', *options, '--output', tmp_path, '--resume', 'auto')
+    one, two = metrics_of(tmp_path / 'one'), metrics_of(tmp_path / 'two')
+    assert (one['processes'], two['processes']) == (1, 2)
+    for name in ('num_images', 'top1', 'top5', 'per_class_accuracy', 'class_mean'):
+        assert one[name] == two[name], name
+    assert one['loss'] == pytest.approx(two['loss'], rel=1e-5) and one['ece'] == pytest.approx(two['ece'], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_obvious_way_to_ask_for_two_is_warned_about(launch, folders):
+    outcome, run = launch('asked', '--data-dir', folders, launcher=('--cpu', '--num_processes', '2'))
+    assert 'asked for several processes but started one' in outcome.err
+    assert metrics_of(run)['processes'] == 1
+
+
+@pytest.mark.slow
+def test_two_processes_resume(two_processes, launch, folders):
+    _, run = two_processes
+    again = run.with_name('again')
+    shutil.copytree(run, again)
+    shutil.rmtree(again / 'export')
+    (again / 'checkpoints' / 'epoch-0001.safetensors').unlink()
+    launch('again', '--data-dir', folders, '--epochs', '2', '--batch-size', '4', '--resume', 'auto')
+    one, two = (load_file(folder / 'export' / 'model.safetensors') for folder in (run, again))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    rows = [(row['epoch'], row['train_loss'], row['eval_loss']) for row in summary_of(run)]
+    assert rows == [(row['epoch'], row['train_loss'], row['eval_loss']) for row in summary_of(again)]
+
+
+def test_shards_over_two_processes(launch, tmp_path):
+    write_shards(tmp_path, shard_size=4)
+    outcome, run = launch('shards', '--dataset', 'wds/x', '--data-dir', tmp_path, '--partner', 'batch', '--batch-size', '4')
+    assert 'Training set: 25 images of 3 classes, 14 … 4 per class' in outcome.err
+    assert metrics_of(run)['num_images'] == 13 and metrics_of(run)['per_class_images'] == [5, 4, 4]
+
+
+@pytest.mark.slow
+def test_two_machines(folders, tmp_path):
+    """Two launches of one process each that meet on the loopback device."""
+    port = str(free_port())
+
+    def machine(rank):
+        launcher = (*TWO, '--num_machines', '2', '--machine_rank', str(rank), '--same_network',
+                    '--main_process_ip', '127.0.0.1', '--main_process_port', port)
+        return launch_train(*TINY, '--batch-size', '4', '--data-dir', folders, '--output', tmp_path, '--experiment', 'run',
+                            launcher=launcher)
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(machine, range(2)))
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    assert 'Exported to' in outcomes[0].out and 'Exported to' not in outcomes[1].out
+    assert 'Epoch 1/1' in outcomes[0].err and 'Epoch 1/1' not in outcomes[1].err
+    metrics = metrics_of(tmp_path / 'run')
+    assert metrics['processes'] == 2 and metrics['num_images'] == 13 and metrics['per_class_images'] == [5, 4, 4]
