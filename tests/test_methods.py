@@ -76,6 +76,12 @@ def test_a_row_names_options_that_exist(name):
     assert METHODS[name].summary
 
 
+def test_every_option_of_a_method_is_heeded_by_one():
+    group = next(group for group in train_parser(METHODS)._action_groups if group.title == 'method')
+    heeded = set().union(*(row.options for row in METHODS.values()))
+    assert {action.dest for action in group._group_actions} - {'method'} == heeded
+
+
 def test_options_without_effect_are_told():
     given = {'consistency_weight', 'mix_beta', 'lr', 'epochs'}
     assert ignored_options('ce', given) == {'consistency_weight', 'mix_beta'}

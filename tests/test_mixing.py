@@ -123,6 +123,11 @@ def test_partners_within_a_batch_are_the_loop(power):
     assert partners_within(torch.tensor(labels), class_weight, torch.from_numpy(uniform)).tolist() == expected
 
 
+def test_partners_share_the_unit_interval_in_halves_closed_below():
+    uniform = torch.tensor([0.0, 0.4999, 0.5, 0.9999])
+    assert partners_within(torch.tensor([0, 0]), torch.ones(1), uniform).tolist() == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize('power', [0.0, 0.2, 1.0])
 def test_partners_within_a_batch_follow_their_distribution(power):
     labels = torch.tensor([0, 0, 0, 1, 2, 2, 1, 0])

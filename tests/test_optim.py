@@ -8,7 +8,7 @@ from glmc.optim import create_optimizer, scaled_learning_rate
 from glmc.parsing import InputError
 
 HEADS = {'classifier.weight', 'classifier.bias', 'projector.weight', 'projector.bias', 'predictor.weight', 'predictor.bias'}
-COMMON = dict(opt='sgd', lr=0.1, weight_decay=0.05, momentum=0.9)
+COMMON = dict(opt='sgd', lr=0.1, weight_decay=0.05, momentum=0.8)
 
 
 def module(name: str = 'resnet32_cifar') -> GLMCModule:
@@ -27,7 +27,7 @@ def settings(model, optimizer) -> dict[str, dict]:
 def test_weight_decay_is_on_every_parameter(make):
     model = make()
     for name, group in settings(model, create_optimizer(model, **COMMON)).items():
-        assert (group['weight_decay'], group['lr'], group['momentum']) == (0.05, 0.1, 0.9), name
+        assert (group['weight_decay'], group['lr'], group['momentum']) == (0.05, 0.1, 0.8), name
 
 
 @pytest.mark.parametrize('make', [module, lambda: module().backbone, lambda: module('test_vit')])
@@ -56,10 +56,15 @@ def test_layer_decay_falls_from_the_heads_to_the_stem(name):
     assert len(levels) > 3
 
 
-def test_layer_decay_leaves_weight_decay_on_every_parameter():
-    model = module()
+@pytest.mark.parametrize('name', ['resnet32_cifar', 'test_vit'])
+def test_layer_decay_leaves_weight_decay_on_every_parameter(name):
+    model = module(name)
     groups = settings(model, create_optimizer(model, layer_decay=0.5, **COMMON))
     assert {group['weight_decay'] for group in groups.values()} == {0.05}
+
+
+def test_layer_decay_and_filter_together():
+    model = module()
     filtered = settings(model, create_optimizer(model, layer_decay=0.5, filter_bias_and_bn=True, **COMMON))
     assert filtered['backbone.bn1.weight']['weight_decay'] == 0
     assert filtered['backbone.conv1.weight']['weight_decay'] == 0.05
@@ -83,7 +88,7 @@ def test_two_steps_of_momentum_with_decay_by_hand():
         optimizer.zero_grad()
         (2 * model.weight.sum() + 3 * model.bias.sum()).backward()
         optimizer.step()
-        velocity = [0.9 * v + g + 0.05 * p for v, g, p in zip(velocity, (2, 3), expected, strict=True)]
+        velocity = [0.8 * v + g + 0.05 * p for v, g, p in zip(velocity, (2, 3), expected, strict=True)]
         expected = [p - 0.1 * v for p, v in zip(expected, velocity, strict=True)]
     torch.testing.assert_close([model.weight.detach(), model.bias.detach()], expected)
 
