@@ -36,9 +36,11 @@ def _freeze(state: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _write(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    beside = f'{path}.tmp'
+    beside = Path(f'{path}.tmp')
+    beside.touch()
+    mode = beside.stat().st_mode
     save_file(tensors, beside, metadata=header)
-    os.chmod(beside, 0o666 & ~_umask())  # safetensors creates files that only their owner may read
+    beside.chmod(mode)  # safetensors makes files that only their owner may read
     with open(beside, 'rb') as file:
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -72,7 +74,10 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         with safe_open(path, 'pt') as file:
             state = json.loads((file.metadata() or {})['state'])
-            return _unflatten(state, file.get_tensor)
+            state = _unflatten(state, file.get_tensor)
+            if not isinstance(state, dict):
+                raise TypeError('its header holds no state')
+            return state
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f'{path}: expected a checkpoint of train_glmc.py, cannot read it: {error}') from error
 
@@ -80,6 +85,7 @@ def load_checkpoint(path: str | Path) -> dict:
 def _flatten(value, path: str, tensors: dict[str, Tensor]):
     """The value as JSON, its tensors moved to `tensors` and replaced by {'tensor': name}."""
     if isinstance(value, Tensor):
+        path = f'{path}#{len(tensors)}' if path in tensors else path  # {'a.b': …} and {'a': {'b': …}} meet
         tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {'tensor': path}
     if isinstance(value, dict):
@@ -96,12 +102,6 @@ def _unflatten(value, get_tensor):
             return get_tensor(value['tensor'])
         return {key: _unflatten(item, get_tensor) for key, item in value['items']}
     return [_unflatten(item, get_tensor) for item in value] if isinstance(value, list) else value
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def rng_state() -> dict:

@@ -98,7 +98,8 @@ def train_batch(
     Returns:
         The task's losses, on the device.
     """
-    mixture = accelerator.unwrap_model(train_step).mixer.draw(len(views), views.shape[-2:], rng)
+    mixer = getattr(train_step, 'module', train_step).mixer
+    mixture = mixer.draw(len(views), views.shape[-2:], rng)
     with nullcontext() if sync else accelerator.no_sync(train_step):
         losses = train_step(views, labels, mixture if mixture is None else mixture.to(views.device))
         accelerator.backward(losses['loss'] / divisor)

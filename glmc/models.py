@@ -129,9 +129,12 @@ def classifies_pre_logits(backbone: nn.Module) -> bool:
             logits = backbone.forward_head(features)
         except (NotImplementedError, TypeError, AttributeError) as error:
             raise _encoder_error(backbone) from error
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f'--model {_name(backbone)}, --img-size: cannot take an image of '
+                             f"{'x'.join(map(str, images.shape[1:]))}: {_first_line(error)}") from error
         try:
             return torch.equal(classifier(pre_logits), logits)
-        except (NotImplementedError, TypeError, RuntimeError):  # several heads, or a convolution
+        except (NotImplementedError, TypeError, IndexError, RuntimeError):  # several heads, a convolution, a pooling head
             return False
 
 
@@ -156,5 +159,8 @@ def _random_classifier(backbone: nn.Module, generator: torch.Generator):
 
 
 def _encoder_error(backbone: nn.Module) -> InputError:
-    name = backbone.pretrained_cfg.get('architecture', type(backbone).__name__)
-    return InputError(f'--model {name}: expected a model with a classifier, found an encoder without one')
+    return InputError(f'--model {_name(backbone)}: expected a model with a classifier, found an encoder without one')
+
+
+def _name(backbone: nn.Module) -> str:
+    return backbone.pretrained_cfg.get('architecture', type(backbone).__name__)

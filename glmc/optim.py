@@ -41,7 +41,10 @@ def create_optimizer(
         groups = param_groups_weight_decay(backbone, **common)
     else:
         groups = [dict(params=list(backbone.parameters()))]
-    if heads:
+    if heads and filter_bias_and_bn:
+        groups.append(dict(params=[p for p in heads if p.ndim > 1]))
+        groups.append(dict(params=[p for p in heads if p.ndim <= 1], weight_decay=0.0))
+    elif heads:
         groups.append(dict(params=heads))
     extra = {name: value for name, value in (('eps', opt_eps), ('betas', opt_betas)) if value is not None}
     try:

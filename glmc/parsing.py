@@ -1,12 +1,13 @@
 """Strict options: defaults < YAML file < command line; whatever is wrong is one line that says what to do."""
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
-from timm.utils import ParseKwargs
+from timm.utils.misc import ParseKwargs as TimmParseKwargs
 
 
 class InputError(ValueError):
@@ -25,6 +26,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise InputError(message.removeprefix('argument '))
+
+
+class ParseKwargs(TimmParseKwargs):
+    """timm's KEY=VALUE options, with an error for what is none."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if value and '=' not in value:
+                parser.error(f'{option_string}: expected KEY=VALUE, found {value!r}')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
@@ -140,9 +151,10 @@ def number(convert: type, low: float, high: float = float('inf'), open_low: bool
     """argparse type: an int or float in [low, high], or in (low, high] with `open_low`."""
     def in_range(text: str):
         value = convert(text)
-        if not low <= value <= high or (open_low and value == low):
-            bound = f"{'>' if open_low else '>='} {low}" + (f' and <= {high}' if high != float('inf') else '')
-            raise argparse.ArgumentTypeError(f'expected a number {bound}, found {text}')
+        if not (low <= value <= high and math.isfinite(value)) or (open_low and value == low):
+            bounds = [f"{'>' if open_low else '>='} {low}"] if math.isfinite(low) else []
+            bounds += [f'<= {high}'] if math.isfinite(high) else []
+            raise argparse.ArgumentTypeError(f"expected a number {' and '.join(bounds) or 'that is finite'}" + f', found {text}')
         return value
     in_range.__name__ = convert.__name__
     return in_range

@@ -36,7 +36,7 @@ def test_defaults():
     options, given = parse()
     assert given == set()
     assert (options.model, options.method, options.opt, options.lr, options.shot_thresholds) == (
-        'resnet18', 'glmc', 'sgd', None, [20, 100])
+        'resnet18', 'glmc', 'momentum', None, [20, 100])
 
 
 def test_command_line_wins_over_file_and_file_over_default(config):
