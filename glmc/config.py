@@ -2,15 +2,15 @@
 import argparse
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from timm.utils import ParseKwargs
 
-from glmc.parsing import Parser, number
+from glmc.parsing import ParseKwargs, Parser, number
 
 positive_int = number(int, 1)
 count = number(int, 0)
 positive = number(float, 0, open_low=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
+finite = number(float, float('-inf'))
 
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
 
@@ -137,7 +137,7 @@ def input_group(parser: Parser) -> None:
     add('--in-chans', type=positive_int, metavar='N', help="image channels, 1 or 3; default: the model's")
     add('--gp', metavar='POOL', help='global pooling: avg, max, avgmax, …')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='more for timm.create_model')
-    add('--mean', type=float, nargs='+', metavar='M', help="normalisation; default: the model's")
+    add('--mean', type=finite, nargs='+', metavar='M', help="normalisation; default: the model's")
     add('--std', type=positive, nargs='+', metavar='S', help="normalisation; default: the model's")
     add('--interpolation', choices=('bilinear', 'bicubic', 'nearest', 'lanczos'), help='of the evaluation resize')
     add('--crop-pct', type=positive, metavar='PCT', help='of the evaluation centre crop')
@@ -149,14 +149,14 @@ def _method(parser: Parser) -> None:
     group = parser.add_argument_group('method')
     add = group.add_argument
     add('--method', default='glmc', help='row of the table of methods')
-    add('--resample-power', type=float, default=0.0, metavar='Q',
+    add('--resample-power', type=finite, default=0.0, metavar='Q',
         help='q: the second image of a pair is drawn with P ∝ n^-q; 0 uniform over images, 1 over classes')
     add('--partner', choices=('sampler', 'batch'), default='sampler',
         help='draw the second image from all (as the paper) or inside the batch (half the decoding)')
     add('--mix-beta', type=positive, default=1.0, metavar='BETA', help='β of λ ~ Beta(β, β)')
     add('--cutmix-lambda', choices=('nominal', 'area'), default='nominal',
         help='label weight of the local view: λ, or corrected for clipping at the border')
-    add('--reweight-power', type=float, default=1.0, metavar='K', help='k: class weights ∝ n^-k')
+    add('--reweight-power', type=finite, default=1.0, metavar='K', help='k: class weights ∝ n^-k')
     add('--consistency-weight', type=non_negative, default=1.0, metavar='GAMMA', help='γ of the consistency loss')
     add('--projection-dim', type=positive_int, default=256, metavar='D', help='width d of projection and prediction')
     add('--joint-forward', action='store_true', help='encode both views as one batch; BatchNorm sees them together')
@@ -168,7 +168,7 @@ def _optimizer(parser: Parser) -> None:
     add = group.add_argument
     add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per process and step')
     add('--grad-accum-steps', type=positive_int, default=1, metavar='N', help='steps per update')
-    add('--opt', default='sgd', metavar='NAME', help='any timm optimizer')
+    add('--opt', default='momentum', metavar='NAME', help="any timm optimizer; momentum is SGD as published, sgd Nesterov's")
     add('--lr', type=positive, help='learning rate; default: --lr-base scaled by the global batch')
     add('--lr-base', type=positive, default=0.1, help='learning rate for --lr-base-size images an update')
     add('--lr-base-size', type=positive_int, default=256, help='see --lr-base')
