@@ -52,6 +52,8 @@ def open_training_data(
     Raises:
         InputError: For anything missing, empty, inconsistent or unreadable.
     """
+    if shot_thresholds[0] > shot_thresholds[1]:
+        raise InputError(f'--shot-thresholds {shot_thresholds[0]} {shot_thresholds[1]}: expected FEW <= MANY')
     source = dict(name=dataset, root=data_dir, num_classes=num_classes, batch_size=batch_size, seed=seed, **source_options)
     train = open_images(train_split, train_list, is_training=True, **source)
     if isinstance(train, IterableImageDataset):
