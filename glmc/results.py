@@ -130,6 +130,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@lru_cache(1)
 def _commit() -> str | None:
     """Commit of this package's checkout, with `-dirty` where it was changed; None outside of one."""
     command = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty', '--abbrev=40']
