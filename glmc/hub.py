@@ -31,8 +31,8 @@ class PushError(RuntimeError):
 
 
 def push_export(
-        folder: Path, name: str, private: bool = False, revision: str | None = None, waits: Sequence[float] = WAITS,
-        silence: float = SILENCE) -> str:
+        folder: Path, name: str, private: bool = False, revision: str | None = None,
+        waits: Sequence[float] | None = None, silence: float | None = None) -> str:
     """Create the repository if need be and upload the export, in one commit.
 
     The card's loading lines name the repository; files on this machine stay as they are. The token is that of HF_TOKEN
@@ -43,8 +43,8 @@ def push_export(
         name: ORG/NAME, or NAME for one's own.
         private: Of a new repository.
         revision: Branch, made if need be; None for `main`.
-        waits: Seconds before each further try.
-        silence: Seconds without an answer after which a request has failed.
+        waits: Seconds before each further try, WAITS by default.
+        silence: Seconds without an answer after which a request has failed, SILENCE by default.
 
     Returns:
         Address of the repository.
@@ -55,8 +55,8 @@ def push_export(
     """
     if not (folder / 'config.json').is_file() or not (folder / 'model.safetensors').is_file():
         raise InputError(f'{folder}: no config.json and model.safetensors, expected an export')
-    set_client_factory(lambda: _client(silence))
-    for wait in (*waits, None):
+    set_client_factory(lambda: _client(silence or SILENCE))
+    for wait in (*(waits or WAITS), None):
         try:
             return _upload(folder, name, private, revision)
         except OfflineModeIsEnabled as error:

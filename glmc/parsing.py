@@ -154,7 +154,8 @@ def number(convert: type, low: float, high: float = float('inf'), open_low: bool
         if not (low <= value <= high and math.isfinite(value)) or (open_low and value == low):
             bounds = [f"{'>' if open_low else '>='} {low}"] if math.isfinite(low) else []
             bounds += [f'<= {high}'] if math.isfinite(high) else []
-            raise argparse.ArgumentTypeError(f"expected a number {' and '.join(bounds) or 'that is finite'}" + f', found {text}')
+            expected = ' and '.join(bounds) or 'that is finite'
+            raise argparse.ArgumentTypeError(f'expected a number {expected}, found {text}')
         return value
     in_range.__name__ = convert.__name__
     return in_range
