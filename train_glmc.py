@@ -24,6 +24,7 @@ from glmc.checkpoint import (
     CheckpointWriter,
     checkpoint_path,
     epoch_checkpoints,
+    find_checkpoint,
     keep_best,
     load_checkpoint,
     prune,
@@ -31,6 +32,7 @@ from glmc.checkpoint import (
     set_rng_state,
 )
 from glmc.config import DEMONSTRATION, train_parser
+from glmc.data.datasets import ImageSet
 from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_loader
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
 from glmc.data.sources import open_training_data
@@ -65,6 +67,7 @@ def main() -> None:
     args, given = parse_args(train_parser(METHODS))
     run = Run(args, given)
     run.resume()
+    run.create_folder()
     for epoch in range(run.start_epoch, run.num_epochs):
         train_metrics = run.train(epoch)
         metrics = run.evaluate(run.epoch_loader) if run.evaluates(epoch) else None
@@ -89,7 +92,6 @@ class Run:
         self._build_loaders()
         self._build_optimizer()
         set_seed(args.seed, device_specific=True)  # drop-out differs from process to process
-        self._create_folder()
 
     # --- building, in the order in which data flows ---
 
@@ -97,7 +99,7 @@ class Run:
         args = self.args
         data = Path(args.train_list or args.data_dir or args.dataset or 'digits').name.split('.')[0]
         if args.resume and args.resume != 'auto' and not args.experiment:
-            return Path(args.resume).resolve().parent.parent
+            return find_checkpoint(Path(args.resume)).resolve().parent.parent
         name = f"{data}-{args.model.split('/')[-1].replace(':', '-')}-{args.method}"
         return open_run_folder(args.output, args.experiment, name, resume=args.resume == 'auto')
 
@@ -138,8 +140,11 @@ class Run:
         self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if args.pretrained else None
         if args.grad_checkpointing:
             backbone.set_grad_checkpointing(True)
-        self.data_config = resolve_input_data_config(
-            backbone, pick(args, ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')))
+        try:
+            self.data_config = resolve_input_data_config(
+                backbone, pick(args, ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')))
+        except ValueError as error:
+            raise InputError(f'--mean, --std: {error}') from error
         model = self.method.module(backbone, **pick(args, self.method.module_options))
         self.num_parameters = sum(p.numel() for p in backbone.parameters())
         if args.sync_bn:
@@ -163,10 +168,16 @@ class Run:
         create_train = create_resident_train_loader if resident else create_train_loader
         create_eval = create_resident_eval_loader if resident else create_eval_loader
         pairs = self.method.paired and args.partner == 'sampler'
+        if pairs and not isinstance(self.data.train, ImageSet):
+            raise InputError(f'--dataset {args.dataset}: has no index to draw partners by, expected --partner batch')
         try:
             self.train_loader = create_train(
                 self.data.train, augmentation, num_views=self.method.num_views, seed=args.seed,
                 resample_power=args.resample_power if pairs else None, **common)
+        except InputError:
+            raise
+        except AssertionError as error:
+            raise InputError(f'--aa {args.aa}: {error}') from error
         except ValueError as error:
             raise InputError(f'--batch-size {args.batch_size}, {accelerator.num_processes} processes: {error}') from error
         if args.reprob:
@@ -195,7 +206,7 @@ class Run:
         if args.model_ema:
             self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
-    def _create_folder(self) -> None:
+    def create_folder(self) -> None:
         options = {name: value for name, value in vars(self.args).items() if name not in ('config', 'resume', 'debug')}
         if self.accelerator.is_main_process:
             create_run_folder(self.folder, options)
@@ -273,11 +284,16 @@ class Run:
         if path is None:
             return
         state = load_checkpoint(path)
-        wanted, found = self._description()['model'], state['description']['model']
-        if wanted != found or self.args.method != state['metrics']['method']:
+        wanted, found = ({**description['model'], **description['training']}
+                         for description in (self._description(), state['description']))
+        if wanted['name'] != found['name'] or self.args.method != state['metrics']['method']:
             raise InputError(f"--resume {path}: holds {found['name']} with {found['num_classes']} classes by "
                              f"{state['metrics']['method']}, this run trains {wanted['name']} with "
                              f"{wanted['num_classes']} classes by {self.args.method}")
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise InputError(f'--resume {path}: was trained with {name} {found.get(name)}, this run has '
+                                 f'{wanted.get(name)}')
         if state['metrics']['fingerprint'] != self.data.profile['fingerprint']:
             _logger.warning('The training set differs from the one of the checkpoint (fingerprints).')
         self.task.load_checkpoint_state(state['model']['state_dict'], state['model'].get('task_state'))
@@ -297,15 +313,10 @@ class Run:
         _logger.info(f'Resumed from {path}, epoch {self.start_epoch + 1} of {self.num_epochs} comes next')
 
     def _find_checkpoint(self) -> Path | None:
-        if not self.args.resume:
-            return None
-        path = self.folder if self.args.resume == 'auto' else Path(self.args.resume)
-        if not path.is_dir():
-            return path
-        newest = epoch_checkpoints(path / 'checkpoints' if (path / 'checkpoints').is_dir() else path)
-        if not newest and self.args.resume != 'auto':
-            raise InputError(f'--resume {path}: no checkpoint in this folder')
-        return newest[-1] if newest else None
+        if self.args.resume == 'auto':
+            found = epoch_checkpoints(self.folder / 'checkpoints')
+            return found[-1] if found else None
+        return find_checkpoint(Path(self.args.resume)) if self.args.resume else None
 
     def finish(self) -> None:
         """Export the last model, or the best on the held-out images, with its metrics."""
@@ -376,7 +387,8 @@ class Run:
     def _description(self) -> dict:
         """What it takes to build and export the model again."""
         model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}
-        return {'model': model, 'export': dict(
+        training = pick(self.args, ('opt', 'filter_bias_and_bn', 'layer_decay', *self.method.module_options))
+        return {'model': model, 'training': training, 'export': dict(
             data_config=self.data_config, class_names=list(self.data.class_names),
             source=self._source())}
 

@@ -136,6 +136,20 @@ def epoch_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f'epoch-*{SUFFIX}'))
 
 
+def find_checkpoint(path: Path) -> Path:
+    """The file that `--resume PATH` means: itself, or the newest in a folder of checkpoints or of a run.
+
+    Raises:
+        InputError: If the folder has none.
+    """
+    if not path.is_dir():
+        return path
+    found = epoch_checkpoints(path / 'checkpoints') or epoch_checkpoints(path)
+    if not found:
+        raise InputError(f'--resume {path}: no checkpoint in this folder')
+    return found[-1]
+
+
 def keep_best(path: Path) -> None:
     """Keep this checkpoint under a name that pruning leaves alone."""
     beside = path.with_name(f'{BEST}.tmp')

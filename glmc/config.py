@@ -134,7 +134,7 @@ def input_group(parser: Parser) -> None:
     group = parser.add_argument_group('model input')
     add = group.add_argument
     add('--img-size', type=positive_int, metavar='N', help="side of the input in pixels; default: the model's")
-    add('--in-chans', type=positive_int, metavar='N', help="image channels, 1 or 3; default: the model's")
+    add('--in-chans', type=int, choices=(1, 3), help="image channels, 1 or 3; default: the model's")
     add('--gp', metavar='POOL', help='global pooling: avg, max, avgmax, …')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='more for timm.create_model')
     add('--mean', type=finite, nargs='+', metavar='M', help="normalisation; default: the model's")

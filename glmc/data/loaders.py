@@ -2,6 +2,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,8 +10,9 @@ from timm.data import IterableImageDataset, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torchvision.transforms import Compose
 
-from glmc.data.datasets import ImageSet
+from glmc.data.datasets import ImageSet, to_mode
 from glmc.data.sampling import PairSampler, ShardSampler
 from glmc.data.transforms import view_transform
 
@@ -58,6 +60,9 @@ class IterableViews(IterableDataset):
 
     def __init__(self, source: IterableImageDataset, make_views: Callable, num_views: int, mode: str = 'RGB'):
         self.source, self.make_views, self.num_views, self.mode = source, make_views, num_views, mode
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for image, label in self.source:
@@ -165,6 +170,7 @@ def create_train_loader(
     make_views = view_transform(data_config['input_size'][-2:], mean=data_config['mean'], **augmentation)
     views = make_views, num_views, image_mode(data_config)
     if isinstance(images, IterableImageDataset):
+        images.set_loader_cfg(num_workers=workers)  # which its length depends on
         dataset, batching = IterableViews(images, *views), dict(batch_size=batch_size, drop_last=True)
     else:
         dataset = ViewDataset(images, *views)
@@ -179,7 +185,7 @@ def create_eval_loader(
     """Batches of (B, c, H, W) uint8 images and (B,) labels: this process's share, no image twice."""
     transform = eval_transform(data_config)
     if isinstance(images, IterableImageDataset):
-        images.transform = transform
+        images.transform = Compose([partial(to_mode, mode=image_mode(data_config)), transform])
         dataset, sampler = images, None
     else:
         dataset = EvalDataset(images, transform, image_mode(data_config))
