@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -78,9 +78,9 @@ def _shot_bands(axes: Axes, counts: np.ndarray, thresholds: Sequence[int]) -> No
 
 
 def _running_mean(counts: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most 16 groups of neighbouring counts, each with as many classes."""
+    """Means over 3 to 16 groups of neighbouring counts, each with as many classes, twelve if there are enough."""
     order = np.argsort(counts, kind='stable')
-    groups = np.array_split(order, min(16, max(len(order) // 3, 1)))
+    groups = np.array_split(order, min(16, max(len(order) // 12, 3)))
     return (np.array([np.exp(np.log(counts[group]).mean()) for group in groups if len(group)]),
             np.array([accuracy[group].mean() for group in groups if len(group)]))
 
@@ -109,7 +109,8 @@ def classifier_norms(axes: Axes, norms: dict[str, Sequence[float]], train_counts
                   linewidth=1.8 if len(order) <= CROWDED else 0.6, rasterized=len(order) > CROWDED)
     axes.set(xlabel='class, most frequent first', ylabel='norm of its weights')
     axes.set_ylim(bottom=0)
-    axes.legend(loc='best')
+    for line in axes.legend(loc='lower left').get_lines():
+        line.set_linewidth(1.8)
 
 
 def curves(axes: Axes, rows: Sequence[dict], columns: dict[str, str], label: str) -> None:
@@ -130,7 +131,7 @@ def confusion(axes: Axes, predictions: Predictions, train_counts: Sequence[int])
     """Share of a label's images that got each prediction, most frequent class first; neighbours share a cell if need be."""
     matrix, per_cell = confusion_matrix(predictions, train_counts)
     colours = LinearSegmentedColormap.from_list('share', [(0.82, 0.29, 0.36, 0.0), (0.82, 0.29, 0.36, 1.0)])
-    image = axes.imshow(matrix, cmap=colours, vmin=0, vmax=100, interpolation='nearest', aspect='auto',
+    image = axes.imshow(matrix, cmap=colours, norm=PowerNorm(0.5, 0, 100), interpolation='nearest', aspect='auto',
                         extent=(0.5, len(train_counts) + 0.5, len(train_counts) + 0.5, 0.5))
     axes.grid(False)
     each = f', {per_cell:.0f} in a cell' if per_cell > 1 else ''

@@ -2,6 +2,7 @@
 import json
 import logging
 import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from glmc.card import write_card
 from glmc.data.datasets import ImageSet
 from glmc.evaluation import Predictions, confused_pairs
-from glmc.page import bars, figure, page, picture_section, section, table, tiles
+from glmc.page import bars, columns, figure, page, picture_section, section, table, tiles
 from glmc.parsing import InputError
 from glmc.pictures import Picture, worst_mistakes
 
@@ -135,9 +136,9 @@ def write_page(
     parts += [picture_section('What the net sees', 'Training inputs by the actual loader and mixer: the global view (MixUp) '
                               'above the local one (CutMix), with their labels.', views)]
     parts += [_class_tables(metrics, evidence, names)]
-    parts += [section('All numbers', table(('metric', '%'), [
-        (label, _number(metrics.get(name), name == 'loss')) for name, label in DETAILS.items()]))]
-    parts += [section('Where this comes from', table(('', ''), _facts(metrics)))]
+    numbers = [(label, _number(metrics.get(name), name == 'loss')) for name, label in DETAILS.items()]
+    parts += [columns(section('All numbers', table(('metric', '%'), numbers)),
+                      section('Where this comes from', table(('', ''), _facts(metrics))))]
     title = ' · '.join(filter(None, (metrics['model'], metrics.get('method'))))
     text = page(title, f"{metrics['num_images']:,} images of {metrics['evaluated_on']}, {len(names):,} classes", parts)
     (folder / 'report.html').write_text(text, encoding='utf-8')
@@ -160,19 +161,27 @@ def _picture_files(folder: Path, mistakes: Sequence[Picture], views: Sequence[Pi
     from glmc.plots import picture_grid, save_png
     for name, pictures in (('mistakes', mistakes), ('mixed-views', views)):
         if pictures:
-            entries = [(p.images, f'{p.caption}\n{p.detail[-40:]}'.strip().replace('$', r'\$')) for p in pictures]
+            entries = [(p.images, _wrapped(p)) for p in pictures]
             save_png(picture_grid(entries), folder / f'{name}.png')
+
+
+def _wrapped(picture: Picture) -> str:
+    """Lines of a caption that fit above a picture; matplotlib would read what stands between dollar signs as a formula."""
+    lines = [*textwrap.wrap(picture.caption, 34)[:3], picture.detail[-36:]]
+    return '\n'.join(filter(None, lines)).replace('$', r'\$')
 
 
 def _class_tables(metrics: dict, evidence: Evidence, names: Sequence[str]) -> str:
     accuracy = np.array(metrics['per_class_accuracy'], dtype=float)
     order = [c for c in np.argsort(accuracy, kind='stable').tolist() if not np.isnan(accuracy[c])]
     rows = [(names[c], metrics['train_counts'][c], metrics['per_class_images'][c], bars(accuracy[c])) for c in order[:12]]
-    parts = [section('Worst classes', table(('class', 'training', 'test', 'accuracy, %'), rows))]
+    lost = int((accuracy == 0).sum())
+    title = f'Worst classes ({lost:,} of {len(names):,} at 0 %)' if lost else 'Worst classes'
+    parts = [section(title, table(('class', 'training', 'test', 'accuracy, %'), rows))]
     if evidence.predictions is not None:
         pairs = [(names[a], names[b], n) for a, b, n in confused_pairs(evidence.predictions, 12)]
         parts.append(section('Most confused', table(('label', 'taken for', 'images'), pairs)))
-    return f'<div class="columns">{"".join(parts)}</div>'
+    return columns(*parts)
 
 
 def _facts(metrics: dict) -> list[tuple[str, str]]:
