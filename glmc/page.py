@@ -38,7 +38,8 @@ th:not(:first-child), td:not(:first-child) { text-align: right; }
 .bar { display: inline-block; height: .5rem; background: var(--accent); border-radius: 3px; margin-right: .5rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 1rem; }
 .pictures figure { margin: 0; }
-.pictures img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 6px; display: block; margin-bottom: 4px; background: var(--line); }
+.pictures img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 6px; display: block;
+  margin-bottom: 4px; background: var(--line); }
 .pictures img.small { image-rendering: pixelated; }
 .pictures figcaption { overflow-wrap: anywhere; line-height: 1.3; color: var(--ink); }
 """
