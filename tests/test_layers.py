@@ -13,7 +13,7 @@ LAYERS = [
     'data.loaders', 'data.resident',
     'mixing', 'cifar_resnet', 'models', 'losses', 'tasks', 'methods', 'optim',
     'evaluation', 'priors', 'engine', 'checkpoint', 'card', 'export', 'trained', 'results',
-    'pictures', 'plots', 'page', 'report', 'trackers', 'hub', 'launch',
+    'pictures', 'plots', 'page', 'report', 'trackers', 'hub', 'launch', 'sweep',
 ]
 
 
