@@ -172,7 +172,9 @@ class Schedule:
         self.inner.step_update(update)
 
 
-def epoch_by_hand(step, optimizer, batches, epoch: int, accum_steps: int, averages: dict, schedule: Schedule) -> list[float]:
+def epoch_by_hand(
+        step, optimizer, batches, epoch: int, accum_steps: int, averages: dict, schedule: Schedule,
+        clip_grad: float | None) -> list[float]:
     """train_one_epoch, spelled out: the loss of each step."""
     losses, done = [], epoch * -(-len(batches) // accum_steps)
     for start in range(0, len(batches), accum_steps):
@@ -182,7 +184,7 @@ def epoch_by_hand(step, optimizer, batches, epoch: int, accum_steps: int, averag
             loss = step(views, labels, mixture)['loss']
             losses.append(loss.item())
             (loss / len(group)).backward()
-        torch.nn.utils.clip_grad_norm_(step.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(step.parameters(), clip_grad or float('inf'))
         optimizer.step()
         optimizer.zero_grad()
         done += 1
@@ -193,7 +195,8 @@ def epoch_by_hand(step, optimizer, batches, epoch: int, accum_steps: int, averag
     return losses
 
 
-def test_an_epoch_is_its_loop_written_out(accelerator):
+@pytest.mark.parametrize('clip_grad', [None, 1.0])  # the larger gradients are above 1
+def test_an_epoch_is_its_loop_written_out(accelerator, clip_grad):
     """Five batches, the last smaller, two to an update: losses, weights, moving average, schedule."""
     batches = Batches([*(batch(number) for number in range(4)), batch(4, size=5)])
     ours, plain = new_step(), new_step()
@@ -204,8 +207,8 @@ def test_an_epoch_is_its_loop_written_out(accelerator):
     for epoch in range(2):
         lr = ours_sgd.param_groups[0]['lr']
         metrics = train_one_epoch(accelerator, ours, batches, ours_sgd, ours_schedule, epoch=epoch, seed=7, accum_steps=2,
-                                  clip_grad=1.0)
-        losses = epoch_by_hand(plain, plain_sgd, batches, epoch, 2, averages, plain_schedule)
+                                  clip_grad=clip_grad)
+        losses = epoch_by_hand(plain, plain_sgd, batches, epoch, 2, averages, plain_schedule, clip_grad)
         sizes = [8, 8, 8, 8, 5]
         assert metrics['loss'] == pytest.approx(np.average(losses, weights=sizes), rel=1e-5)
         assert metrics['images'] == 37 and metrics['lr'] == lr and batches.epoch == epoch
