@@ -79,7 +79,8 @@ def test_interrupt_stops_the_runs(tmp_path):
     command = [sys.executable, '-m', 'glmc.sweep', '--output', str(tmp_path), '--seeds', '0', '1', '--jobs', '2', '--',
                *TINY, '--epochs', '1000']
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's `&` ignores it
     children = []
     deadline = time.monotonic() + 60
     while len(children) < 2 and time.monotonic() < deadline:
