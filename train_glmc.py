@@ -56,7 +56,7 @@ from glmc.results import (
     write_summary,
     write_tables,
 )
-from glmc.trackers import log_pictures, log_row, require_trackers, start_trackers
+from glmc.trackers import finish_trackers, log_pictures, log_row, require_trackers, start_trackers
 
 _logger = logging.getLogger('glmc.train')
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
@@ -340,7 +340,7 @@ class Run:
         write_tables(self.folder, self.metrics, self.data.class_names, self.predictions)
         if args.report:
             report_or_tell(self.folder, self.metrics, self._evidence, export)
-        self.accelerator.end_training()
+        finish_trackers(self.accelerator)
         if args.push_to_hub:
             push_or_tell(export, args.push_to_hub, args.hub_private, args.hub_revision)
 

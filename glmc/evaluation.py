@@ -97,7 +97,7 @@ class LongTailEvaluator(ClassificationEvaluator):
 
     def predictions(self, distributed: bool = False) -> Predictions:
         """All images that were counted, on every process; with several, image k of process r of P is number k·P + r."""
-        records = torch.cat([torch.zeros(0, 3), *(record.cpu() for record in self.records)]).numpy()
+        records = torch.cat([torch.zeros(0, 3, device=self.device), *self.records]).cpu().numpy()
         if distributed:
             shares = [None] * dist.get_world_size()
             dist.all_gather_object(shares, records)

@@ -51,6 +51,12 @@ def log_row(accelerator: Accelerator, row: dict) -> None:
         accelerator.log({name: value for name, value in row.items() if name != 'epoch' and value != ''}, step=row['epoch'])
 
 
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Close the trackers; `accelerator.end_training` would also take the process group from under the other processes."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def log_pictures(accelerator: Accelerator, name: str, pictures: Sequence[Picture], step: int) -> None:
     """Pictures of one size, the images of each above each other, to the trackers that take them."""
     if not pictures:
