@@ -1,13 +1,14 @@
 """Checkpoints: one safetensors file each, tensors as they are, all other state as JSON in its header; no pickle."""
+import errno
 import json
+import logging
 import os
-import random
 import shutil
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,6 +18,8 @@ from glmc.parsing import InputError
 
 SUFFIX = '.safetensors'
 BEST = f'best{SUFFIX}'
+_logger = logging.getLogger(__name__)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
@@ -25,8 +28,11 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
     Args:
         path: Of the file; it is written beside, synced and renamed.
         state: Dicts, lists, tuples (read back as lists), tensors, str, int, float, bool, None.
+
+    Raises:
+        OSError: If it cannot be written; what was there stays.
     """
-    _write(path, *_freeze(state))
+    _write(Path(path), *_freeze(state))
 
 
 def _freeze(state: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -35,15 +41,50 @@ def _freeze(state: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {'state': json.dumps(_flatten(state, '', tensors))}
 
 
-def _write(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    beside = Path(f'{path}.tmp')
-    beside.touch()
-    mode = beside.stat().st_mode
-    save_file(tensors, beside, metadata=header)
-    beside.chmod(mode)  # safetensors makes files that only their owner may read
-    with open(beside, 'rb') as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    beside = path.with_name(f'{path.name}.tmp')
+    try:
+        beside.touch()
+        mode = beside.stat().st_mode
+        _require_space(path.parent, tensors, header)
+        save_file(tensors, beside, metadata={**header, 'crc32': _checksum(tensors, header['state'])})
+        beside.chmod(mode)  # safetensors makes files that only their owner may read
+        _sync(beside)
+        os.replace(beside, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        if 'No space left' in str(error) and not isinstance(error, OSError):  # safetensors' own kind of error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+def _require_space(folder: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    need = sum(tensor.nbytes for tensor in tensors.values()) + len(header['state']) + 2 ** 20
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(errno.ENOSPC, f'needs {need / 2 ** 20:.0f} MiB, {free / 2 ** 20:.0f} MiB are free', str(folder))
+
+
+def _checksum(tensors: dict[str, Tensor], state: str) -> str:
+    crc = zlib.crc32(state.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+    return f'{crc:08x}'
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Whether a write failed for want of space, which a run survives."""
+    return isinstance(error, OSError) and error.errno in _FULL
 
 
 class CheckpointWriter:
@@ -53,16 +94,28 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future | None = None
 
-    def save(self, path: str | Path, state: dict, then: Callable[[], None]) -> None:
-        """Save after the save before; errors of that one come up here. `then` runs when the file is in place."""
+    def save(self, path: Path, state: dict, then: Callable[[], None]) -> None:
+        """Save after the save before. `then` runs when the file is in place."""
         self.wait()
         frozen = _freeze(state)
         self._pending = self._pool.submit(lambda: (_write(path, *frozen), then()))
 
-    def wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+    def wait(self) -> bool:
+        """Whether the last save is on disk; with a full disk it is not, which is said, and the one before it stays.
+
+        Raises:
+            OSError, SafetensorError: If it failed otherwise.
+        """
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+            return True
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            _logger.warning(f'Checkpoint not saved, the one before it stays: {error}')
+            return False
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -73,8 +126,11 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     try:
         with safe_open(path, 'pt') as file:
-            state = json.loads((file.metadata() or {})['state'])
-            state = _unflatten(state, file.get_tensor)
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+            if header['crc32'] != _checksum(tensors, header['state']):
+                raise ValueError('the checksum is wrong')
+            state = _unflatten(json.loads(header['state']), tensors.__getitem__)
             if not isinstance(state, dict):
                 raise TypeError('its header holds no state')
             return state
@@ -104,31 +160,9 @@ def _unflatten(value, get_tensor):
     return [_unflatten(item, get_tensor) for item in value] if isinstance(value, list) else value
 
 
-def rng_state() -> dict:
-    """State of this process's global generators, for `set_rng_state`."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        'python': random.getstate(),
-        'numpy': [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        'torch': torch.get_rng_state(),
-        'cuda': torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_rng_state(state: dict) -> None:
-    """Put the global generators of this process back."""
-    version, internal, gauss = state['python']
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state['numpy']
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state['torch'])
-    if state['cuda'] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state['cuda'])
-
-
-def checkpoint_path(folder: Path, epoch: int) -> Path:
-    """Where the checkpoint after 0-based `epoch` lies."""
-    return folder / f'epoch-{epoch:04d}{SUFFIX}'
+def checkpoint_path(folder: Path, epoch: int, step: int = 0) -> Path:
+    """Where a checkpoint lies: after 0-based `epoch`, or after `step` steps of it. By name, newer ones come later."""
+    return folder / f"epoch-{epoch:04d}{f'-step-{step:08d}' if step else ''}{SUFFIX}"
 
 
 def epoch_checkpoints(folder: Path) -> list[Path]:
@@ -136,18 +170,21 @@ def epoch_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f'epoch-*{SUFFIX}'))
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The file that `--resume PATH` means: itself, or the newest in a folder of checkpoints or of a run.
+def load_newest(path: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint that can be read in a folder of checkpoints or of a run, and its state; None without any.
 
     Raises:
-        InputError: If the folder has none.
+        InputError: If none of those that are there can be read.
     """
-    if not path.is_dir():
-        return path
     found = epoch_checkpoints(path / 'checkpoints') or epoch_checkpoints(path)
-    if not found:
-        raise InputError(f'--resume {path}: no checkpoint in this folder')
-    return found[-1]
+    for candidate in reversed(found):
+        try:
+            return candidate, load_checkpoint(candidate)
+        except InputError as error:
+            _logger.warning(f'Passed over: {error}')
+    if found:
+        raise InputError(f'--resume {path}: none of its {len(found)} checkpoints can be read')
+    return None
 
 
 def keep_best(path: Path) -> None:
@@ -160,4 +197,10 @@ def keep_best(path: Path) -> None:
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for path in epoch_checkpoints(folder)[:-keep]:
+        path.unlink()
+
+
+def remove_half_written(folder: Path) -> None:
+    """Delete what a run that was killed in the middle of a save left."""
+    for path in folder.glob('*.tmp'):
         path.unlink()

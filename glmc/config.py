@@ -1,5 +1,6 @@
 """Options of train_glmc.py in pipeline order. Names and meaning are timm's wherever timm has the option."""
 import argparse
+import re
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -10,6 +11,7 @@ count = number(int, 0)
 positive = number(float, 0, open_low=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
+below_one = number(float, 0, 1 - 1e-9, open_low=True)
 finite = number(float, float('-inf'))
 
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
@@ -20,6 +22,13 @@ def trackers(text: str) -> str:
     unknown = [name for name in text.split(',') if name not in TRACKERS]
     if unknown:
         raise argparse.ArgumentTypeError(f"expected names of {', '.join(TRACKERS)}; found {unknown[0]!r}")
+    return text
+
+
+def interval(text: str) -> str:
+    """argparse type: steps as 500, or minutes as 10m."""
+    if not re.fullmatch(r'0*[1-9]\d*|(?=.*[1-9])\d+(\.\d+)?m', text):
+        raise argparse.ArgumentTypeError(f'expected steps as 500 or minutes as 10m, found {text}')
     return text
 
 
@@ -52,6 +61,7 @@ def train_parser(methods: dict) -> Parser:
     methods_help = '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
     parser._option_string_actions['--method'].choices = list(methods)
     parser._option_string_actions['--method'].help += f' ({methods_help})'
+    parser.presets = lambda options: dict(methods[options.method].defaults)
     return parser
 
 
@@ -150,17 +160,27 @@ def _method(parser: Parser) -> None:
     add = group.add_argument
     add('--method', default='glmc', help='row of the table of methods')
     add('--resample-power', type=finite, default=0.0, metavar='Q',
-        help='q: the second image of a pair is drawn with P ∝ n^-q; 0 uniform over images, 1 over classes')
+        help='q: the second image of a pair is drawn with P ∝ n^-q; 0 uniform over images, 1 over classes; '
+        'default of ce_resample and cmo: 1, of bbn: 2')
     add('--partner', choices=('sampler', 'batch'), default='sampler',
         help='draw the second image from all (as the paper) or inside the batch (half the decoding)')
     add('--mix-beta', type=positive, default=1.0, metavar='BETA', help='β of λ ~ Beta(β, β)')
+    add('--mixup-prob', type=fraction, default=1.0, metavar='P',
+        help='probability that a batch is mixed; default of cmo: 0.5')
     add('--cutmix-lambda', choices=('nominal', 'area'), default='nominal',
-        help='label weight of the local view: λ, or corrected for clipping at the border')
+        help='label weight of a patch: λ, or corrected for clipping at the border; default of cutmix and cmo: area')
     add('--reweight-power', type=finite, default=1.0, metavar='K', help='k: class weights ∝ n^-k')
     add('--consistency-weight', type=non_negative, default=1.0, metavar='GAMMA', help='γ of the consistency loss')
     add('--projection-dim', type=positive_int, default=256, metavar='D', help='width d of projection and prediction')
     add('--joint-forward', action='store_true', help='encode both views as one batch; BatchNorm sees them together')
     add('--balanced', action='store_true', help='balanced data: no rebalanced classifier, L = L_c + γ·L_sim')
+    add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')
+    add('--effective-beta', type=below_one, default=0.9999, metavar='BETA',
+        help='β of the effective number of images, (1 - β^n) / (1 - β)')
+    add('--drw-start', type=fraction, default=0.8, metavar='PART', help='part of the epochs before deferred re-weighting')
+    add('--adjustment-tau', type=finite, default=1.0, metavar='TAU', help='τ of logit adjustment')
+    add('--ldam-margin', type=positive, default=0.5, metavar='M', help='margin of the smallest class')
+    add('--cosine-scale', type=positive, default=30.0, metavar='S', help='scale of the cosine classifier')
 
 
 def _optimizer(parser: Parser) -> None:
@@ -217,6 +237,8 @@ def _running(parser: Parser) -> None:
         help='keep the images on the device and crop and flip there; auto: cifar augmentation, up to 1 GiB')
     add('--torchcompile', nargs='?', const='default', choices=('default', 'reduce-overhead', 'max-autotune'),
         metavar='MODE', help='compile the step: mixing, forward passes and losses in one graph')
+    add('--max-skipped-steps', type=count, default=10, metavar='N',
+        help='updates of an epoch that may be skipped for a loss or gradient that is not finite, before the run stops')
     add('--seed', type=count, default=42, help='of everything random')
 
 
@@ -227,6 +249,8 @@ def _output(parser: Parser) -> None:
     add('--experiment', metavar='NAME', help='folder of this run; default: data-model-method, numbered')
     add('--resume', metavar='PATH', help='`auto` for the newest checkpoint of the experiment, or a checkpoint')
     add('--val-interval', type=positive_int, default=1, metavar='N', help='epochs between evaluations; the last is one')
+    add('--checkpoint-interval', type=interval, default='30m', metavar='N|Nm',
+        help='steps (500) or minutes (10m) between checkpoints inside an epoch; there is one after each epoch in any case')
     add('--checkpoint-hist', type=positive_int, default=3, metavar='N', help='checkpoints to keep, the best aside')
     add('--log-interval', type=positive_int, default=50, metavar='N', help='steps between log lines')
     add('--debug', action='store_true', help='show a traceback where an error is one line otherwise')

@@ -2,6 +2,7 @@
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -13,6 +14,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from glmc.evaluation import LongTailEvaluator
+from glmc.parsing import RunError
 
 _logger = logging.getLogger(__name__)
 
@@ -37,11 +39,23 @@ class TrainStep(nn.Module):
         return self.task(inputs, targets)
 
 
+class NotFiniteError(RunError):
+    """Too many steps had a loss or a gradient that was infinite or not a number; `step` of the epoch are done."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
 def train_one_epoch(
         accelerator: Accelerator, train_step: nn.Module, loader, optimizer, scheduler, *, epoch: int, seed: int,
-        accum_steps: int = 1, clip_grad: float | None = None, clip_mode: str = 'norm',
-        log_interval: int = 50) -> dict[str, float]:
-    """Train on every image once.
+        accum_steps: int = 1, clip_grad: float | None = None, clip_mode: str = 'norm', log_interval: int = 50,
+        max_skipped_steps: int = 10, start_step: int = 0, meter: 'Meter | None' = None,
+        after_update: Callable[[int], None] = lambda step: None) -> dict[str, float]:
+    """Train on every image once, or on those that an interrupted epoch has left.
+
+    An update with a loss or gradient that is not finite changes no weight. (In float16 a gradient that overflows is the
+    loss scaler's business, which does the same.)
 
     Args:
         accelerator: Of the run.
@@ -54,37 +68,51 @@ def train_one_epoch(
         accum_steps: Steps per update.
         clip_grad, clip_mode: As timm's.
         log_interval: Steps between log lines.
+        max_skipped_steps: Updates of the epoch that may be skipped.
+        start_step: Steps of this epoch that are done, a multiple of `accum_steps`.
+        meter: What was counted in them; it counts on.
+        after_update: Called with the steps done; what it raises ends the epoch there.
 
     Returns:
-        Mean of each loss over the epoch, `lr`, `images`, and `images_per_second`, over all processes.
+        Mean of each loss over the epoch, `lr`, `images`, `skipped_steps`, and `images_per_second`, over all processes.
+
+    Raises:
+        NotFiniteError: If more updates than `max_skipped_steps` were skipped.
     """
     alone = accelerator.unwrap_model(train_step)
+    meter = meter or Meter(('loss', *alone.task.loss_names), accelerator.device)
+    meter.watch(alone.task)
     train_step.train()
-    loader.set_epoch(epoch)
-    meter = _Meter(('loss', *alone.task.loss_names), accelerator.device)
-    lr, num_steps, start = optimizer.param_groups[-1]['lr'], len(loader), time.perf_counter()
-    bar = tqdm(loader, desc=f'epoch {epoch + 1}', leave=False, disable=not sys.stderr.isatty())
-    for step, (views, labels) in enumerate(bar):
+    loader.set_epoch(epoch, start_step)
+    lr, num_steps, clock = optimizer.param_groups[-1]['lr'], len(loader), _Clock(meter)
+    bar = tqdm(loader, desc=f'epoch {epoch + 1}', initial=start_step, total=num_steps, leave=False,
+               disable=not sys.stderr.isatty())
+    for step, (views, labels) in enumerate(bar, start_step):
         group = min(accum_steps, num_steps - step // accum_steps * accum_steps)  # the last group may be shorter
         updates = (step + 1) % accum_steps == 0 or step + 1 == num_steps
-        losses = train_batch(
-            accelerator, train_step, views, labels, step_generator(seed, epoch, step), sync=updates, divisor=group)
+        losses = train_batch(accelerator, train_step, views, labels, step_generator(seed, epoch, step), sync=updates,
+                             divisor=group / loader.share(step))
         meter.update(losses, len(views))
         if updates:
-            update(accelerator, alone.task, optimizer, clip_grad, clip_mode)
+            skipped = update(accelerator, alone.task, optimizer, clip_grad, clip_mode)
+            meter.count_skipped(skipped, step)
             done = epoch * -(-num_steps // accum_steps) + step // accum_steps + 1
             alone.task.update_ema(step=done)
             if scheduler is not None:
                 scheduler.step_update(done)
+            if step + 1 == num_steps or (step + 1) % log_interval == 0:
+                meter.repair()
+                meter.check(accelerator, epoch, step + 1, max_skipped_steps)
+            after_update(step + 1)
         if (step + 1) % log_interval == 0 and bar.disable and accelerator.is_main_process:
-            _log_step(epoch, step + 1, num_steps, meter, optimizer, start, accelerator.num_processes)
+            _log_step(epoch, step + 1, num_steps, meter, optimizer, clock, accelerator.num_processes)
     metrics = meter.compute(accelerator)
-    return {**metrics, 'lr': lr, 'images_per_second': metrics['images'] / (time.perf_counter() - start)}
+    return {**metrics, 'lr': lr, 'images_per_second': clock.rate(meter, accelerator.num_processes)}
 
 
 def train_batch(
         accelerator: Accelerator, train_step: nn.Module, views: Tensor, labels: Tensor, rng: np.random.Generator,
-        sync: bool = True, divisor: int = 1) -> dict[str, Tensor]:
+        sync: bool = True, divisor: float = 1) -> dict[str, Tensor]:
     """Forward and backward pass of one batch.
 
     Args:
@@ -93,7 +121,7 @@ def train_batch(
         views, labels: Of the loader.
         rng: Owner of the mixture's random numbers.
         sync: Whether processes exchange gradients: at an update.
-        divisor: Batches that share an update.
+        divisor: Batches that share an update, over this process's share of the batch.
 
     Returns:
         The task's losses, on the device.
@@ -102,7 +130,9 @@ def train_batch(
     mixture = mixer.draw(len(views), views.shape[-2:], rng)
     with nullcontext() if sync else accelerator.no_sync(train_step):
         losses = train_step(views, labels, mixture if mixture is None else mixture.to(views.device))
-        accelerator.backward(losses['loss'] / divisor)
+        loss = losses['loss'] / divisor
+        # A loss that is not finite spoils every gradient, so that after the exchange all processes see it in theirs.
+        accelerator.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
     return losses
 
 
@@ -113,50 +143,139 @@ def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
 
 def update(
         accelerator: Accelerator, task: TrainingTask, optimizer, clip_grad: float | None = None,
-        clip_mode: str = 'norm') -> None:
-    """Clip the gradients and step the optimizer."""
+        clip_mode: str = 'norm') -> Tensor:
+    """Clip the gradients and step the optimizer, unless a gradient is not finite.
+
+    Returns:
+        Scalar on the device: 1 if the step was skipped, else 0; always 0 in float16, where the loss scaler decides.
+    """
+    skipped = torch.zeros((), device=accelerator.device)
+    if accelerator.scaler is None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+        skipped = 1.0 - torch.nn.utils.get_total_norm(gradients).isfinite().float()
     if clip_grad is not None:
         accelerator.unscale_gradients(optimizer)
         dispatch_clip_grad(task.get_clip_parameters(exclude_head='agc' in clip_mode), clip_grad, mode=clip_mode)
-    optimizer.step()
+    inner = getattr(optimizer, 'optimizer', optimizer)  # of Accelerate's wrapper
+    if accelerator.scaler is not None:
+        optimizer.step()
+    elif skips_on_device(inner):
+        inner.found_inf = skipped
+        optimizer.step()
+    elif not skipped:
+        optimizer.step()
     optimizer.zero_grad()
+    return skipped
 
 
-class _Meter:
-    """Sums on the device, read when asked."""
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch's fused optimizer heeds `found_inf`, so that nothing has to wait for the gradient.
+
+    Not in its first step: skipped there, fused SGD leaves its momentum buffers unset (torch 2.14).
+    """
+    return getattr(optimizer, '_step_supports_amp_scaling', False) and len(optimizer.state) > 0
+
+
+class Meter:
+    """Sums over an epoch, on the device, read when asked; and what a batch that is not finite must not spoil.
+
+    Args:
+        names: Of the losses.
+        device: Of the training.
+    """
 
     def __init__(self, names: tuple[str, ...], device: torch.device):
         self.names = names
-        self.sums = torch.zeros(len(names) + 1, device=device, dtype=torch.float32)
+        self.sums = torch.zeros(len(names) + 1, device=device)  # of each loss over images, and the images
+        self.not_finite = torch.zeros(len(names), device=device)  # batches in which a loss was not
+        self.skipped = torch.zeros(2, device=device)  # updates, and the step of the last one
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(sums=self.sums, not_finite=self.not_finite, skipped=self.skipped)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
 
     def update(self, losses: dict[str, Tensor], images: int) -> None:
-        values = [losses[name].detach().float() for name in self.names]
-        self.sums += torch.stack([*values, torch.ones_like(values[0])]) * images
+        """Count a batch; one with a loss that is not finite stays out of the means."""
+        values = torch.stack([losses[name].detach().float() for name in self.names])
+        finite = values.isfinite()
+        self.not_finite += ~finite
+        self.sums += torch.where(finite.all(), torch.cat([values, torch.ones_like(values[:1])]) * images, 0.0)
+
+    def count_skipped(self, skipped: Tensor, step: int) -> None:
+        self.skipped[0] += skipped
+        self.skipped[1] = torch.where(skipped > 0, float(step), self.skipped[1])
+
+    def check(self, accelerator: Accelerator, epoch: int, steps_done: int, max_skipped_steps: int) -> None:
+        """Raise if too many updates were skipped, or in float16 batches lost; it waits for the device."""
+        not_finite = accelerator.reduce(self.not_finite, 'sum')
+        skipped = max(int(self.skipped[0]), int(not_finite.max()) if accelerator.scaler is not None else 0)
+        if skipped > max_skipped_steps:
+            terms = [name for name, count in zip(self.names, not_finite.tolist(), strict=True) if count]
+            what = ', '.join(terms[1:] or terms) if terms else 'the gradient'  # the sum comes first, then its terms
+            raise NotFiniteError(
+                f'epoch {epoch + 1}, step {int(self.skipped[1]) + 1}: not finite: {what}; {skipped} updates of this epoch '
+                f'were skipped, --max-skipped-steps allows {max_skipped_steps}; try a lower --lr, --clip-grad, or float32',
+                steps_done)
+
+    def watch(self, task: TrainingTask) -> None:
+        """Remember running statistics as they are now: a forward pass with a bad batch may spoil them for good."""
+        modules = [task.get_trainable_module(), task.get_trainable_module(ema=True)]
+        self.buffers = [(buffer, buffer.clone()) for module in modules if module is not None
+                        for buffer in module.buffers() if buffer.is_floating_point()]
+
+    def repair(self) -> None:
+        """Put those back that are not finite, if a batch was not; it waits for the device."""
+        if self.skipped[0] or self.not_finite.any():
+            for buffer, before in self.buffers:
+                if not buffer.isfinite().all():
+                    buffer.copy_(before)
 
     def means(self) -> dict[str, float]:
         *sums, images = self.sums.tolist()
-        return {**{name: value / images for name, value in zip(self.names, sums, strict=True)}, 'images': int(images)}
+        means = {name: value / images if images else float('nan') for name, value in zip(self.names, sums, strict=True)}
+        return {**means, 'images': int(images)}
 
     def compute(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over all processes."""
-        self.sums = accelerator.reduce(self.sums, 'sum')
-        return self.means()
+        total = Meter(self.names, self.sums.device)
+        total.sums = accelerator.reduce(self.sums, 'sum')
+        return {**total.means(), 'skipped_steps': int(self.skipped[0])}
 
 
-def _log_step(epoch: int, step: int, num_steps: int, meter: _Meter, optimizer, start: float, processes: int) -> None:
-    means = meter.means()
-    rate = processes * means.pop('images') / (time.perf_counter() - start)
-    losses = '  '.join(f"{name.removeprefix('loss_')}: {value:.3f}" for name, value in means.items())
+class _Clock:
+    """Time of this part of an epoch, for the images that the meter counts from now on."""
+
+    def __init__(self, meter: Meter):
+        self.start, self.before = time.perf_counter(), meter.means()['images']
+
+    def rate(self, meter: Meter, processes: int) -> float:
+        """Images per second of all processes."""
+        return (meter.means()['images'] - self.before) * processes / (time.perf_counter() - self.start)
+
+
+def _log_step(
+        epoch: int, step: int, num_steps: int, meter: Meter, optimizer, clock: _Clock, processes: int) -> None:
+    rate, means = clock.rate(meter, processes), meter.means()
+    losses = '  '.join(f"{name.removeprefix('loss_')}: {value:.3f}" for name, value in means.items() if name != 'images')
     _logger.info(f"Train: {epoch} [{step:>4d}/{num_steps} ({100 * step / num_steps:>3.0f}%)]  {losses}  "
                  f"LR: {optimizer.param_groups[-1]['lr']:.3e}  {rate:.0f} images/s")
 
 
 def evaluate(
-        accelerator: Accelerator, model: nn.Module, loader, evaluator: LongTailEvaluator) -> dict:
-    """Metrics of a bare model, each image counted once over all processes, in the run's precision."""
+        accelerator: Accelerator, model: nn.Module, loader, evaluator: LongTailEvaluator,
+        between: Callable[[], None] = lambda: None) -> dict:
+    """Metrics of a bare model, each image counted once over all processes, in the run's precision.
+
+    `between` is called before each batch; what it raises ends the evaluation.
+    """
     model.eval()
     evaluator.reset()
     with torch.inference_mode(), accelerator.autocast():
         for images, labels in loader:
+            between()
             evaluator.update(model(loader.normalize(images)), labels)
     return evaluator.compute(distributed=accelerator.num_processes > 1)

@@ -1,6 +1,8 @@
 """timm's optimizers for a task: parameter groups and the learning rate rule."""
+from inspect import signature
+
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
@@ -24,8 +26,10 @@ def scaled_learning_rate(opt: str, global_batch: int, lr_base: float, lr_base_si
 def create_optimizer(
         model: nn.Module, *, opt: str, lr: float, weight_decay: float, momentum: float, filter_bias_and_bn: bool = False,
         layer_decay: float | None = None, opt_eps: float | None = None, opt_betas: list[float] | None = None,
-        opt_kwargs: dict | None = None) -> torch.optim.Optimizer:
+        opt_kwargs: dict | None = None, fused: bool = False) -> torch.optim.Optimizer:
     """timm's `create_optimizer_v2`; with layer decay, what stands beside the backbone learns at the full rate.
+
+    `fused` takes torch's fused implementation where the optimizer has one.
 
     Raises:
         InputError: If timm does not know the optimizer or an argument of it.
@@ -48,7 +52,9 @@ def create_optimizer(
         groups.append(dict(params=heads))
     extra = {name: value for name, value in (('eps', opt_eps), ('betas', opt_betas)) if value is not None}
     try:
+        if fused and 'fused' in signature(get_optimizer_class(opt.split('_')[-1], bind_defaults=False)).parameters:
+            extra['fused'] = True
         return create_optimizer_v2(
-            groups, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **extra, **(opt_kwargs or {}))
+            groups, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **{**extra, **(opt_kwargs or {})})
     except (ValueError, TypeError, AssertionError) as error:
         raise InputError(f'--opt {opt}: {str(error).splitlines()[0]}') from error

@@ -18,11 +18,20 @@ class ImageError(InputError):
     """An image that cannot be decoded."""
 
 
+class RunError(Exception):
+    """What ends a run that began well: one line, exit code 1."""
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and no abbreviated flags."""
+    """argparse with one-line errors and no abbreviated flags.
+
+    Attributes:
+        presets: Options -> defaults that follow from them.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
+        self.presets: Callable[[argparse.Namespace], dict] = lambda options: {}
 
     def error(self, message: str):
         raise InputError(message.removeprefix('argument '))
@@ -51,6 +60,7 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> tuple[argparse.
     options = parser.parse_args(argv)
     from_file = read_yaml(parser, options.config) if options.config else {}
     parser.set_defaults(**from_file)
+    parser.set_defaults(**{**parser.presets(parser.parse_args(argv)), **from_file})
     options = parser.parse_args(argv)
     given = set(vars(_parse_given(parser, argv))) | set(from_file)
     return options, given - {'config'}
@@ -162,7 +172,8 @@ def number(convert: type, low: float, high: float = float('inf'), open_low: bool
 
 
 def run_script(main: Callable[[], None], main_process: bool = True, debug: bool = False) -> int:
-    """Exit code of a script: 0, or 2 with one line on standard error for wrong input.
+    """Exit code of a script: 0; with one line on standard error 2 for wrong input, 1 for a run that had to end, 130 for
+    an interrupt.
 
     Args:
         main: The script.
@@ -181,4 +192,16 @@ def run_script(main: Callable[[], None], main_process: bool = True, debug: bool 
                 text = text.splitlines()[-1].split('Error: ', 1)[-1]
             print(f'error: {text}', file=sys.stderr)
         return 2
+    except RunError as error:
+        if debug:
+            raise
+        if main_process:
+            print(f'error: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        if main_process:
+            print('interrupted', file=sys.stderr)
+        return 130
     return 0

@@ -1,13 +1,17 @@
 """What a run leaves behind: its folder, summary.csv, and the facts of metrics.json."""
 import csv
+import errno
+import fcntl
+import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 import yaml
 
@@ -47,7 +51,7 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f'{name}-{number}'
 
 
-def create_run_folder(folder: Path, options: dict) -> None:
+def create_run_folder(folder: Path, options: dict, before_writing: Callable[[], None] = lambda: None) -> None:
     """Make the folder and write the options into it, in a form that `--config` reads back.
 
     Raises:
@@ -55,9 +59,32 @@ def create_run_folder(folder: Path, options: dict) -> None:
     """
     try:
         (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
+        before_writing()
         (folder / 'args.yaml').write_text(yaml.safe_dump(options, sort_keys=False), encoding='utf-8')
     except OSError as error:
         raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
+
+
+def lock_run_folder(folder: Path) -> IO:
+    """Claim the folder for this process, as long as it lives and the returned file is open.
+
+    Raises:
+        InputError: If another run has claimed it.
+    """
+    path = folder / '.lock'
+    file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115, open as long as the run
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return file  # a file system without locks
+        file.seek(0)
+        raise InputError(f'--experiment {folder.name}: {file.read() or "another process"} is writing to {folder}; wait for '
+                         'it, or give another name') from error
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {platform.node()}')
+    file.flush()
+    return file
 
 
 def write_summary(folder: Path, row: dict) -> None:
@@ -82,6 +109,7 @@ def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | No
     row.update({f'eval_{name}': (metrics or {}).get(name) for name in names})
     row.update(lr=train['lr'], alpha=alpha)
     row.update({name: train.get(name) for name in ('loss_c', 'loss_cb', 'loss_sim')})
+    row['skipped_steps'] = train['skipped_steps']
     row['images_per_second'] = round(train['images_per_second'], 1)
     return {name: '' if value is None else value for name, value in row.items()}
 

@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark_glmc
-from benchmark_glmc import ShortLoader, bound, consume, endless, plain_loss
+from glmc.benchmark import agreement
+from glmc.benchmark.measure import ShortLoader, bound, consume, endless
+from glmc.benchmark.plain import plain_loss
 from glmc.losses import class_weights
 from glmc.mixing import GLMCMixer, Mixture
 from glmc.models import GLMCModule, create_backbone
@@ -73,7 +75,7 @@ def in_process(script, monkeypatch, capsys):
 
 
 def test_a_loss_out_of_tolerance_is_exit_code_1(in_process, monkeypatch):
-    monkeypatch.setattr(benchmark_glmc, 'class_weights', lambda counts, power: torch.ones(len(counts)))
+    monkeypatch.setattr(agreement, 'class_weights', lambda counts, power: torch.ones(len(counts)))
     code, out, _ = in_process(*TINY, '--compare-loss', '--skip', *benchmark_glmc.PARTS)
     assert code == 1 and 'THEY DO NOT AGREE' in out
 

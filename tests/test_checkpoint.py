@@ -19,11 +19,10 @@ from glmc.checkpoint import (
     keep_best,
     load_checkpoint,
     prune,
-    rng_state,
     save_checkpoint,
-    set_rng_state,
 )
 from glmc.parsing import InputError
+from glmc.state import rng_state, set_rng_state
 
 
 def round_trip(path, state: dict) -> dict:

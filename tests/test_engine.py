@@ -49,8 +49,11 @@ def batch(number: int = 0, size: int = 8, views: int = 4, members: int = 2) -> t
 
 
 class Batches(list):
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         self.epoch = epoch
+
+    def share(self, step: int) -> float:
+        return 1.0
 
 
 def batch_for(variant: str, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,8 +12,9 @@ LAYERS = [
     'data.profiles', 'data.datasets', 'data.sources', 'data.sampling', 'data.transforms',
     'data.loaders', 'data.resident',
     'mixing', 'cifar_resnet', 'models', 'losses', 'tasks', 'methods', 'optim',
-    'evaluation', 'priors', 'engine', 'checkpoint', 'card', 'export', 'trained', 'results',
-    'pictures', 'plots', 'page', 'report', 'trackers', 'hub', 'launch', 'sweep',
+    'evaluation', 'priors', 'engine', 'checkpoint', 'state', 'preemption', 'card', 'export', 'trained', 'results',
+    'pictures', 'plots', 'page', 'report', 'trackers', 'hub', 'launch', 'build', 'sweep',
+    'benchmark.plain', 'benchmark.measure', 'benchmark.agreement',
 ]
 
 

@@ -1,8 +1,10 @@
 """Views of images as batches on the device, decoded once and uint8 until they are mixed there."""
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -113,17 +115,28 @@ class DeviceLoader:
 
     def __init__(self, loader: DataLoader, normalize: Normalize, device: torch.device):
         self.loader, self.normalize, self.device = loader, normalize, device
+        self.drop = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        for owner in (self.loader.batch_sampler, self.loader.dataset, getattr(self.loader.dataset, 'source', None)):
-            if hasattr(owner, 'set_epoch'):
-                owner.set_epoch(epoch)
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """The epoch that comes next, from this step on; a source without an index reads and drops what comes before."""
+        self.drop = start_step
+        if isinstance(self.loader.batch_sampler, PairSampler):
+            self.loader.batch_sampler.set_epoch(epoch, start_step)
+            self.drop = 0
+        source = getattr(self.loader.dataset, 'source', None)
+        if hasattr(source, 'set_epoch'):
+            source.set_epoch(epoch)
+
+    def share(self, step: int) -> float:
+        """Of `PairSampler.share`."""
+        sampler = self.loader.batch_sampler
+        return sampler.share(step) if isinstance(sampler, PairSampler) else 1.0
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.loader:
+        for images, labels in islice(self.loader, self.drop, None):
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
@@ -138,8 +151,11 @@ class ErasingLoader:
     def __init__(self, loader, erasing: RandomErasing):
         self.loader, self.erasing, self.normalize = loader, erasing, nn.Identity()
 
-    def set_epoch(self, epoch: int) -> None:
-        self.loader.set_epoch(epoch)
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.loader.set_epoch(epoch, start_step)
+
+    def share(self, step: int) -> float:
+        return self.loader.share(step)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -212,4 +228,11 @@ def image_mode(data_config: dict) -> str:
 def _data_loader(dataset, workers: int, device: torch.device, seed: int, **kwargs) -> DataLoader:
     return DataLoader(
         dataset, num_workers=workers, pin_memory=device.type == 'cuda', persistent_workers=workers > 0,
-        generator=torch.Generator().manual_seed(seed), **kwargs)  # its own generator: none of the training's draws
+        generator=torch.Generator().manual_seed(seed), **kwargs,  # its own generator: none of the training's draws
+        worker_init_fn=_leave_signals_to_the_training if workers else None)
+
+
+def _leave_signals_to_the_training(worker: int) -> None:
+    """A signal to all processes of a job must not take the images from under the step that is to be finished."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

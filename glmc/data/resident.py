@@ -62,8 +62,11 @@ class ResidentTrainLoader:
         self.sampler, self.num_views, self.padding, self.hflip = sampler, num_views, padding, hflip
         self.normalize, self.device = normalize, device
 
-    def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.sampler.set_epoch(epoch, start_step)
+
+    def share(self, step: int) -> float:
+        return self.sampler.share(step)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -76,7 +79,7 @@ class ResidentTrainLoader:
         offsets = rng.integers(2 * self.padding + 1, size=(2, *shape))
         columns = (indices, *offsets, rng.random(shape) < self.hflip)
         index, y, x, flip = (torch.from_numpy(column).to(self.device) for column in columns)
-        for step in range(len(self)):
+        for step in range(self.sampler.start_step, len(self)):
             part = self.sampler.positions(step)
             yield self.views(index[part], y[part], x[part], flip[part]), self.labels[index[part]]
 

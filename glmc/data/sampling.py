@@ -26,7 +26,8 @@ class PairSampler(Sampler):
 
     The draws of an epoch are a function of (seed, epoch); each of the global batches is dealt out over the
     processes, so that their union is what a single process would have drawn. The last batch is smaller; where it
-    would leave a process with fewer than two images, the batch before it takes them.
+    would leave a process with fewer than two images, the batch before it takes them. Iteration starts at the step that
+    `set_epoch` says, with the draws that an epoch from its beginning has there.
 
     Args:
         labels: (N,) label of each image.
@@ -50,10 +51,11 @@ class PairSampler(Sampler):
             raise ValueError(f'a batch of {self.global_batch} is larger than the set of {self.num_images} images')
         self.weights = None if resample_power is None else image_weights(labels, resample_power)
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.epoch = 0
+        self.epoch, self.start_step = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """The epoch that comes next, from this step on."""
+        self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:
         steps, rest = divmod(self.num_images, self.global_batch)
@@ -61,15 +63,23 @@ class PairSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         draws = self.draw_epoch()
-        for step in range(len(self)):
+        for step in range(self.start_step, len(self)):
             part = self.positions(step)
             yield list(zip(*(column[part].tolist() for column in draws), strict=True))
 
     def positions(self, step: int) -> slice:
-        """This process's share of a step, as places in the draws of the epoch."""
-        start = step * self.global_batch
-        stop = start + self.global_batch if step + 1 < len(self) else self.num_images
+        """This process's part of a step, as places in the draws of the epoch."""
+        start, stop = self._bounds(step)
         return slice(start + self.rank, stop, self.world_size)
+
+    def share(self, step: int) -> float:
+        """Images of this process in a step over the mean of all processes: 1 but for an uneven last step."""
+        start, stop = self._bounds(step)
+        return len(range(start + self.rank, stop, self.world_size)) * self.world_size / (stop - start)
+
+    def _bounds(self, step: int) -> tuple[int, int]:
+        start = step * self.global_batch
+        return start, start + self.global_batch if step + 1 < len(self) else self.num_images
 
     def draw_epoch(self) -> Sequence[np.ndarray]:
         """Columns (seed, i) or (seed, i, j) of the whole epoch, each (N,)."""

@@ -1,0 +1,1 @@
+"""Throughput beside a plain loop; `benchmark_glmc.py` is the script."""

@@ -1,0 +1,187 @@
+"""From options to what trains: data, model and method, loaders, optimizer."""
+import argparse
+import logging
+
+import torch
+from accelerate.utils import set_seed
+from timm.data import resolve_input_data_config
+from timm.data.random_erasing import RandomErasing
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+
+from glmc.config import DEMONSTRATION
+from glmc.data.datasets import ImageSet
+from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_loader
+from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
+from glmc.data.sources import open_training_data
+from glmc.engine import TrainStep, train_one_epoch
+from glmc.evaluation import LongTailEvaluator
+from glmc.launch import create_accelerator
+from glmc.methods import METHODS, ignored_options
+from glmc.models import create_backbone
+from glmc.optim import create_optimizer, scaled_learning_rate
+from glmc.parsing import InputError, pick
+
+_logger = logging.getLogger(__name__)
+RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
+          'warmup_epochs', 'imbalance_factor')  # on the model card, with the method's own
+
+
+class Setup:
+    """What the options of train_glmc.py ask for, built in the order in which data flows.
+
+    Beside the scripts and their options, the one place that knows `args`.
+
+    Args:
+        args: Options of `config.train_parser`.
+        given: Names of those that the user set.
+    """
+
+    def __init__(self, args: argparse.Namespace, given: set[str]):
+        self.args, self.method = args, METHODS[args.method]
+        self.accelerator = create_accelerator(args.amp, args.amp_dtype)
+        self._announce(given)
+        set_seed(args.seed)
+        self._build_data()
+        self._build_task()
+        self._build_loaders()
+        self._build_optimizer()
+        set_seed(args.seed, device_specific=True)  # drop-out differs from process to process
+
+    def _announce(self, given: set[str]) -> None:
+        args = self.args
+        for name in sorted(ignored_options(args.method, given)):
+            _logger.warning(f"--{name.replace('_', '-')} has no effect with --method {args.method}")
+        if not (args.data_dir or args.dataset or args.train_list):
+            for name, value in DEMONSTRATION.items():
+                if name not in given:
+                    setattr(args, name, value)
+            _logger.info("No data given: this is a demonstration on scikit-learn's handwritten digits, made long-tailed. "
+                         'Train on your own with --data-dir, --dataset or --train-list.')
+
+    def _build_data(self) -> None:
+        args = self.args
+        self.data = open_training_data(
+            download=args.dataset_download or None, **pick(args, (
+                'data_dir', 'dataset', 'train_split', 'val_split', 'train_list', 'val_list', 'num_classes',
+                'class_counts', 'holdout', 'imbalance_factor', 'lt_type', 'lt_split', 'lt_seed', 'shot_thresholds',
+                'seed', 'batch_size', 'class_map', 'input_key', 'target_key')))
+        facts = self.data.profile
+        counts = facts['class_counts']
+        groups = ', '.join(f'{n} {name}' for name, n in facts['shot_classes'].items())
+        _logger.info(f"Training set: {facts['num_images']:,} images of {len(counts)} classes, {max(counts):,} … "
+                     f"{min(counts):,} per class ({groups}), fingerprint {str(facts['fingerprint'])[:16]}")
+
+    def _build_task(self) -> None:
+        args, counts = self.args, self.data.profile['class_counts']
+        self.model_options = dict(
+            name=args.model, num_classes=len(counts), img_size=args.img_size, in_chans=args.in_chans, drop_rate=args.drop,
+            drop_path_rate=args.drop_path, global_pool=args.gp, **args.model_kwargs)
+        backbone = create_backbone(
+            **self.model_options, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
+        self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if args.pretrained else None
+        if args.grad_checkpointing:
+            backbone.set_grad_checkpointing(True)
+        try:
+            self.data_config = resolve_input_data_config(
+                backbone, pick(args, ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')))
+        except ValueError as error:
+            raise InputError(f'--mean, --std: {error}') from error
+        model = self.method.module(backbone, **pick(args, self.method.module_options))
+        self.num_parameters = sum(p.numel() for p in backbone.parameters())
+        if args.sync_bn:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.task = self.method.task(model, counts, **pick(args, self.method.task_options))
+        self.mixer = self.method.mixer(counts, **pick(args, self.method.mixer_options))
+        _logger.info(f'Model: {args.model}, {self.num_parameters / 1e6:.2f} M parameters, '
+                     f"input {'x'.join(map(str, self.data_config['input_size']))}, method {args.method}")
+
+    def _build_loaders(self) -> None:
+        args, accelerator = self.args, self.accelerator
+        common = dict(
+            data_config=self.data_config, batch_size=args.batch_size, device=accelerator.device, workers=args.workers,
+            rank=accelerator.process_index, world_size=accelerator.num_processes)
+        augmentation = dict(auto_augment=args.aa, interpolation=args.train_interpolation, **pick(args, (
+            'augmentation', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter',
+            'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')))
+        resident = is_resident(args.resident, self.data.train, augmentation, self.data_config['input_size'])
+        create_train = create_resident_train_loader if resident else create_train_loader
+        create_eval = create_resident_eval_loader if resident else create_eval_loader
+        pairs = self.method.paired and args.partner == 'sampler'
+        if pairs and not isinstance(self.data.train, ImageSet):
+            raise InputError(f'--dataset {args.dataset}: has no index to draw partners by, expected --partner batch')
+        try:
+            self.train_loader = create_train(
+                self.data.train, augmentation, num_views=self.method.num_views, seed=args.seed,
+                resample_power=args.resample_power if pairs else None, **common)
+        except InputError:
+            raise
+        except AssertionError as error:
+            raise InputError(f'--aa {args.aa}: {error}') from error
+        except ValueError as error:
+            raise InputError(f'--batch-size {args.batch_size}, {accelerator.num_processes} processes: {error}') from error
+        if args.reprob:
+            erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=accelerator.device)
+            self.train_loader = ErasingLoader(self.train_loader, erasing)
+        self.val_loader = self.data.validation and create_eval(self.data.validation, **common)
+        self.epoch_loader = create_eval(self.data.holdout, **common) if self.data.holdout else self.val_loader
+        self.evaluator = LongTailEvaluator(
+            self.data.profile['class_counts'], args.shot_thresholds, device=accelerator.device)
+
+    def _build_optimizer(self) -> None:
+        args, processes = self.args, self.accelerator.num_processes
+        self.global_batch = args.batch_size * processes
+        batch = self.global_batch * args.grad_accum_steps
+        lr = args.lr or scaled_learning_rate(args.opt, batch, args.lr_base, args.lr_base_size, args.lr_base_scale)
+        _logger.info(f'Global batch: {batch} images ({args.batch_size} x {processes} processes x {args.grad_accum_steps} '
+                     f"steps); learning rate {lr:g}{'' if args.lr else ' by the rule of --lr-base'}")
+        fused = self.accelerator.scaler is None  # see engine.skips_on_device for why not with a loss scaler
+        optimizer = create_optimizer(self.task.get_trainable_module(), lr=lr, fused=fused, **pick(args, (
+            'opt', 'weight_decay', 'momentum', 'filter_bias_and_bn', 'layer_decay', 'opt_eps', 'opt_betas', 'opt_kwargs')))
+        self.updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
+        self.scheduler, self.num_epochs = create_scheduler_v2(
+            optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
+        train_step = TrainStep(self.task, self.mixer, self.train_loader.normalize)
+        if args.torchcompile:
+            train_step.compile(fullgraph=True, mode=None if args.torchcompile == 'default' else args.torchcompile)
+        self.train_step, self.optimizer = self.accelerator.prepare(train_step, optimizer)
+        if args.model_ema:
+            self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+
+    def train_epoch(self, epoch: int, **where) -> dict:
+        """`engine.train_one_epoch` with the options; `where` says what an interrupted epoch has done."""
+        args = self.args
+        self.task.set_progress(epoch / self.num_epochs)
+        return train_one_epoch(
+            self.accelerator, self.train_step, self.train_loader, self.optimizer, self.scheduler, epoch=epoch,
+            accum_steps=args.grad_accum_steps, **where,
+            **pick(args, ('seed', 'clip_grad', 'clip_mode', 'log_interval', 'max_skipped_steps')))
+
+    # --- what others are told ---
+
+    def data_name(self) -> str:
+        return self.args.train_list or self.args.dataset or self.args.data_dir or 'digits'
+
+    def device_name(self) -> str:
+        device = self.accelerator.device
+        return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+
+    def description(self) -> dict:
+        """What it takes to build and export the model again."""
+        model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}
+        training = pick(self.args, ('opt', 'filter_bias_and_bn', 'layer_decay', *self.method.module_options))
+        return {'model': model, 'training': training, 'export': dict(
+            data_config=self.data_config, class_names=list(self.data.class_names),
+            source=self._source())}
+
+    def _source(self) -> dict:
+        """What an export says about its training."""
+        args = self.args
+        options = {**pick(args, RECIPE), **pick(args, sorted(self.method.options))}
+        return dict(
+            method=args.method, profile=self.data.profile, precision=self.accelerator.mixed_precision,
+            prior='uniform' if self.method.rebalanced else 'train', recipe=options,
+            license=None if args.hub_license == 'unknown' else args.hub_license,
+            base_model=self.base_model, other_weights=bool(args.initial_checkpoint) or ':' in args.model)
