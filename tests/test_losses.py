@@ -4,8 +4,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from timm.loss import AsymmetricLossSingleLabel
 
-from glmc.losses import class_weights, cumulative_alpha, negative_cosine, soft_cross_entropy
+from glmc.losses import (
+    ClassBalancedFocalLoss,
+    DeferredReweighting,
+    FocalLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    class_weights,
+    cumulative_alpha,
+    effective_number_weights,
+    focal_loss,
+    ldam_margins,
+    negative_cosine,
+    soft_cross_entropy,
+)
 from glmc.mixing import mixup
 
 BATCH, CLASSES, WIDTH = 5, 4, 6
@@ -128,3 +142,92 @@ def test_alpha_falls_from_one_and_never_is_zero(t_max):
     assert alphas == pytest.approx([(t_max ** 2 - t ** 2) / t_max ** 2 for t in range(t_max)], rel=1e-12)
     assert alphas[0] == 1
     assert min(alphas) > 0
+
+
+COUNTS, LABELS = [500, 120, 20, 5], torch.tensor([0, 3, 1, 1, 2])
+
+
+def softmax(z: list[float]) -> list[float]:
+    total = sum(math.exp(value) for value in z)
+    return [math.exp(value) / total for value in z]
+
+
+def effective_numbers(beta: float) -> list[float]:
+    """Weights by a geometric sum: the effective number is 1 + β + β² + … of n terms."""
+    inverse = [1 / sum(beta ** k for k in range(n)) for n in COUNTS]
+    return [4 * value / sum(inverse) for value in inverse]
+
+
+def loop_focal(logits, weight, gamma) -> float:
+    terms = []
+    for z, y in zip(logits.tolist(), LABELS.tolist(), strict=True):
+        p = softmax(z)[y]
+        terms.append(-weight[y] * (1 - p) ** gamma * math.log(p))
+    return sum(terms) / len(terms)
+
+
+def loop_weighted_mean(logits, weight) -> float:
+    """Cross-entropy as torch averages it: over the weights, not over the images."""
+    pairs = [(weight[y], -math.log(softmax(z)[y])) for z, y in zip(logits.tolist(), LABELS.tolist(), strict=True)]
+    return sum(w * loss for w, loss in pairs) / sum(w for w, _ in pairs)
+
+
+@pytest.mark.parametrize('beta', [0.9, 0.999, 0.9999])
+def test_effective_number_is_a_geometric_sum(beta):
+    np.testing.assert_allclose(effective_number_weights(COUNTS, beta).numpy(), effective_numbers(beta), rtol=1e-5)
+
+
+@pytest.mark.parametrize('gamma', [0.0, 0.5, 2.0])
+def test_focal_losses_are_the_loop(gamma):
+    logits = random(BATCH, CLASSES)
+    assert FocalLoss(COUNTS, gamma)(logits, LABELS).item() == pytest.approx(loop_focal(logits, [1] * 4, gamma), rel=1e-5)
+    weighted = ClassBalancedFocalLoss(COUNTS, gamma, 0.999)(logits, LABELS).item()
+    assert weighted == pytest.approx(loop_focal(logits, effective_numbers(0.999), gamma), rel=1e-5)
+    timms = AsymmetricLossSingleLabel(gamma_pos=gamma, gamma_neg=0, eps=0.0)(logits, LABELS).item()
+    assert focal_loss(logits, LABELS, gamma).item() == pytest.approx(timms, rel=1e-5)
+
+
+def test_focal_gradient_of_a_sure_hit_is_finite():
+    logits = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    focal_loss(logits, torch.tensor([0]), 0.5).backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('tau', [0.0, 0.5, 1.0, 2.0])
+def test_logit_adjustment_is_a_softmax_weighted_by_powers_of_the_counts(tau):
+    logits = random(BATCH, CLASSES)
+    expected = 0.0
+    for z, y in zip(logits.tolist(), LABELS.tolist(), strict=True):
+        parts = [n ** tau * math.exp(value) for n, value in zip(COUNTS, z, strict=True)]
+        expected -= math.log(parts[y] / sum(parts)) / BATCH
+    assert LogitAdjustedLoss(COUNTS, tau)(logits, LABELS).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_balanced_softmax_of_equal_counts_is_cross_entropy():
+    logits = random(BATCH, CLASSES)
+    expected = torch.nn.functional.cross_entropy(logits, LABELS).item()
+    assert LogitAdjustedLoss([7] * 4)(logits, LABELS).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize('epoch, deferred', [(0, False), (159, False), (160, True), (199, True)])
+def test_reweighting_is_deferred_to_epoch_160_of_200(epoch, deferred):
+    loss, logits = DeferredReweighting(COUNTS), random(BATCH, CLASSES)
+    buffer = loss.class_weight
+    loss.set_progress(epoch / 200)
+    weight = effective_numbers(0.9999) if deferred else [1.0] * 4
+    assert loss(logits, LABELS).item() == pytest.approx(loop_weighted_mean(logits, weight), rel=1e-5)
+    assert loss.class_weight is buffer  # filled, so that a compiled step stays as it is
+    loss.set_progress(0.0)
+    assert loss.class_weight.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize('progress', [0.0, 0.9])
+def test_ldam_is_the_loop(progress):
+    cosines, margins = random(BATCH, CLASSES) / 10, [0.5 * (5 / n) ** 0.25 for n in COUNTS]
+    np.testing.assert_allclose(ldam_margins(COUNTS).numpy(), margins, rtol=1e-6)
+    shifted = [[30 * (c - margins[y] * (k == y)) for k, c in enumerate(row)]
+               for row, y in zip(cosines.tolist(), LABELS.tolist(), strict=True)]
+    weight = effective_numbers(0.9999) if progress else [1.0] * 4
+    loss = LDAMLoss(COUNTS)
+    loss.set_progress(progress)
+    assert loss(30 * cosines, LABELS).item() == pytest.approx(loop_weighted_mean(torch.tensor(shifted), weight), rel=1e-4)

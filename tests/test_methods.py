@@ -7,19 +7,34 @@ from glmc.config import train_parser
 from glmc.engine import step_generator
 from glmc.methods import METHODS, ignored_options
 from glmc.models import create_backbone
-from glmc.parsing import pick
+from glmc.parsing import parse_args, pick
 
 COUNTS = [50, 30, 12, 3]
 GOLDEN = {  # loss of the second of two steps, with the options' defaults
     'ce': 0.592514,
+    'mixup': 0.763066,
+    'cutmix': 0.755776,
+    'focal': 0.141038,
+    'cb_focal': 0.074577,
+    'ldam_drw': 11.118105,
+    'balanced_softmax': 0.487075,
+    'logit_adjustment': 0.487075,
+    'ce_drw': 0.600852,
+    'ce_resample': 1.423691,
+    'weight_balancing': 0.600852,
+    'bbn': 1.200810,
+    'cmo': 1.645652,
     'glmc': 1.451263,
+    'glmc_no_consistency': 2.645436,
+    'glmc_no_rebalance': 1.689755,
+    'glmc_balanced': 1.689755,
 }
 
 
 def golden_losses(name: str, **changed) -> list[float]:
     """Losses of two SGD steps on random images, through all parts of a row."""
-    method, options = METHODS[name], train_parser(METHODS).parse_args([])
-    vars(options).update(changed)
+    method, (options, _) = METHODS[name], parse_args(train_parser(METHODS), ['--method', name])
+    vars(options).update({'drw_start': 0.5, **changed})  # the second step is in its time
     torch.manual_seed(0)
     backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1)
     module = method.module(backbone, **pick(options, method.module_options))
@@ -38,6 +53,7 @@ def golden_losses(name: str, **changed) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        task.update_ema(step)
         losses.append(loss.item())
     return losses
 
@@ -47,6 +63,18 @@ def test_golden_loss(name):
     loss = golden_losses(name)[-1]
     assert name in GOLDEN, f"add to GOLDEN in tests/test_methods.py, once it is right: '{name}': {loss:.6f},"
     assert loss == pytest.approx(GOLDEN[name], rel=1e-4), f'{name}: {loss:.6f}'
+
+
+@pytest.mark.parametrize('row, same, changed', [
+    ('glmc_balanced', 'glmc', dict(balanced=True)), ('glmc_no_consistency', 'glmc', dict(consistency_weight=0.0)),
+    ('balanced_softmax', 'logit_adjustment', {}), ('ce_drw', 'weight_balancing', {}), ('ce', 'ce_drw', dict(drw_start=0.9)),
+    ('mixup', 'ce', dict(mixup_prob=0.0)), ('cutmix', 'ce', dict(mixup_prob=0.0)), ('focal', 'ce', dict(focal_gamma=0.0))])
+def test_rows_that_meet(row, same, changed):
+    """Whose option is changed: that of the row that has it."""
+    has = METHODS[row].options | METHODS[row].defaults.keys()
+    one, two = (golden_losses(name, **(changed if own else {}))
+                for name, own in ((row, changed.keys() <= has), (same, not changed.keys() <= has)))
+    assert one == pytest.approx(two, rel=1e-6)
 
 
 def test_no_golden_loss_without_a_method():
@@ -60,13 +88,15 @@ def test_a_row_repeats(name):
 
 OTHER_VALUES = dict(
     reweight_power=0.5, consistency_weight=3.0, projection_dim=7, balanced=True, mix_beta=0.3, cutmix_lambda='area',
-    partner='batch', joint_forward=True)
+    partner='batch', joint_forward=True, mixup_prob=0.1, focal_gamma=0.5, effective_beta=0.9, drw_start=0.9,
+    adjustment_tau=0.5, ldam_margin=0.1, cosine_scale=10.0)
 
 
 @pytest.mark.parametrize('name, option', [
     (name, option) for name, row in METHODS.items() for option in sorted(row.options & OTHER_VALUES.keys())])
 def test_an_option_has_an_effect(name, option):
-    assert golden_losses(name, **{option: OTHER_VALUES[option]}) != golden_losses(name)
+    other = 'nominal' if METHODS[name].defaults.get(option) == 'area' else OTHER_VALUES[option]
+    assert golden_losses(name, **{option: other}) != golden_losses(name)
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -80,6 +110,21 @@ def test_every_option_of_a_method_is_heeded_by_one():
     group = next(group for group in train_parser(METHODS)._action_groups if group.title == 'method')
     heeded = set().union(*(row.options for row in METHODS.values()))
     assert {action.dest for action in group._group_actions} - {'method'} == heeded
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_published_values_are_defaults_below_file_and_command_line(name, tmp_path):
+    defaults, parser = METHODS[name].defaults, train_parser(METHODS)
+    options, given = parse_args(parser, ['--method', name])
+    assert pick(options, defaults) == defaults and given == {'method'}
+    (tmp_path / 'options.yaml').write_text(f'method: {name}\nresample_power: 0.3\n')
+    options, _ = parse_args(train_parser(METHODS), ['-c', str(tmp_path / 'options.yaml'), '--weight-decay', '0.2'])
+    assert (options.method, options.resample_power, options.weight_decay) == (name, 0.3, 0.2)
+
+
+def test_a_method_leaves_no_default_behind():
+    options, _ = parse_args(train_parser(METHODS), ['--method', 'ce'])
+    assert (options.resample_power, options.weight_decay, options.cutmix_lambda) == (0.0, 5e-4, 'nominal')
 
 
 def test_options_without_effect_are_told():

@@ -4,8 +4,24 @@ import pytest
 import torch
 from scipy.stats import beta as beta_distribution
 from scipy.stats import chisquare, kstest
+from timm.data import Mixup
+from timm.data.mixup import cutmix_bbox_and_lam
 
-from glmc.mixing import GLMCMixer, Mixture, cutmix, draw_mixture, mixup, partners_within, random_box
+from glmc.mixing import (
+    UNMIXED,
+    CMOMixer,
+    FlippedCutmix,
+    FlippedMixup,
+    GLMCMixer,
+    Mixture,
+    PairMixer,
+    PartnerOnly,
+    cutmix,
+    draw_mixture,
+    mixup,
+    partners_within,
+    random_box,
+)
 
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -190,3 +206,84 @@ def test_mixer_draws_what_it_uses(partner, cutmix_lambda):
     for target in targets:
         assert target.dtype == torch.float32
         np.testing.assert_allclose(target.sum(1).numpy(), 1, rtol=1e-6)
+
+
+def fixed(lam: float, box=(0, 0, 0, 0), local_lam: float = 1.0, **kwargs) -> Mixture:
+    return Mixture(torch.tensor(lam), torch.tensor(box), torch.tensor(local_lam), **kwargs)
+
+
+def test_flipped_mixup_is_timms(monkeypatch):
+    x, labels = images(6, 3, 5, 7).float(), torch.tensor([0, 2, 1, 3, 3, 0])
+    timms = Mixup(mixup_alpha=1.0, label_smoothing=0.0, num_classes=4)
+    monkeypatch.setattr(timms, '_params_per_batch', lambda: (0.3, False))
+    expected, targets = timms(x.clone(), labels)
+    found = FlippedMixup([9, 5, 3, 1])(x[:, None], labels[:, None], fixed(0.3))
+    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(found[1], targets)
+
+
+def test_flipped_cutmix_is_timms(monkeypatch):
+    x, labels = images(6, 3, 8, 8).float(), torch.tensor([0, 2, 1, 3, 3, 0])
+    timms = Mixup(mixup_alpha=0.0, cutmix_alpha=1.0, label_smoothing=0.0, num_classes=4)
+    monkeypatch.setattr(timms, '_params_per_batch', lambda: (0.3, True))
+    np.random.seed(0)
+    expected, targets = timms(x.clone(), labels)
+    np.random.seed(0)
+    box, lam = cutmix_bbox_and_lam((6, 3, 8, 8), 0.3)
+    found = FlippedCutmix([9, 5, 3, 1])(x[:, None], labels[:, None], fixed(0.3, tuple(map(int, box)), float(lam)))
+    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(found[1], targets)
+
+
+@pytest.mark.parametrize('mixer', [FlippedMixup, FlippedCutmix])
+def test_a_flipped_batch_may_be_odd_and_uint8(mixer):
+    views, labels = torch.arange(3 * 4).reshape(3, 1, 1, 2, 2).to(torch.uint8), torch.tensor([[0], [1], [1]])
+    before = views.clone()
+    mixed, targets = mixer([2, 1])(views, labels, fixed(0.25, (0, 1, 0, 2), 0.5))
+    assert mixed.shape == (3, 1, 2, 2) and torch.equal(views, before)
+    assert targets.sum(1).tolist() == [1, 1, 1] and targets[1].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize('probability', [0.0, 0.5, 1.0])
+def test_a_batch_is_mixed_with_its_probability(probability):
+    rng, mixer = np.random.default_rng(0), FlippedMixup([1, 1], mixup_prob=probability)
+    mixed = np.mean([mixer.draw(4, (8, 8), rng) is not UNMIXED for _ in range(400)])
+    assert mixed == pytest.approx(probability, abs=0.08)
+
+
+def test_unmixed_is_the_image():
+    x, labels = images(4, 1, 3, 5, 5), torch.tensor([[0], [1], [2], [2]])
+    for mixer in (FlippedMixup([3, 2, 1]), FlippedCutmix([3, 2, 1])):
+        found, targets = mixer(x, labels, UNMIXED)
+        assert torch.equal(found, x[:, 0]) and torch.equal(targets, torch.eye(3)[labels[:, 0]])
+
+
+def test_cmo_pastes_the_resampled_image_on_the_other():
+    views, labels = images(3, 2, 3, 6, 6), torch.tensor([[0, 2], [0, 1], [1, 2]])
+    box, lam = (1, 4, 2, 6), 1 - 12 / 36
+    mixed, targets = CMOMixer([50, 20, 3])(views, labels, fixed(0.4, box, lam))
+    for k, (background, foreground) in enumerate(labels.tolist()):
+        assert (mixed[k].numpy() == loop_cutmix(views[k, 0].numpy(), views[k, 1].numpy(), box)).all()
+        expected = [0.0] * 3
+        expected[background] += lam
+        expected[foreground] += 1 - lam
+        assert targets[k].tolist() == pytest.approx(expected)
+
+
+def test_the_partner_takes_the_place_of_the_image():
+    views, labels = images(3, 2, 3, 6, 6), torch.tensor([[0, 2], [0, 1], [1, 2]])
+    found, found_labels = PartnerOnly([50, 20, 3])(views, labels, None)
+    assert torch.equal(found, views[:, 1]) and found_labels.tolist() == [2, 1, 2]
+    pairs, pair_labels = PairMixer([50, 20, 3])(views, labels, None)
+    assert all(torch.equal(pairs[k], views[:, k]) and torch.equal(pair_labels[k], labels[:, k]) for k in range(2))
+
+
+@pytest.mark.parametrize('mixer', [PartnerOnly, PairMixer, CMOMixer])
+def test_partners_come_from_the_batch_where_it_holds_single_images(mixer):
+    rng, views, labels = np.random.default_rng(0), images(400, 1, 1, 2, 2), torch.arange(400)[:, None] % 10 // 9
+    mixer = mixer([9, 1], partner='batch', resample_power=1.0)  # 360 images of one class, 40 of the other
+    mixture = mixer.draw(400, (2, 2), rng)
+    pairs, pair_labels = mixer.pairs(views, labels, mixture)
+    assert pairs.shape == (400, 2, 1, 2, 2) and torch.equal(pair_labels[:, 0], labels[:, 0])
+    assert pair_labels[:, 1].float().mean().item() == pytest.approx(0.5, abs=0.1)
+    mixer(views, labels, mixture)

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glmc.models import GLMCModule, create_backbone
-from glmc.tasks import GLMCTask, PlainTask
+from glmc.losses import DeferredReweighting, LDAMLoss
+from glmc.models import BilateralModule, CosineModule, GLMCModule, create_backbone
+from glmc.tasks import BilateralTask, CosineTask, GLMCTask, PlainTask, WeightBalancingTask
 
 COUNTS = [50, 12, 3]
 SMALL = dict(num_classes=3, channels=(4, 6, 8), depth=1)
@@ -185,3 +186,85 @@ def test_plain_task_is_cross_entropy():
     expected = cross_entropy(losses['output'], torch.eye(3)[labels], 1)
     assert losses['loss'].item() == pytest.approx(expected, rel=1e-5)
     assert set(task.get_checkpoint_state()) == {'state_dict'}
+
+
+def test_deferred_weights_follow_the_progress():
+    task = PlainTask(create_backbone('resnet32_cifar', **SMALL), COUNTS, DeferredReweighting, drw_start=0.5)
+    for progress, deferred in ((0.0, False), (0.5, True), (0.4, False)):
+        task.set_progress(progress)
+        assert torch.equal(task.criterion.class_weight, task.criterion.deferred_weight) == deferred
+
+
+def folded_task(kind: str, seed: int = 0):
+    torch.manual_seed(seed)
+    backbone = create_backbone('resnet32_cifar', **SMALL)
+    if kind == 'bbn':
+        return BilateralTask(BilateralModule(backbone), COUNTS)
+    return CosineTask(CosineModule(backbone), COUNTS, LDAMLoss)
+
+
+def step(task, kind: str, lr: float = 0.5) -> None:
+    images, labels = batch()[0], torch.tensor([0, 2, 1, 2])
+    task.train()(*((images, (labels, labels.flip(0))) if kind == 'bbn' else (images[0], labels)))['loss'].backward()
+    with torch.no_grad():
+        for parameter in task.trainable_module.parameters():
+            if parameter.grad is not None:
+                parameter -= lr * parameter.grad
+                parameter.grad = None
+    task.update_ema(step=2)
+
+
+@pytest.mark.parametrize('kind', ['bbn', 'ldam'])
+def test_the_evaluated_model_is_the_folded_one_after_every_step(kind):
+    task = folded_task(kind)
+    task.setup_ema(decay=0.5)
+    for _ in range(2):
+        before = task.get_eval_model().fc.weight.clone()
+        step(task, kind)
+        for module in (task.trainable_module, task.get_trainable_module(ema=True).module):
+            weight, bias = module.folded()
+            assert torch.equal(module.backbone.fc.weight, weight) and torch.equal(module.backbone.fc.bias, bias)
+        assert not torch.equal(task.get_eval_model().fc.weight, before)
+    assert not torch.equal(task.get_eval_model(ema=True).fc.weight, task.get_eval_model().fc.weight)
+
+
+@pytest.mark.parametrize('kind', ['bbn', 'ldam'])
+def test_folded_tasks_save_and_load_what_stands_beside(kind):
+    source, target = folded_task(kind, seed=0), folded_task(kind, seed=1)
+    step(source, kind)
+    target.load_checkpoint_state(**copy.deepcopy(source.get_checkpoint_state()))
+    saved, loaded = (task.trainable_module.state_dict() for task in (source, target))
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
+@pytest.mark.parametrize('progress', [0.0, 0.5, 0.9])
+def test_bilateral_loss_is_the_papers(progress):
+    task, (images, _) = folded_task('bbn').eval(), batch()
+    task.set_progress(progress)
+    labels = torch.tensor([0, 2, 1, 2]), torch.tensor([2, 2, 0, 1])
+    losses, alpha = task(images, labels), 1 - progress ** 2
+    parts = [cross_entropy(losses['output'], torch.eye(3)[label], 1) for label in labels]
+    assert losses['loss'].item() == pytest.approx(alpha * parts[0] + (1 - alpha) * parts[1], rel=1e-5)
+
+
+def test_weight_balancing_projects_once_the_weights_are_deferred():
+    torch.manual_seed(0)
+    task = WeightBalancingTask(create_backbone('resnet32_cifar', **SMALL), COUNTS, drw_start=0.5)
+    fc = task.get_eval_model().fc
+    with torch.no_grad():
+        fc.weight.mul_(torch.tensor([[4.0], [2.0], [1.0]]))
+    before, norms = fc.weight.clone(), fc.weight.norm(dim=1)
+    task.set_progress(0.4)
+    task.update_ema()
+    assert torch.equal(fc.weight, before)
+    task.set_progress(0.5)
+    radius = (norms.min() + 0.1 * (norms.max() - norms.min())).item()
+    for progress in (0.6, 0.7):
+        task.update_ema()
+        assert fc.weight.norm(dim=1).max().item() == pytest.approx(radius, rel=1e-5)
+        with torch.no_grad():
+            fc.weight.mul_(3)
+        task.set_progress(progress)  # the radius stays that of the first time
+    other = WeightBalancingTask(create_backbone('resnet32_cifar', **SMALL), COUNTS)
+    other.load_checkpoint_state(**copy.deepcopy(task.get_checkpoint_state()))
+    assert other.max_norm.item() == pytest.approx(radius, rel=1e-5)
