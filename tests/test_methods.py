@@ -1,7 +1,13 @@
 """The table of methods: every row runs, and its seeded loss is the one that was written down."""
+import json
+import shutil
+
 import numpy as np
 import pytest
+import timm
 import torch
+from conftest import TINY, free_port, launch_train
+from safetensors.torch import load_file
 
 from glmc.config import train_parser
 from glmc.engine import step_generator
@@ -131,3 +137,48 @@ def test_options_without_effect_are_told():
     given = {'consistency_weight', 'mix_beta', 'lr', 'epochs'}
     assert ignored_options('ce', given) == {'consistency_weight', 'mix_beta'}
     assert ignored_options('glmc', given) == set()
+
+
+RUN = [*TINY, '--epochs', '2', '--drw-start', '0.5', '--partner', 'sampler']
+IN_TWO_PROCESSES = ('ldam_drw', 'bbn')  # without -m slow: modules of another form, one and two images a draw
+
+
+def same_export(one, two) -> bool:
+    first, second = (load_file(run / 'export' / 'model.safetensors') for run in (one, two))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_row_trains_resumes_and_exports_a_plain_model(name, script, folders, tmp_path):
+    options = (*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path)
+    outcome = script(*options, '--experiment', 'run')
+    assert outcome.code == 0, outcome.err
+    shutil.copytree(tmp_path / 'run', tmp_path / 'again')
+    shutil.rmtree(tmp_path / 'again' / 'export')
+    (tmp_path / 'again' / 'checkpoints' / 'epoch-0001.safetensors').unlink()
+    assert script(*options, '--experiment', 'again', '--resume', 'auto').code == 0
+    assert same_export(tmp_path / 'run', tmp_path / 'again')
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True)
+    assert type(loaded) is type(timm.create_model('test_resnet')) and loaded.num_classes == 3
+    metrics = json.loads((tmp_path / 'run' / 'export' / 'metrics.json').read_text())
+    assert metrics['method'] == name and metrics['num_images'] == 13
+    config = json.loads((tmp_path / 'run' / 'export' / 'config.json').read_text())['glmc']
+    assert config['prior'] == ('uniform' if METHODS[name].rebalanced else 'train')
+
+
+@pytest.mark.parametrize('name', [
+    name if name in IN_TWO_PROCESSES else pytest.param(name, marks=pytest.mark.slow) for name in METHODS])
+def test_a_row_runs_in_two_processes(name, folders, tmp_path):
+    launcher = ('--multi_gpu', '--num_processes', '2', '--mixed_precision', 'no', '--main_process_port', str(free_port()))
+    outcome = launch_train(*RUN, '--batch-size', '4', '--method', name, '--data-dir', folders, '--output', tmp_path,
+                           '--experiment', 'run', launcher=launcher)
+    assert outcome.code == 0, outcome.err
+    metrics = json.loads((tmp_path / 'run' / 'export' / 'metrics.json').read_text())
+    assert metrics['processes'] == 2 and metrics['num_images'] == 13
+
+
+@pytest.mark.parametrize('name', ['ldam_drw', 'bbn', 'weight_balancing'])
+def test_a_row_that_needs_a_linear_classifier_says_so(name, script, folders, tmp_path):
+    outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--model', 'levit_128s',
+                     '--img-size', '64')
+    assert outcome.code == 2 and 'expected a classifier that is one linear layer with a bias' in outcome.err.splitlines()[-1]
