@@ -56,13 +56,56 @@ def train_parser(methods: dict) -> Parser:
         description='Train a timm model on long-tailed images with GLMC. Without data: a demonstration on digits.')
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
     for add_group in (data_group, _training_data, _long_tail, _augmentation, _model, input_group, _method, _optimizer,
-                      _schedule, _running, _output, share_group):
+                      _schedule, _running, _output, share_group, stage2_group):
         add_group(parser)
     methods_help = '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
     parser._option_string_actions['--method'].choices = list(methods)
     parser._option_string_actions['--method'].help += f' ({methods_help})'
     parser.presets = lambda options: dict(methods[options.method].defaults)
     return parser
+
+
+def finetune_parser() -> Parser:
+    """Parser of finetune_glmc.py."""
+    parser = Parser(
+        prog='finetune_glmc.py', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description='Stage 2: train classifiers on the features of a trained model, in seconds, and compare them.')
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
+    parser.add_argument('--model', metavar='NAME',
+        help='of stage 1: export folder, run folder, checkpoint, hf-hub:ORG/NAME')
+    for add_group in (data_group, _training_data, _long_tail, _augmentation, stage2_group, _finetuning):
+        add_group(parser)
+    parser.set_defaults(stage2='all')
+    return parser
+
+
+def stage2_group(parser: Parser) -> None:
+    """Options of stage 2, at the end of a run or by itself."""
+    group = parser.add_argument_group('stage 2')
+    add = group.add_argument
+    add('--stage2', metavar='NAME[,NAME]', help='classifiers to train on the features of the trained model: all, or some of '
+        'maxnorm, balanced_softmax, logit_adjust, crt, lws, tau_norm, los, ncm')
+    add('--feature-views', type=count, default=2, metavar='V', help='augmented views of each image, beside the plain one')
+    add('--stage2-holdout', type=positive, metavar='N',
+        help='choose hyper-parameters on training images set aside (a number of each class, or a part); with --holdout, on '
+        'those; default: no choice, published values')
+    add('--stage2-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME.FIELD=V',
+        help='hyper-parameters, e.g. maxnorm.project=epoch los.epochs=5')
+    add('--feature-cache', metavar='DIR', help='where features are kept and found again; default: in the output')
+
+
+def _finetuning(parser: Parser) -> None:
+    group = parser.add_argument_group('running and output')
+    add = group.add_argument
+    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images at a time through the encoder')
+    add('-j', '--workers', type=count, default=2, metavar='N', help='loader processes')
+    add('--amp', action='store_true', help='mixed precision in float16, or in --amp-dtype')
+    add('--amp-dtype', choices=('float16', 'bfloat16'), help="of the encoder; default: as the launcher says, else stage 1's")
+    add('--seed', type=count, default=42, help='of everything random')
+    add('--output', default='output', metavar='DIR', help='parent folder of the results')
+    add('--experiment', metavar='NAME', help='folder of these results; default: stage2-model, numbered')
+    add('--debug', action='store_true', help='show a traceback where an error is one line otherwise')
+    hub_options(group)
 
 
 def data_group(parser: Parser) -> None:
@@ -262,6 +305,12 @@ def share_group(parser: Parser) -> None:
     add = group.add_argument
     add('--report', action=argparse.BooleanOptionalAction, default=True, help='write report.html and plots at the end')
     add('--report-to', type=trackers, metavar='NAMES', help=f"log to these as well, commas between: {', '.join(TRACKERS)}")
+    hub_options(group)
+
+
+def hub_options(group) -> None:
+    """Options of uploading an export."""
+    add = group.add_argument
     add('--push-to-hub', type=repo_id, metavar='ORG/NAME', help='upload the export at the end; token from HF_TOKEN or login')
     add('--hub-private', action='store_true', help='where the repository is new, make it private')
     add('--hub-revision', metavar='NAME', help='branch to upload to')

@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Stage 2: train classifiers on the features of a trained model, in seconds, and compare them.
+
+    python finetune_glmc.py --model output/RUN --data-dir my_images
+    python finetune_glmc.py --model output/RUN --data-dir my_images --stage2 maxnorm,los --stage2-holdout 0.2
+    python finetune_glmc.py --model hf-hub:ORG/NAME --data-dir my_images --stage2 maxnorm --push-to-hub ORG/OTHER
+"""
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from glmc.config import DEMONSTRATION, finetune_parser
+from glmc.data.sources import TrainingData, open_training_data
+from glmc.hub import push_or_tell, warn_without_token
+from glmc.launch import create_accelerator, is_main_process
+from glmc.parsing import InputError, parse_args, pick, run_script
+from glmc.results import open_run_folder
+from glmc.stage2.finetune import check_stage2, run_stage2
+from glmc.trained import TrainedModel, open_trained
+from validate_glmc import trained_precision, training_counts
+
+_logger = logging.getLogger('glmc.finetune')
+CHOICE = ('stage2_holdout', 'stage2_kwargs', 'seed')
+
+
+def main() -> None:
+    args, given = parse_args(finetune_parser())
+    if not args.model:
+        raise InputError('--model: expected the export folder, run folder, checkpoint or Hub id of a trained model')
+    trained = open_trained(args.model)
+    accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
+    follow_stage1(args, given, trained)
+    counts = training_counts(args, trained)
+    data = open_data(args, trained)
+    heldout = data.holdout if data.validation else None  # without validation images, those held out are evaluated on
+    check_stage2(args.stage2, model=trained.model, train=data.train, heldout=heldout, **pick(args, CHOICE))
+    check_push(args, chosen=heldout is not None or args.stage2_holdout is not None)
+    folder = open_run_folder(args.output, args.experiment, f'stage2-{trained.architecture}', resume=False)
+    facts = describe(args, trained, data, accelerator)
+    places = run_stage2(
+        folder, args.stage2, model=trained.model.to(accelerator.device), train=data.train, heldout=heldout,
+        validation=data.validation or data.holdout, counts=counts, thresholds=args.shot_thresholds, metrics=facts,
+        export=export_options(args, trained, data), accelerator=accelerator, augmentation=augmentation(args),
+        feature_cache=args.feature_cache or Path(args.output) / 'features', **pick(args, CHOICE),
+        **pick(args, ('feature_views', 'batch_size', 'workers')))
+    if accelerator.is_main_process:
+        leave(args, folder, places)
+
+
+def follow_stage1(args: argparse.Namespace, given: set[str], trained: TrainedModel) -> None:
+    """Take what the user did not say from stage 1, or, without any data, from the demonstration."""
+    recipe, profile = trained.facts.get('recipe', {}), trained.facts.get('profile', {})
+    known = {**pick_known(recipe, ('augmentation', 'imbalance_factor')), **pick_known(profile, ('shot_thresholds',))}
+    if not (args.data_dir or args.dataset or args.train_list):
+        known = {**DEMONSTRATION, **known}
+    for name, value in known.items():
+        if name not in given and name in vars(args):
+            setattr(args, name, value)
+            _logger.info(f"--{name.replace('_', '-')} {value}, as stage 1")
+
+
+def pick_known(facts: dict, names: tuple[str, ...]) -> dict:
+    return {name: facts[name] for name in names if facts.get(name) is not None}
+
+
+def open_data(args: argparse.Namespace, trained: TrainedModel) -> TrainingData:
+    """The sets that the options name, labelled as the model was trained.
+
+    Raises:
+        InputError: If they are of other classes.
+    """
+    data = open_training_data(
+        download=args.dataset_download or None, **pick(args, (
+            'data_dir', 'dataset', 'train_split', 'val_split', 'train_list', 'val_list', 'num_classes', 'class_counts',
+            'holdout', 'imbalance_factor', 'lt_type', 'lt_split', 'lt_seed', 'shot_thresholds', 'seed', 'batch_size',
+            'class_map', 'input_key', 'target_key')))
+    if len(data.class_names) != trained.num_classes:
+        raise InputError(f'--model {args.model}: has {trained.num_classes} classes, the training data has '
+                         f'{len(data.class_names)}')
+    names = trained.class_names
+    if names and not args.train_list and list(map(str, data.class_names)) != list(map(str, names)):
+        other = next(name for name, own in zip(data.class_names, names, strict=True) if str(name) != str(own))
+        raise InputError(f'--model {args.model}: was trained on other classes, or in another order: the training data has '
+                         f'{other!r} where the model has {names[list(data.class_names).index(other)]!r}')
+    stage1 = trained.facts.get('profile', {}).get('fingerprint')
+    if stage1 and data.profile['fingerprint'] != stage1:
+        _logger.warning('The training set differs from that of stage 1 (fingerprints).')
+    return data
+
+
+def check_push(args: argparse.Namespace, chosen: bool) -> None:
+    """One classifier can be pushed: the only one, or the one chosen on held-out images."""
+    if not args.push_to_hub:
+        return
+    warn_without_token()
+    if not chosen and (args.stage2 == 'all' or ',' in args.stage2):
+        raise InputError(f'--push-to-hub {args.push_to_hub}: expected one classifier in --stage2, or --stage2-holdout to '
+                         'choose one')
+
+
+def describe(args: argparse.Namespace, trained: TrainedModel, data: TrainingData, accelerator) -> dict:
+    """What metrics.json says beside the metrics."""
+    return {
+        'model': trained.architecture, 'weights': args.model, 'method': trained.facts.get('method') or 'unknown',
+        'data': args.train_list or args.dataset or args.data_dir or 'digits', 'num_classes': trained.num_classes,
+        'parameters': sum(p.numel() for p in trained.model.parameters()),
+        'epochs': trained.facts.get('recipe', {}).get('epochs'),
+        'evaluated_on': args.val_list or args.val_split if data.validation else 'holdout',
+        'fingerprint': data.profile['fingerprint'], 'train_images': data.profile['num_images'], 'seed': args.seed,
+        'processes': 1, 'precision': accelerator.mixed_precision, 'device': accelerator.device.type,
+    }
+
+
+def export_options(args: argparse.Namespace, trained: TrainedModel, data: TrainingData) -> dict:
+    """What `export_model` writes beside the weights."""
+    source = {'profile': data.profile, **trained.facts}
+    if args.hub_license != 'unknown':
+        source['license'] = args.hub_license
+    return dict(data_config=trained.data_config, class_names=list(map(str, data.class_names)), source=source)
+
+
+def augmentation(args: argparse.Namespace) -> dict:
+    """Options of the augmented views."""
+    return dict(auto_augment=args.aa, interpolation=args.train_interpolation, **pick(args, (
+        'augmentation', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter',
+        'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')))
+
+
+def leave(args: argparse.Namespace, folder: Path, places: dict[str, Path]) -> None:
+    """Say where everything is, and push the first."""
+    print(f"Written to {folder}: {', '.join(f'{name}/export' for name in places)}", flush=True)
+    if args.push_to_hub:
+        push_or_tell(next(iter(places.values())) / 'export', args.push_to_hub, args.hub_private, args.hub_revision)
+
+
+if __name__ == '__main__':
+    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv))

@@ -1,0 +1,1 @@
+"""Stage 2: classifiers trained on the features of a frozen encoder."""

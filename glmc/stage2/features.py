@@ -1,0 +1,173 @@
+"""Features of a frozen encoder: extracted once, kept in a memory-mapped file that a later run finds again."""
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from glmc.data.datasets import ImageSet
+from glmc.data.loaders import EvalDataset, ViewDataset, create_normalize, eval_transform, image_mode
+from glmc.data.transforms import view_transform
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Pooled features of a set.
+
+    Args:
+        views: (1 + V, N, D) float32: of the plain view, then of V augmented ones.
+        labels: (N,) int64.
+    """
+    views: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def plain(self) -> Tensor:
+        """(N, D), as evaluation sees the images."""
+        return self.views[0]
+
+    def subset(self, indices: Tensor) -> 'Features':
+        return Features(self.views[:, indices], self.labels[indices])
+
+    def counts(self, num_classes: int) -> list[int]:
+        """Images per class."""
+        return torch.bincount(self.labels, minlength=num_classes).tolist()
+
+
+class Extractor:
+    """An encoder, and how images get to it.
+
+    Args:
+        model: Bare timm model.
+        data_config: timm's: input_size, mean, std, interpolation, crop_pct.
+        augmentation: Options of `transforms.view_transform`, of the augmented views.
+        accelerator: Device and precision.
+        cache: Folder of the files; None to keep nothing.
+        batch_size, workers: Of the loader.
+        seed: Of the augmented views.
+    """
+
+    def __init__(self, model: nn.Module, *, data_config: dict, augmentation: dict, accelerator: Accelerator,
+                 cache: str | Path | None = None, batch_size: int = 64, workers: int = 2, seed: int = 42):
+        self.model, self.data_config, self.augmentation = model, data_config, augmentation
+        self.accelerator, self.cache, self.seed = accelerator, cache and Path(cache), seed
+        self.batch_size, self.workers = batch_size, workers
+        self.normalize = create_normalize(data_config, accelerator.device)
+        self.identity = weights_digest(model)
+
+    def __call__(self, images: ImageSet, num_views: int = 0) -> Features:
+        """Features of the plain view and of `num_views` augmented ones, from the file where there is one."""
+        shape = (1 + num_views, len(images), self.model.head_hidden_size)
+        labels = torch.from_numpy(images.labels)
+        if self.cache is None:
+            values = np.empty(shape, dtype=np.float32)
+            self.extract(images, values)
+            return Features(torch.from_numpy(values), labels)
+        path = self.cache / f'{self.key(images, num_views)}.npy'
+        values = open_features(path, shape)
+        if values is None:
+            write_features(path, shape, lambda values: self.extract(images, values))
+            values = open_features(path, shape)
+        else:
+            _logger.info(f'Features of {len(images):,} images read from {path}')
+        return Features(torch.from_numpy(values), labels)
+
+    def key(self, images: ImageSet, num_views: int) -> str:
+        """Name of what the features depend on: the weights, the images in their order, and how they are seen."""
+        facts = dict(
+            weights=self.identity, source=images.source, images=list(images.identities()), labels=images.labels.tolist(),
+            data_config=self.data_config, precision=self.accelerator.mixed_precision, views=num_views,
+            augmentation=num_views and [self.augmentation, self.seed])
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+    def extract(self, images: ImageSet, values: np.ndarray) -> None:
+        """Fill (1 + V, N, D)."""
+        _logger.info(f'Extracting features: {len(images):,} images x {len(values)} views')
+        mode, num_views = image_mode(self.data_config), len(values) - 1
+        plain = EvalDataset(images, eval_transform(self.data_config), mode)
+        self._fill(values[:1], self._loader(plain, batch_size=self.batch_size))
+        if not num_views:
+            return
+        make_views = view_transform(
+            self.data_config['input_size'][-2:], mean=self.data_config['mean'], **self.augmentation)
+        seeds = np.random.default_rng((self.seed, 2)).integers(2 ** 32, size=len(images)).tolist()
+        draws = list(zip(seeds, range(len(images)), strict=True))
+        batches = [draws[start:start + self.batch_size] for start in range(0, len(draws), self.batch_size)]
+        self._fill(values[1:], self._loader(ViewDataset(images, make_views, num_views, mode), batch_sampler=batches))
+
+    def _loader(self, dataset, **batching) -> DataLoader:
+        return DataLoader(dataset, num_workers=self.workers, generator=torch.Generator(), **batching)
+
+    def _fill(self, values: np.ndarray, loader: Iterable) -> None:
+        """Features of batches of (B, c, H, W) or (B, V, c, H, W) images, as (V, B, D), into their places."""
+        start = 0
+        with frozen(self.model), torch.inference_mode(), self.accelerator.autocast():
+            for images, _ in tqdm(loader, leave=False, disable=not sys.stderr.isatty()):
+                views = images.unsqueeze(1) if images.ndim == 4 else images
+                encoded = self._encode(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+                values[:, start:start + len(images)] = encoded.transpose(0, 1).cpu().numpy()
+                start += len(images)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        maps = self.model.forward_features(self.normalize(images.to(self.accelerator.device, non_blocking=True)))
+        return self.model.forward_head(maps, pre_logits=True).float()  # (B, D)
+
+
+@contextmanager
+def frozen(model: nn.Module):
+    """The model in eval mode, so that no running statistic changes, and as before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 of the architecture's name, of all weights and statistics but the classifier's."""
+    classifier = {id(tensor) for tensor in model.get_classifier().state_dict(keep_vars=True).values()}
+    digest = hashlib.sha256(str(model.pretrained_cfg.get('architecture', type(model).__name__)).encode())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in classifier:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def open_features(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The file, memory-mapped, changes staying in memory; None if it is absent or not of this shape."""
+    try:
+        values = np.load(path, mmap_mode='c')
+    except (OSError, ValueError, EOFError):
+        return None
+    return values if values.shape == shape and values.dtype == np.float32 else None
+
+
+def write_features(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> None:
+    """Write the file beside its place and put it there when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f'.{os.getpid()}.tmp')
+    try:
+        values = np.lib.format.open_memmap(beside, 'w+', np.float32, shape)
+        fill(values)
+        values.flush()
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

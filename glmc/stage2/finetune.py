@@ -1,0 +1,198 @@
+"""Stage 2 as a whole: features, classifiers, one table, and an export of each."""
+import copy
+import csv
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from glmc.data.datasets import ImageSet
+from glmc.evaluation import Predictions
+from glmc.export import export_model
+from glmc.models import linear_classifier, set_classifier
+from glmc.parsing import InputError
+from glmc.results import provenance, write_tables
+from glmc.stage2.classifiers import Linear, LogitAdjust, Stage1
+from glmc.stage2.features import Extractor, Features
+from glmc.stage2.select import fit, measure, parse_classifiers, search, stratified_split
+
+_logger = logging.getLogger(__name__)
+TABLE = 'stage2.csv'
+FIGURES = ('top1', 'many', 'medium', 'few', 'class_mean', 'ece')
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A classifier of stage 2, or that of stage 1, and what it can do.
+
+    Args:
+        name: Of CLASSIFIERS; `stage 1`.
+        linear: Itself.
+        metrics: On the validation images.
+        predictions: There.
+        settings: Hyper-parameters.
+        seconds: To train it, with the search if there was one.
+        heldout: Class mean on held-out training images, None without.
+    """
+    name: str
+    linear: Linear
+    metrics: dict
+    predictions: Predictions
+    settings: dict
+    seconds: float = 0.0
+    heldout: float | None = None
+
+
+def run_stage2(
+        folder: str | Path, names: str, *, model: nn.Module, train: ImageSet, validation: ImageSet, export: dict,
+        metrics: dict, accelerator: Accelerator, augmentation: dict, counts: Sequence[int],
+        thresholds: Sequence[int] = (20, 100), heldout: ImageSet | None = None, stage2_holdout: float | None = None,
+        feature_views: int = 2, stage2_kwargs: dict | None = None, feature_cache: str | None = None, batch_size: int = 64,
+        workers: int = 2, seed: int = 42) -> dict[str, Path]:
+    """Train classifiers on the features of a model, print one table, and export each as stage 1 is exported.
+
+    Hyper-parameters are their defaults, or chosen on held-out training images; never on the validation images.
+
+    Args:
+        folder: Where to: NAME/export/, NAME/per_class.csv and stage2.csv.
+        names: Of classifiers, commas between, or `all`.
+        model: Bare timm model of stage 1; it stays as it is.
+        train, validation: Image sets.
+        export: `data_config`, `class_names` and `source` of `export_model`, of stage 1.
+        metrics: Of metrics.json of stage 1, as far as known.
+        accelerator: Device and precision; the main process does everything.
+        augmentation: Of the augmented views, as that of stage 1.
+        counts: (C,) images per class that stage 1 was trained on.
+        thresholds: Of the shot groups.
+        heldout: Images that stage 1 has not seen, to choose hyper-parameters on.
+        stage2_holdout: Images of `train` per class, or a part of them, to choose on where there is no `heldout`.
+        feature_views: V augmented views of each image.
+        stage2_kwargs: NAME.FIELD -> value of hyper-parameters.
+        feature_cache: Folder of the features; `folder`/features by default.
+        batch_size, workers, seed: As their names say.
+
+    Returns:
+        Name -> folder of each result, the one with the highest class mean on held-out images first, if there were such.
+
+    Raises:
+        InputError: For a name or setting that is wrong, a model whose classifier is not one linear layer, or a held-out
+            part that leaves a class empty.
+    """
+    classifiers, own, parts = check_stage2(
+        names, model=model, train=train, heldout=heldout, stage2_holdout=stage2_holdout, stage2_kwargs=stage2_kwargs,
+        seed=seed)
+    if not accelerator.is_main_process:
+        return {}
+    folder = Path(folder)
+    extract = Extractor(
+        model, data_config=export['data_config'], augmentation=augmentation, accelerator=accelerator,
+        cache=feature_cache or folder / 'features', batch_size=batch_size, workers=workers, seed=seed)
+    start = time.perf_counter()
+    features, unseen = extract(train, feature_views), extract(validation)
+    choice = _choice(features, heldout and extract(heldout), parts)
+    extraction = time.perf_counter() - start
+    linear = Linear(own.weight.detach(), own.bias.detach())
+    stage1 = Stage1(linear, list(counts), rebalanced=export['source'].get('prior') == 'uniform')
+    results = [Trained('stage 1', linear, *measure(linear, unseen, counts, thresholds), {})]
+    for name, classifier in classifiers.items():
+        results.append(_train(name, classifier, stage1, features, choice, unseen, thresholds, seed))
+    print(f'\nStage 2 on {len(unseen):,} images, features in {extraction:.1f} s:\n{table(results)}', flush=True)
+    ranked = sorted(results[1:], key=lambda result: -(result.heldout or 0))
+    facts = dict(feature_views=feature_views, feature_seconds=round(extraction, 1))
+    places = {result.name: _leave(folder / result.name, result, results[0], model, export, metrics, facts)
+              for result in ranked}
+    _write_table(folder / TABLE, results)
+    return places
+
+
+def check_stage2(
+        names: str, *, model: nn.Module, train: ImageSet, heldout: ImageSet | None = None,
+        stage2_holdout: float | None = None, stage2_kwargs: dict | None = None, seed: int = 42) -> tuple:
+    """Refuse what `run_stage2` would, before stage 1 has cost anything.
+
+    Returns:
+        The classifiers by name, the linear classifier of stage 1, and places of `stratified_split` or None.
+
+    Raises:
+        InputError: As `run_stage2`.
+    """
+    classifiers, parts = parse_classifiers(names, stage2_kwargs or {}), None
+    if not isinstance(train, ImageSet):
+        raise InputError(f'--stage2 {names}: needs a training set with an index')
+    if heldout is None and stage2_holdout is not None:
+        parts = stratified_split(train.labels, stage2_holdout, train.class_names, seed)
+    return classifiers, linear_classifier(model), parts
+
+
+def _choice(features: Features, heldout: Features | None, parts: tuple | None) -> tuple[Features, Features] | None:
+    """Features to train candidates on and to choose them on; None without a search."""
+    if heldout is not None:
+        return features, heldout
+    return parts and tuple(features.subset(torch.from_numpy(part)) for part in parts)
+
+
+def _train(
+        name: str, classifier, stage1: Stage1, features: Features, choice: tuple[Features, Features] | None,
+        unseen: Features, thresholds: Sequence[int], seed: int) -> Trained:
+    """Choose its hyper-parameters if there is something to choose on, train it on all features, measure it."""
+    start, score = time.perf_counter(), None
+    classifier = classifier.resolved(stage1) if isinstance(classifier, LogitAdjust) else classifier
+    if choice is not None:
+        classifier, score = search(classifier, stage1, *choice, seed)
+    linear = fit(classifier, stage1, features, seed)
+    seconds = time.perf_counter() - start
+    settings = asdict(classifier)
+    _logger.info(f'{name}: {seconds:.1f} s, ' + ', '.join(f'{key} {value}' for key, value in settings.items())
+                 + ('' if score is None else f', class mean {score:.2f} on held-out images'))
+    return Trained(name, linear, *measure(linear, unseen, stage1.counts, thresholds), settings, seconds, score)
+
+
+def table(results: Sequence[Trained]) -> str:
+    """All classifiers, that of stage 1 first; in percent."""
+    groups = results[0].metrics['shot_classes']
+    head = ['classifier', 'top-1', *(f'{name} ({size})' for name, size in groups.items()), 'class mean', 'ECE', 'seconds']
+    rows = [head] + [[result.name, *(_number(result.metrics[key]) for key in FIGURES), f'{result.seconds:.1f}']
+                     for result in results]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return '\n'.join('  '.join(cell.rjust(width) if place else cell.ljust(width)
+                               for place, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def _number(value: float | None) -> str:
+    return '–' if value is None else f'{value:.2f}'
+
+
+def _write_table(path: Path, results: Sequence[Trained]) -> None:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file)
+        writer.writerow(('classifier', *FIGURES, 'heldout_class_mean', 'seconds', 'settings'))
+        for result in results:
+            settings = ' '.join(f'{name}={value}' for name, value in result.settings.items())
+            writer.writerow((result.name, *(result.metrics[name] for name in FIGURES), result.heldout,
+                             round(result.seconds, 2), settings))
+
+
+def _leave(
+        folder: Path, result: Trained, first: Trained, model: nn.Module, export: dict, metrics: dict, facts: dict) -> Path:
+    """Export one classifier with the encoder of stage 1."""
+    source, stage2 = export['source'], dict(name=result.name, **result.settings, **facts, seconds=round(result.seconds, 2))
+    before = {key: metrics[key] for key in ('command', 'commit', 'seconds', 'epoch') if key in metrics}
+    method = f"{metrics['method']}+{result.name}"
+    found = {
+        **metrics, 'method': method, **result.metrics, 'stage1': {
+            'method': metrics['method'], **{key: first.metrics[key] for key in FIGURES}, **before},
+        'stage2': {**stage2, 'heldout_class_mean': result.heldout}, **provenance(),
+        'seconds': round(metrics.get('seconds', 0) + facts['feature_seconds'] + result.seconds, 1)}
+    source = {**source, 'method': method, 'prior': 'uniform', 'stage2': stage2,
+              'recipe': {**source.get('recipe', {}), **{f'stage2_{key}': value for key, value in stage2.items()}}}
+    copied = copy.deepcopy(model).eval()
+    set_classifier(copied, *result.linear)
+    folder.mkdir(parents=True, exist_ok=True)
+    export_model(folder / 'export', copied, **{**export, 'source': source}, metrics=found)
+    write_tables(folder, found, export['class_names'], result.predictions)
+    return folder

@@ -1,0 +1,220 @@
+"""finetune_glmc.py: one table, an export for each classifier that plain timm loads, and wrong input."""
+import csv
+import json
+import logging
+import re
+import shutil
+import sys
+
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from conftest import COUNTS, TINY, Outcome, run_command, write_folders
+from PIL import Image
+
+from glmc.models import create_backbone
+from glmc.parsing import run_script
+from glmc.stage2.classifiers import CLASSIFIERS
+
+ALONE = '''
+import sys, timm, torch
+model = timm.create_model(sys.argv[1], pretrained=True).eval()
+assert 'glmc' not in sys.modules
+torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
+'''
+
+
+@pytest.fixture
+def finetune(capsys, monkeypatch, tmp_path):
+    """Run finetune_glmc.py in this process: options -> outcome; results are in tmp_path/out/result."""
+    import finetune_glmc
+
+    def run(*options) -> Outcome:
+        AcceleratorState._reset_state(True)
+        words = ['finetune_glmc.py', '--workers', '0', '--output', tmp_path / 'out', '--experiment', 'result', *options]
+        monkeypatch.setattr(sys, 'argv', list(map(str, words)))
+        capsys.readouterr()
+        code = run_script(finetune_glmc.main)
+        return Outcome(code, *capsys.readouterr())
+    handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
+    yield run
+    AcceleratorState._reset_state(True)
+    logging.getLogger().handlers = handlers
+    logging.getLogger().setLevel(level)
+
+
+def metrics_of(folder) -> dict:
+    return json.loads((folder / 'export' / 'metrics.json').read_text())
+
+
+def without_counts(run, folder):
+    """An export that says nothing of its training."""
+    shutil.copytree(run / 'export', folder)
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, 'glmc': {}}))
+    return folder
+
+
+@pytest.mark.parametrize('place', ['export', '.', 'checkpoints/epoch-0001.safetensors'])
+def test_all_classifiers_in_one_table(finetune, finished_run, folders, tmp_path, place):
+    outcome = finetune('--model', finished_run / place, '--data-dir', folders)
+    assert outcome.code == 0, outcome.err
+    result, first = tmp_path / 'out' / 'result', json.loads((finished_run / 'export' / 'metrics.json').read_text())
+    with open(result / 'stage2.csv', newline='') as file:
+        rows = {row['classifier']: row for row in csv.DictReader(file)}
+    assert list(rows) == ['stage 1', *CLASSIFIERS]
+    assert float(rows['stage 1']['top1']) == pytest.approx(first['top1'])  # the same as the run itself measured
+    assert float(rows['stage 1']['ece']) == pytest.approx(first['ece'], rel=1e-3)
+    printed = [line.split()[0] for line in outcome.out.splitlines() if re.match(r'\w.* +\d+\.\d+ ', line)]
+    assert printed[1:] == ['stage', *CLASSIFIERS]
+    for name in CLASSIFIERS:
+        metrics = metrics_of(result / name)
+        assert metrics['method'] == f'glmc+{name}' and metrics['stage2']['name'] == name
+        assert metrics['stage1']['method'] == 'glmc' and metrics['stage1']['top1'] == pytest.approx(first['top1'])
+        assert metrics['top1'] == float(rows[name]['top1']) and metrics['train_counts'] == list(COUNTS.values())
+        assert metrics['fingerprint'] == first['fingerprint'] and metrics['evaluated_on'] == 'validation'
+        assert (result / name / 'per_class.csv').read_text().startswith('class,name,train_images')
+        card = (result / name / 'export' / 'README.md').read_text()
+        assert f'trained with glmc+{name}' in card and f'`stage2_name`: {name}' in card
+
+
+def test_exports_are_plain_timm_models_that_measure_what_the_table_says(finetune, finished_run, folders, tmp_path):
+    assert finetune('--model', finished_run, '--data-dir', folders, '--stage2', 'ncm,maxnorm').code == 0
+    for name in ('ncm', 'maxnorm'):
+        export = tmp_path / 'out' / 'result' / name / 'export'
+        model = timm.create_model(f'local-dir:{export}', pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+        files = sorted((folders / 'validation').rglob('*.png'))
+        images = torch.stack([transform(Image.open(path).convert('RGB')) for path in files])
+        torch.save(images, tmp_path / 'images.pt')
+        outcome = run_command(sys.executable, '-c', ALONE, f'local-dir:{export}', tmp_path / 'images.pt',
+                              tmp_path / 'logits.pt', cwd=tmp_path, PYTHONPATH='')
+        assert outcome.code == 0, outcome.err
+        predicted = torch.load(tmp_path / 'logits.pt').argmax(1).tolist()
+        hits = [list(COUNTS)[label] == path.parent.name for label, path in zip(predicted, files, strict=True)]
+        assert metrics_of(export.parent)['top1'] == pytest.approx(100 * sum(hits) / len(hits))
+        assert json.loads((export / 'config.json').read_text())['glmc']['prior'] == 'uniform'
+
+
+def test_the_encoder_is_that_of_stage_1(finetune, finished_run, folders, tmp_path):
+    assert finetune('--model', finished_run, '--data-dir', folders, '--stage2', 'crt').code == 0
+    one, two = (timm.create_model(f'local-dir:{place}', pretrained=True).state_dict()
+                for place in (finished_run / 'export', tmp_path / 'out' / 'result' / 'crt' / 'export'))
+    assert {name for name in one if not torch.equal(one[name], two[name])} == {'fc.weight', 'fc.bias'}
+
+
+def test_features_are_found_again(finetune, finished_run, folders):
+    options = ('--model', finished_run, '--data-dir', folders, '--stage2', 'ncm')
+    first, second = finetune(*options), finetune(*options, '--experiment', 'second')
+    assert first.err.count('Extracting features') == 2 and 'read from' not in first.err
+    assert second.err.count('read from') == 2 and 'Extracting' not in second.err
+    assert [line for line in first.out.splitlines() if line.startswith('ncm')][0].split()[:7] == \
+        [line for line in second.out.splitlines() if line.startswith('ncm')][0].split()[:7]
+
+
+@pytest.mark.parametrize('options', ['--stage2-holdout 0.3', '--holdout 1'])
+def test_hyper_parameters_are_chosen_on_held_out_training_images(finetune, finished_run, folders, tmp_path, options):
+    outcome = finetune('--model', finished_run, '--data-dir', folders, '--stage2', 'tau_norm,ncm,logit_adjust',
+                       *options.split())
+    assert outcome.code == 0 and outcome.err.count('on held-out images') == 3
+    results = [metrics_of(tmp_path / 'out' / 'result' / name) for name in ('tau_norm', 'ncm', 'logit_adjust')]
+    assert all(result['stage2']['heldout_class_mean'] is not None for result in results)
+    assert ('fingerprints' in outcome.err) == options.startswith('--holdout')
+
+
+def test_the_choice_never_sees_the_validation_images(finetune, finished_run, folders, tmp_path):
+    """Other validation images, same choices."""
+    shutil.copytree(folders / 'train', tmp_path / 'other' / 'train')
+    write_folders(tmp_path / 'other' / 'validation', dict.fromkeys(COUNTS, 2), start=900)
+    chosen = []
+    for place in (folders, tmp_path / 'other'):
+        assert finetune('--model', finished_run, '--data-dir', place, '--stage2', 'maxnorm,tau_norm',
+                        '--experiment', place.name, '--stage2-holdout', '1').code == 0
+        chosen.append([metrics_of(tmp_path / 'out' / place.name / name)['stage2'] for name in ('maxnorm', 'tau_norm')])
+    timing = ('seconds', 'feature_seconds')
+    assert [{k: v for k, v in each.items() if k not in timing} for each in chosen[0]] == \
+        [{k: v for k, v in each.items() if k not in timing} for each in chosen[1]]
+
+
+def test_settings_and_stage_1_are_followed(finetune, script, tmp_path):
+    """The demonstration: its long tail, its augmentation and its thresholds without being told."""
+    assert script(*TINY, '--output', tmp_path, '--experiment', 'demo', '--shot-thresholds', '10', '50').code == 0
+    outcome = finetune('--model', tmp_path / 'demo', '--stage2', 'los', '--stage2-kwargs', 'los.epochs=1', 'los.lr=0.5')
+    assert outcome.code == 0, outcome.err
+    metrics, first = metrics_of(tmp_path / 'out' / 'result' / 'los'), metrics_of(tmp_path / 'demo')
+    assert metrics['fingerprint'] == first['fingerprint'] and metrics['shot_thresholds'] == [10, 50]
+    assert metrics['stage1']['top1'] == pytest.approx(first['top1'])
+    assert (metrics['stage2']['epochs'], metrics['stage2']['lr']) == (1, 0.5)
+    assert '--imbalance-factor 20.0, as stage 1' in outcome.err and 'fingerprints' not in outcome.err
+
+
+def test_counts_from_a_file(finetune, finished_run, folders, tmp_path):
+    bare = without_counts(finished_run, tmp_path / 'bare')
+    (tmp_path / 'counts.json').write_text(json.dumps(list(COUNTS.values())))
+    outcome = finetune('--model', bare, '--data-dir', folders, '--stage2', 'logit_adjust', '--class-counts',
+                       tmp_path / 'counts.json')
+    assert outcome.code == 0, outcome.err
+    assert metrics_of(tmp_path / 'out' / 'result' / 'logit_adjust')['method'] == 'unknown+logit_adjust'
+
+
+ERRORS = {  # options, with {name} of a place -> what the line says
+    '': '--model: expected the export folder',
+    '--model {run} --stage2 maxnrm': "--stage2: expected all, or some of maxnorm.*found 'maxnrm'; did you mean maxnorm",
+    '--model {run} --stage2-kwargs crt.rate=3': '--stage2-kwargs crt.rate: expected one of lr, epochs, weight_decay',
+    '--model {run} --stage2-holdout 4': "--stage2-holdout 4: class 'cat' has 4 training images, setting 4 aside leaves none",
+    '--model {run} --holdout 4': "--holdout 4: class 'cat' has 4 training images",
+    '--model {run} --stage2-holdout -1': '--stage2-holdout: expected a number > 0, found -1',
+    '--model {run} --feature-views -1': '--feature-views: expected a number >= 0, found -1',
+    '--model {bare}': '--model .*bare: nothing says how many training images.*--class-counts FILE',
+    '--model {run} --class-counts {two}': '--class-counts .*: found 2 classes, --model .* has 3',
+    '--model {run} --data-dir {four}': '--model .*: has 3 classes, the training data has 4',
+    '--model {run} --data-dir {others}': "--model .*: was trained on other classes.*has 'dog' where the model has 'bee'",
+    '--model {run} --push-to-hub ORG/NAME': '--push-to-hub ORG/NAME: expected one classifier in --stage2',
+    '--model levit_128s --class-counts {three}': '--model levit_128s: .* one linear layer.*, found 2 heads',
+    '--model dla46_c --class-counts {three}': '--model dla46_c: .* one linear layer.*, found Conv2d',
+    '--model nowhere/run': '--model nowhere/run: no such file or folder',
+    '--model {run} --stage3 crt': '--stage3: unknown option; did you mean --stage2',
+}
+
+
+@pytest.fixture(scope='module')
+def places(finished_run, folders, tmp_path_factory) -> dict:
+    root = tmp_path_factory.mktemp('places')
+    for name, counts in (('four', {**COUNTS, 'dog': 3}), ('others', {'ant': 5, 'dog': 3, 'emu': 3})):
+        for split in ('train', 'validation'):
+            write_folders(root / name / split, counts)
+    (root / 'two.txt').write_text('3\n4\n')
+    (root / 'three.txt').write_text('3\n4\n5\n')
+    return dict(run=finished_run, bare=without_counts(finished_run, root / 'bare'), four=root / 'four',
+                others=root / 'others', two=root / 'two.txt', three=root / 'three.txt')
+
+
+@pytest.mark.parametrize('options, message', ERRORS.items(), ids=list(ERRORS))
+def test_wrong_input_is_one_line(finetune, folders, places, tmp_path, monkeypatch, options, message):
+    if 'levit' in options or 'dla' in options:
+        import finetune_glmc
+        from glmc.trained import open_trained
+        monkeypatch.setattr(finetune_glmc, 'open_trained', lambda name: open_trained(  # without the weights of the Hub
+            name, num_classes=3, img_size=64, checkpoint=weights_of(name, tmp_path)))
+    words = options.format(**places).split()
+    outcome = finetune(*([] if '--data-dir' in words else ['--data-dir', folders]), *words)
+    assert outcome.code == 2 and not (tmp_path / 'out' / 'result').exists()
+    *_, line = outcome.err.splitlines()
+    assert re.search(f'^error: {message}', line), line
+    assert 'Traceback' not in outcome.err
+
+
+def weights_of(name: str, folder) -> str:
+    torch.save(create_backbone(name, num_classes=3, img_size=64).state_dict(), folder / f'{name}.pth')
+    return str(folder / f'{name}.pth')
+
+
+def test_the_chosen_one_is_pushed(finetune, finished_run, folders, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr('finetune_glmc.push_or_tell', lambda *words: pushed.append(words))
+    options = ('--model', finished_run, '--data-dir', folders, '--push-to-hub', 'ORG/NAME', '--hub-private')
+    assert finetune(*options, '--stage2', 'ncm,tau_norm,crt', '--stage2-holdout', '1').code == 0
+    best = max(('ncm', 'tau_norm', 'crt'), key=lambda name: metrics_of(
+        tmp_path / 'out' / 'result' / name)['stage2']['heldout_class_mean'])
+    assert pushed == [(tmp_path / 'out' / 'result' / best / 'export', 'ORG/NAME', True, None)]
