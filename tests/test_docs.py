@@ -9,7 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 
-from glmc.config import train_parser
+from glmc.config import finetune_parser, train_parser
 from glmc.methods import METHODS
 
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
@@ -17,6 +17,7 @@ BLOCK = re.compile(r'^```(bash|python)\n(.*?)^```', re.M | re.S)
 LAUNCHERS = {'--multi_gpu', '--num_processes', '--num_machines', '--machine_rank', '--main_process_ip', '--cpu',
              '--main_process_port', '--mixed_precision', '--nodes', '--ntasks-per-node', '--gpus-per-node'}
 HUBS = {'--private', '--revision'}
+SWEEPS = {'--vary', '--seeds', '--jobs'}
 
 
 def blocks(page: Path, language: str, runnable: bool) -> list[str]:
@@ -62,8 +63,8 @@ def test_commands_run(page, workplace, monkeypatch):
 
 def known_flags() -> set[str]:
     import validate_glmc
-    parsers = (train_parser(METHODS), validate_glmc.validate_parser())
-    return {flag for parser in parsers for flag in parser._option_string_actions} | LAUNCHERS | HUBS
+    parsers = (train_parser(METHODS), validate_glmc.validate_parser(), finetune_parser())
+    return {flag for parser in parsers for flag in parser._option_string_actions} | LAUNCHERS | HUBS | SWEEPS
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)

@@ -10,7 +10,7 @@ from conftest import TINY, free_port, launch_train
 from safetensors.torch import load_file
 
 from glmc.config import train_parser
-from glmc.engine import step_generator
+from glmc.engine import TrainStep, step_generator
 from glmc.methods import METHODS, ignored_options
 from glmc.models import create_backbone
 from glmc.parsing import parse_args, pick
@@ -37,7 +37,7 @@ GOLDEN = {  # loss of the second of two steps, with the options' defaults
 }
 
 
-def golden_losses(name: str, **changed) -> list[float]:
+def golden_losses(name: str, compiler=lambda step: step, **changed) -> list[float]:
     """Losses of two SGD steps on random images, through all parts of a row."""
     method, (options, _) = METHODS[name], parse_args(train_parser(METHODS), ['--method', name])
     vars(options).update({'drw_start': 0.5, **changed})  # the second step is in its time
@@ -51,11 +51,11 @@ def golden_losses(name: str, **changed) -> list[float]:
     views = torch.from_numpy(rng.normal(size=(8, images * method.num_views, 3, 16, 16))).float()
     labels = torch.from_numpy(rng.integers(len(COUNTS), size=(8, images)))
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
-    losses = []
+    train_step, losses = compiler(TrainStep(task, mixer, torch.nn.Identity())), []
     for step in range(2):
         task.set_progress(step / 2)
         mixture = mixer.draw(8, (16, 16), step_generator(0, 0, step))
-        loss = task(*mixer(views, labels, mixture))['loss']
+        loss = train_step(views, labels, mixture)['loss']
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -85,6 +85,17 @@ def test_rows_that_meet(row, same, changed):
 
 def test_no_golden_loss_without_a_method():
     assert GOLDEN.keys() <= METHODS.keys()
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_row_is_one_graph_at_every_epoch(name):
+    """Nothing that changes as training goes on, weights, α, mixed or not, makes torch compile anew."""
+    torch._dynamo.reset()
+    graphs = []
+    losses = golden_losses(name, compiler=lambda task: torch.compile(
+        task, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward), mixup_prob=0.5)
+    assert len(graphs) == 1
+    assert losses == pytest.approx(golden_losses(name, mixup_prob=0.5), rel=1e-5)
 
 
 @pytest.mark.parametrize('name', METHODS)

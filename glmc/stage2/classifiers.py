@@ -208,7 +208,7 @@ class TauNorm:
 
 @dataclass(frozen=True)
 class LabelOverSmoothing:
-    """Cross-entropy with nearly uniform labels (LOS; "Rethinking Classifier Re-Training in Long-Tailed Recognition")."""
+    """Cross-entropy with nearly uniform labels (LOS, ICLR 2025; arXiv 2403.00250)."""
     lr: float = 5e-4
     epochs: int = 20
     weight_decay: float = 0.0
