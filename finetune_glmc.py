@@ -3,6 +3,7 @@
 
     python finetune_glmc.py --model output/RUN --data-dir my_images
     python finetune_glmc.py --model output/RUN --data-dir my_images --stage2 maxnorm,los --stage2-holdout 0.2
+    python finetune_glmc.py --model output/seed0 output/seed1 output/seed2 --data-dir my_images
     python finetune_glmc.py --model hf-hub:ORG/NAME --data-dir my_images --stage2 maxnorm --push-to-hub ORG/OTHER
 """
 import argparse
@@ -17,6 +18,7 @@ from glmc.launch import create_accelerator, is_main_process
 from glmc.parsing import InputError, parse_args, pick, run_script
 from glmc.results import open_run_folder
 from glmc.stage2.finetune import check_stage2, run_stage2
+from glmc.stage2.tables import TABLE, Trained, chosen, table, write_table
 from glmc.trained import TrainedModel, open_trained
 from validate_glmc import trained_precision, training_counts
 
@@ -28,24 +30,34 @@ def main() -> None:
     args, given = parse_args(finetune_parser())
     if not args.model:
         raise InputError('--model: expected the export folder, run folder, checkpoint or Hub id of a trained model')
-    trained = open_trained(args.model)
-    accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
+    models = {name: open_trained(name) for name in args.model}
+    first = next(iter(models.values()))
+    accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(first, args.amp))
+    jobs = {name: prepare(args, given, trained, accelerator) for name, trained in models.items()}
+    check_push(args)
+    folder = open_run_folder(args.output, args.experiment, f'stage2-{first.architecture}', resume=False)
+    places = {name: folder / f'{number}-{Path(name).name}' if len(jobs) > 1 else folder
+              for number, name in enumerate(jobs, 1)}
+    runs = {name: run_stage2(places[name], args.stage2, accelerator=accelerator, **job) for name, job in jobs.items()}
+    if accelerator.is_main_process:
+        leave(args, folder, places, runs)
+
+
+def prepare(args: argparse.Namespace, given: set[str], trained: TrainedModel, accelerator) -> dict:
+    """What `run_stage2` takes for one model; whatever is wrong is said before any work."""
+    args = argparse.Namespace(**vars(args))
+    args.model = trained.name
     follow_stage1(args, given, trained)
     counts = training_counts(args, trained)
     data = open_data(args, trained)
     heldout = data.holdout if data.validation else None  # without validation images, those held out are evaluated on
     check_stage2(args.stage2, model=trained.model, train=data.train, heldout=heldout, **pick(args, CHOICE))
-    check_push(args, chosen=heldout is not None or args.stage2_holdout is not None)
-    folder = open_run_folder(args.output, args.experiment, f'stage2-{trained.architecture}', resume=False)
-    facts = describe(args, trained, data, accelerator)
-    places = run_stage2(
-        folder, args.stage2, model=trained.model.to(accelerator.device), train=data.train, heldout=heldout,
-        validation=data.validation or data.holdout, counts=counts, thresholds=args.shot_thresholds, metrics=facts,
-        export=export_options(args, trained, data), accelerator=accelerator, augmentation=augmentation(args),
-        feature_cache=args.feature_cache or Path(args.output) / 'features', **pick(args, CHOICE),
-        **pick(args, ('feature_views', 'batch_size', 'workers')))
-    if accelerator.is_main_process:
-        leave(args, folder, places)
+    return dict(
+        model=trained.model.to(accelerator.device), train=data.train, heldout=heldout,
+        validation=data.validation or data.holdout, counts=counts, thresholds=args.shot_thresholds,
+        metrics=describe(args, trained, data, accelerator), export=export_options(args, trained, data),
+        augmentation=augmentation(args), feature_cache=args.feature_cache or Path(args.output) / 'features',
+        **pick(args, (*CHOICE, 'feature_views', 'batch_size', 'workers')))
 
 
 def follow_stage1(args: argparse.Namespace, given: set[str], trained: TrainedModel) -> None:
@@ -89,14 +101,15 @@ def open_data(args: argparse.Namespace, trained: TrainedModel) -> TrainingData:
     return data
 
 
-def check_push(args: argparse.Namespace, chosen: bool) -> None:
+def check_push(args: argparse.Namespace) -> None:
     """One classifier can be pushed: the only one, or the one chosen on held-out images."""
     if not args.push_to_hub:
         return
     warn_without_token()
-    if not chosen and (args.stage2 == 'all' or ',' in args.stage2):
-        raise InputError(f'--push-to-hub {args.push_to_hub}: expected one classifier in --stage2, or --stage2-holdout to '
-                         'choose one')
+    several = args.stage2 == 'all' or ',' in args.stage2
+    if len(args.model) > 1 or (several and args.holdout is None and args.stage2_holdout is None):
+        raise InputError(f'--push-to-hub {args.push_to_hub}: expected one --model, and one classifier in --stage2 or '
+                         '--stage2-holdout to choose one')
 
 
 def describe(args: argparse.Namespace, trained: TrainedModel, data: TrainingData, accelerator) -> dict:
@@ -127,11 +140,16 @@ def augmentation(args: argparse.Namespace) -> dict:
         'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')))
 
 
-def leave(args: argparse.Namespace, folder: Path, places: dict[str, Path]) -> None:
-    """Say where everything is, and push the first."""
-    print(f"Written to {folder}: {', '.join(f'{name}/export' for name in places)}", flush=True)
+def leave(args: argparse.Namespace, folder: Path, places: dict[str, Path], runs: dict[str, list[Trained]]) -> None:
+    """Say where everything is, with the mean of several models; push the chosen one of a single model."""
+    if len(runs) > 1:
+        write_table(folder / TABLE, runs)
+        print(f'\nMean of {len(runs)} models:\n{table(list(runs.values()))}')
+    names = ', '.join(result.name for result in next(iter(runs.values()))[1:])
+    print(f'Written to {folder}: {TABLE}, and NAME/export of {names}', flush=True)
     if args.push_to_hub:
-        push_or_tell(next(iter(places.values())) / 'export', args.push_to_hub, args.hub_private, args.hub_revision)
+        (place,), (results,) = places.values(), runs.values()
+        push_or_tell(place / chosen(results).name / 'export', args.push_to_hub, args.hub_private, args.hub_revision)
 
 
 if __name__ == '__main__':

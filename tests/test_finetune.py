@@ -104,6 +104,21 @@ def test_the_encoder_is_that_of_stage_1(finetune, finished_run, folders, tmp_pat
     assert {name for name in one if not torch.equal(one[name], two[name])} == {'fc.weight', 'fc.bias'}
 
 
+def test_several_models_in_one_table(finetune, finished_run, folders, tmp_path):
+    epochs = [finished_run / 'checkpoints' / f'epoch-000{k}.safetensors' for k in range(2)]
+    outcome = finetune('--model', *epochs, '--data-dir', folders, '--stage2', 'ncm,tau_norm')
+    assert outcome.code == 0, outcome.err
+    result = tmp_path / 'out' / 'result'
+    with open(result / 'stage2.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['model'], row['classifier']) for row in rows] == [
+        (str(path), name) for path in epochs for name in ('stage 1', 'ncm', 'tau_norm')]
+    means = outcome.out.partition('Mean of 2 models:')[2].splitlines()
+    values = [float(row['top1']) for row in rows if row['classifier'] == 'ncm']
+    assert re.match(rf'ncm +{sum(values) / 2:.2f} ± {abs(values[0] - values[1]) / 2 ** 0.5:.2f} ', means[3])
+    assert metrics_of(result / '2-epoch-0001.safetensors' / 'ncm')['top1'] == values[1]
+
+
 def test_features_are_found_again(finetune, finished_run, folders):
     options = ('--model', finished_run, '--data-dir', folders, '--stage2', 'ncm')
     first, second = finetune(*options), finetune(*options, '--experiment', 'second')
@@ -170,7 +185,7 @@ ERRORS = {  # options, with {name} of a place -> what the line says
     '--model {run} --class-counts {two}': '--class-counts .*: found 2 classes, --model .* has 3',
     '--model {run} --data-dir {four}': '--model .*: has 3 classes, the training data has 4',
     '--model {run} --data-dir {others}': "--model .*: was trained on other classes.*has 'dog' where the model has 'bee'",
-    '--model {run} --push-to-hub ORG/NAME': '--push-to-hub ORG/NAME: expected one classifier in --stage2',
+    '--model {run} --push-to-hub ORG/NAME': '--push-to-hub ORG/NAME: expected one --model, and one classifier',
     '--model levit_128s --class-counts {three}': '--model levit_128s: .* one linear layer.*, found 2 heads',
     '--model dla46_c --class-counts {three}': '--model dla46_c: .* one linear layer.*, found Conv2d',
     '--model nowhere/run': '--model nowhere/run: no such file or folder',

@@ -13,7 +13,7 @@ LAYERS = [
     'data.loaders', 'data.resident',
     'mixing', 'cifar_resnet', 'models', 'losses', 'tasks', 'methods', 'optim',
     'evaluation', 'priors', 'engine', 'checkpoint', 'state', 'preemption', 'card', 'export', 'trained', 'results',
-    'stage2.features', 'stage2.classifiers', 'stage2.select', 'stage2.finetune',
+    'stage2.features', 'stage2.classifiers', 'stage2.select', 'stage2.tables', 'stage2.finetune',
     'pictures', 'plots', 'page', 'report', 'trackers', 'hub', 'launch', 'build', 'sweep',
     'benchmark.plain', 'benchmark.measure', 'benchmark.agreement',
 ]

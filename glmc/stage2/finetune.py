@@ -1,10 +1,9 @@
 """Stage 2 as a whole: features, classifiers, one table, and an export of each."""
 import copy
-import csv
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,7 +11,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from glmc.data.datasets import ImageSet
-from glmc.evaluation import Predictions
 from glmc.export import export_model
 from glmc.models import linear_classifier, set_classifier
 from glmc.parsing import InputError
@@ -20,32 +18,9 @@ from glmc.results import provenance, write_tables
 from glmc.stage2.classifiers import Linear, LogitAdjust, Stage1
 from glmc.stage2.features import Extractor, Features
 from glmc.stage2.select import fit, measure, parse_classifiers, search, stratified_split
+from glmc.stage2.tables import FIGURES, TABLE, Trained, table, write_table
 
 _logger = logging.getLogger(__name__)
-TABLE = 'stage2.csv'
-FIGURES = ('top1', 'many', 'medium', 'few', 'class_mean', 'ece')
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A classifier of stage 2, or that of stage 1, and what it can do.
-
-    Args:
-        name: Of CLASSIFIERS; `stage 1`.
-        linear: Itself.
-        metrics: On the validation images.
-        predictions: There.
-        settings: Hyper-parameters.
-        seconds: To train it, with the search if there was one.
-        heldout: Class mean on held-out training images, None without.
-    """
-    name: str
-    linear: Linear
-    metrics: dict
-    predictions: Predictions
-    settings: dict
-    seconds: float = 0.0
-    heldout: float | None = None
 
 
 def run_stage2(
@@ -53,7 +28,7 @@ def run_stage2(
         metrics: dict, accelerator: Accelerator, augmentation: dict, counts: Sequence[int],
         thresholds: Sequence[int] = (20, 100), heldout: ImageSet | None = None, stage2_holdout: float | None = None,
         feature_views: int = 2, stage2_kwargs: dict | None = None, feature_cache: str | None = None, batch_size: int = 64,
-        workers: int = 2, seed: int = 42) -> dict[str, Path]:
+        workers: int = 2, seed: int = 42) -> list[Trained]:
     """Train classifiers on the features of a model, print one table, and export each as stage 1 is exported.
 
     Hyper-parameters are their defaults, or chosen on held-out training images; never on the validation images.
@@ -77,7 +52,7 @@ def run_stage2(
         batch_size, workers, seed: As their names say.
 
     Returns:
-        Name -> folder of each result, the one with the highest class mean on held-out images first, if there were such.
+        The classifier of stage 1, then those asked for; nothing in processes other than the main one.
 
     Raises:
         InputError: For a name or setting that is wrong, a model whose classifier is not one linear layer, or a held-out
@@ -87,7 +62,7 @@ def run_stage2(
         names, model=model, train=train, heldout=heldout, stage2_holdout=stage2_holdout, stage2_kwargs=stage2_kwargs,
         seed=seed)
     if not accelerator.is_main_process:
-        return {}
+        return []
     folder = Path(folder)
     extract = Extractor(
         model, data_config=export['data_config'], augmentation=augmentation, accelerator=accelerator,
@@ -101,13 +76,12 @@ def run_stage2(
     results = [Trained('stage 1', linear, *measure(linear, unseen, counts, thresholds), {})]
     for name, classifier in classifiers.items():
         results.append(_train(name, classifier, stage1, features, choice, unseen, thresholds, seed))
-    print(f'\nStage 2 on {len(unseen):,} images, features in {extraction:.1f} s:\n{table(results)}', flush=True)
-    ranked = sorted(results[1:], key=lambda result: -(result.heldout or 0))
+    print(f'\nStage 2 on {len(unseen):,} images, features in {extraction:.1f} s:\n{table([results])}', flush=True)
     facts = dict(feature_views=feature_views, feature_seconds=round(extraction, 1))
-    places = {result.name: _leave(folder / result.name, result, results[0], model, export, metrics, facts)
-              for result in ranked}
-    _write_table(folder / TABLE, results)
-    return places
+    for result in results[1:]:
+        _leave(folder / result.name, result, results[0], model, export, metrics, facts)
+    write_table(folder / TABLE, {metrics.get('weights', metrics['method']): results})
+    return results
 
 
 def check_stage2(
@@ -152,33 +126,8 @@ def _train(
     return Trained(name, linear, *measure(linear, unseen, stage1.counts, thresholds), settings, seconds, score)
 
 
-def table(results: Sequence[Trained]) -> str:
-    """All classifiers, that of stage 1 first; in percent."""
-    groups = results[0].metrics['shot_classes']
-    head = ['classifier', 'top-1', *(f'{name} ({size})' for name, size in groups.items()), 'class mean', 'ECE', 'seconds']
-    rows = [head] + [[result.name, *(_number(result.metrics[key]) for key in FIGURES), f'{result.seconds:.1f}']
-                     for result in results]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return '\n'.join('  '.join(cell.rjust(width) if place else cell.ljust(width)
-                               for place, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
-
-
-def _number(value: float | None) -> str:
-    return '–' if value is None else f'{value:.2f}'
-
-
-def _write_table(path: Path, results: Sequence[Trained]) -> None:
-    with open(path, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.writer(file)
-        writer.writerow(('classifier', *FIGURES, 'heldout_class_mean', 'seconds', 'settings'))
-        for result in results:
-            settings = ' '.join(f'{name}={value}' for name, value in result.settings.items())
-            writer.writerow((result.name, *(result.metrics[name] for name in FIGURES), result.heldout,
-                             round(result.seconds, 2), settings))
-
-
 def _leave(
-        folder: Path, result: Trained, first: Trained, model: nn.Module, export: dict, metrics: dict, facts: dict) -> Path:
+        folder: Path, result: Trained, first: Trained, model: nn.Module, export: dict, metrics: dict, facts: dict) -> None:
     """Export one classifier with the encoder of stage 1."""
     source, stage2 = export['source'], dict(name=result.name, **result.settings, **facts, seconds=round(result.seconds, 2))
     before = {key: metrics[key] for key in ('command', 'commit', 'seconds', 'epoch') if key in metrics}
@@ -195,4 +144,3 @@ def _leave(
     folder.mkdir(parents=True, exist_ok=True)
     export_model(folder / 'export', copied, **{**export, 'source': source}, metrics=found)
     write_tables(folder, found, export['class_names'], result.predictions)
-    return folder
