@@ -73,7 +73,7 @@ def finetune_parser() -> Parser:
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
     parser.add_argument('--model', nargs='+', metavar='NAME',
         help='of stage 1: export folder, run folder, checkpoint, hf-hub:ORG/NAME; of several, a table of means')
-    for add_group in (data_group, training_data_group, long_tail_group, _augmentation, stage2_group, _finetuning):
+    for add_group in (data_group, _training_data, _long_tail, _augmentation, stage2_group, _finetuning):
         add_group(parser)
     parser.set_defaults(stage2='all')
     return parser
