@@ -7,9 +7,10 @@ import numpy as np
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
+from glmc.folded import BilateralModule, CosineModule
 from glmc.losses import ClassBalancedFocalLoss, DeferredReweighting, FocalLoss, LDAMLoss, LogitAdjustedLoss
 from glmc.mixing import CMOMixer, FlippedCutmix, FlippedMixup, GLMCMixer, PairMixer, PartnerOnly
-from glmc.models import BilateralModule, CosineModule, GLMCModule
+from glmc.models import GLMCModule
 from glmc.tasks import BilateralTask, CosineTask, GLMCTask, PlainTask, WeightBalancingTask
 
 

@@ -7,8 +7,9 @@ from timm.task import ClassificationTask, TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from glmc.folded import BilateralModule, FoldedModule, cap_norms, norm_radius, set_classifier
 from glmc.losses import DeferredReweighting, class_weights, cumulative_alpha, negative_cosine, soft_cross_entropy
-from glmc.models import BilateralModule, FoldedModule, GLMCModule, cap_norms, linear_classifier, norm_radius, set_classifier
+from glmc.models import GLMCModule, linear_classifier
 
 
 class Scheduled:

@@ -11,7 +11,7 @@ LAYERS = [
     'parsing', 'config',
     'data.profiles', 'data.datasets', 'data.sources', 'data.sampling', 'data.transforms',
     'data.loaders', 'data.resident',
-    'mixing', 'cifar_resnet', 'models', 'losses', 'tasks', 'methods', 'optim',
+    'mixing', 'cifar_resnet', 'models', 'folded', 'losses', 'tasks', 'methods', 'optim',
     'evaluation', 'priors', 'engine', 'checkpoint', 'state', 'preemption', 'card', 'export', 'trained', 'results',
     'stage2.features', 'stage2.classifiers', 'stage2.select', 'stage2.tables', 'stage2.finetune',
     'pictures', 'plots', 'page', 'report', 'trackers', 'hub', 'launch', 'build', 'sweep',

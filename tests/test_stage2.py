@@ -13,7 +13,8 @@ from sklearn.neighbors import NearestCentroid
 
 from glmc.data.datasets import ImageSet
 from glmc.data.sources import open_digits
-from glmc.models import cap_norms, create_backbone
+from glmc.folded import cap_norms
+from glmc.models import create_backbone
 from glmc.parsing import InputError
 from glmc.stage2.classifiers import (
     CLASSIFIERS,

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from glmc.folded import BilateralModule, CosineModule
 from glmc.losses import DeferredReweighting, LDAMLoss
-from glmc.models import BilateralModule, CosineModule, GLMCModule, create_backbone
+from glmc.models import GLMCModule, create_backbone
 from glmc.tasks import BilateralTask, CosineTask, GLMCTask, PlainTask, WeightBalancingTask
 
 COUNTS = [50, 12, 3]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glmc.folded import cap_norms, fold_cosine, norm_radius
 from glmc.losses import LogitAdjustedLoss, effective_number_weights, prior_adjustment
-from glmc.models import cap_norms, fold_cosine, norm_radius
 from glmc.stage2.features import Features
 
 _logger = logging.getLogger(__name__)

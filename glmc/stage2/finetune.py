@@ -12,7 +12,8 @@ from torch import nn
 
 from glmc.data.datasets import ImageSet
 from glmc.export import export_model
-from glmc.models import linear_classifier, set_classifier
+from glmc.folded import set_classifier
+from glmc.models import linear_classifier
 from glmc.parsing import InputError
 from glmc.results import provenance, write_tables
 from glmc.stage2.classifiers import Linear, LogitAdjust, Stage1
