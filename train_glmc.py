@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from timm.utils import distribute_bn
 
 from glmc.build import Setup
@@ -86,7 +87,7 @@ class Run:
         self.folder = self._choose_folder()
         self.position = Position(global_batch=setup.global_batch, accum_steps=self.args.grad_accum_steps)
         self.meter, self.restored_meter = None, None
-        self.best, self.metrics, self.predictions = None, None, None
+        self.best, self.metrics, self.predictions, self.bad_images_told = None, None, None, 0
         self.preemption, self.clock = Preemption(), CheckpointClock(self.args.checkpoint_interval)
         self.writer, self.started, self.seconds_before = CheckpointWriter(), time.time(), 0.0
 
@@ -191,6 +192,8 @@ class Run:
         self.position, last = self.position.at(self.position.epoch, step), step == len(self.setup.train_loader)
         request = self.preemption.request(self.clock.due(step), at_once=last)
         if request is Request.STOP:
+            if last:
+                self._share_statistics()
             self._stop()
         elif request is Request.SAVE and not last:  # the end of the epoch saves, too
             self._save({})
@@ -212,23 +215,39 @@ class Run:
         return (epoch + 1) % self.args.val_interval == 0 or epoch + 1 == self.setup.num_epochs
 
     def evaluate(self, loader) -> dict:
+        self._share_statistics()
         several = self.accelerator.num_processes > 1
-        if several:
-            distribute_bn(self.eval_model, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
         metrics = evaluate(self.accelerator, self.eval_model, loader, self.setup.evaluator,
                            between=lambda: self._stop() if self.preemption.signal and not several else None)
         self.predictions = self.setup.evaluator.predictions(several)
         return metrics
 
+    def _share_statistics(self) -> None:
+        """Make BatchNorm statistics equal in all processes; doing so twice changes nothing."""
+        if self.accelerator.num_processes > 1:
+            distribute_bn(self.eval_model, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
+
     def record(self, epoch: int, train_metrics: dict, metrics: dict | None) -> None:
         alpha = getattr(self.task, 'alpha', None)
-        row = summary_row(epoch, train_metrics, metrics, None if alpha is None else alpha.item())
+        bad = self._bad_images()
+        row = summary_row(epoch, train_metrics, metrics, None if alpha is None else alpha.item(), len(bad))
         if self.accelerator.is_main_process:
             self._write_row(row)
         evaluation = f'{shot_line(metrics)}, ' if metrics else ''
         skipped = f"{train_metrics['skipped_steps']} steps skipped, " if train_metrics['skipped_steps'] else ''
         _logger.info(f"Epoch {epoch + 1}/{self.setup.num_epochs}: loss {train_metrics['loss']:.3f}, {evaluation}{skipped}"
                      f"{train_metrics['images']:,} images at {train_metrics['images_per_second']:.0f}/s")
+
+    def _bad_images(self) -> list[str]:
+        """Training images that others stood in for, of all processes; new ones are named."""
+        if self.setup.bad_images is None:
+            return []
+        names = sorted({name for share in gather_object([self.setup.bad_images.names()]) for name in share})
+        if len(names) > self.bad_images_told:
+            _logger.warning(f"{len(names)} training images cannot be decoded, others of their class stood in: "
+                            f"{', '.join(names[:10])}{' …' if len(names) > 10 else ''}")
+        self.bad_images_told = len(names)
+        return names
 
     def _write_row(self, row: dict) -> None:
         try:

@@ -1,6 +1,7 @@
 """From options to what trains: data, model and method, loaders, optimizer."""
 import argparse
 import logging
+from dataclasses import replace
 
 import torch
 from accelerate.utils import set_seed
@@ -10,7 +11,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 from glmc.config import DEMONSTRATION
-from glmc.data.datasets import ImageSet
+from glmc.data.check import readable
+from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_loader
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
 from glmc.data.sources import open_training_data
@@ -66,11 +68,25 @@ class Setup:
                 'data_dir', 'dataset', 'train_split', 'val_split', 'train_list', 'val_list', 'num_classes',
                 'class_counts', 'holdout', 'imbalance_factor', 'lt_type', 'lt_split', 'lt_seed', 'shot_thresholds',
                 'seed', 'batch_size', 'class_map', 'input_key', 'target_key')))
+        self.bad_images = None
+        if args.on_bad_image == 'skip' and isinstance(self.data.train, ImageSet):
+            self.bad_images = BadImages(self.data.train)
+            self.data = replace(self.data, validation=self._readable('validation'), holdout=self._readable('holdout'))
         facts = self.data.profile
         counts = facts['class_counts']
         groups = ', '.join(f'{n} {name}' for name, n in facts['shot_classes'].items())
         _logger.info(f"Training set: {facts['num_images']:,} images of {len(counts)} classes, {max(counts):,} … "
                      f"{min(counts):,} per class ({groups}), fingerprint {str(facts['fingerprint'])[:16]}")
+
+    def _readable(self, name: str):
+        """A set to evaluate on without the images that cannot be decoded, which is one pass over it."""
+        images = getattr(self.data, name)
+        if not isinstance(images, ImageSet):
+            return images
+        images, errors = readable(images, self.args.workers)
+        if errors:
+            _logger.warning(f'{name}: {len(errors)} images are left out, as {errors[0]}')
+        return images
 
     def _build_task(self) -> None:
         args, counts = self.args, self.data.profile['class_counts']
@@ -114,7 +130,7 @@ class Setup:
             raise InputError(f'--dataset {args.dataset}: has no index to draw partners by, expected --partner batch')
         try:
             self.train_loader = create_train(
-                self.data.train, augmentation, num_views=self.method.num_views, seed=args.seed,
+                self.data.train, augmentation, num_views=self.method.num_views, seed=args.seed, bad=self.bad_images,
                 resample_power=args.resample_power if pairs else None, **common)
         except InputError:
             raise

@@ -55,8 +55,8 @@ def train_parser(methods: dict) -> Parser:
         prog='train_glmc.py', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Train a timm model on long-tailed images with GLMC. Without data: a demonstration on digits.')
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
-    for add_group in (data_group, _training_data, _long_tail, _augmentation, _model, input_group, _method, _optimizer,
-                      _schedule, _running, _output, share_group, stage2_group):
+    for add_group in (data_group, training_data_group, long_tail_group, _augmentation, _model, input_group, _method,
+                      _optimizer, _schedule, _running, _output, share_group, stage2_group):
         add_group(parser)
     methods_help = '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
     parser._option_string_actions['--method'].choices = list(methods)
@@ -73,7 +73,7 @@ def finetune_parser() -> Parser:
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
     parser.add_argument('--model', nargs='+', metavar='NAME',
         help='of stage 1: export folder, run folder, checkpoint, hf-hub:ORG/NAME; of several, a table of means')
-    for add_group in (data_group, _training_data, _long_tail, _augmentation, stage2_group, _finetuning):
+    for add_group in (data_group, training_data_group, long_tail_group, _augmentation, stage2_group, _finetuning):
         add_group(parser)
     parser.set_defaults(stage2='all')
     return parser
@@ -125,7 +125,8 @@ def data_group(parser: Parser) -> None:
         'JSON list, metrics.json of a run, or one number a line; default: one counting pass')
 
 
-def _training_data(parser: Parser) -> None:
+def training_data_group(parser: Parser) -> None:
+    """Options of what is trained on."""
     group = parser.add_argument_group('training data')
     add = group.add_argument
     add('--train-split', default='train', help='name of the training split')
@@ -135,7 +136,8 @@ def _training_data(parser: Parser) -> None:
         'cut, or a fraction), keep the best epoch by class mean, and read the validation split once, at the end')
 
 
-def _long_tail(parser: Parser) -> None:
+def long_tail_group(parser: Parser) -> None:
+    """Options of the profile."""
     group = parser.add_argument_group('long tail')
     add = group.add_argument
     add('--imbalance-factor', type=number(float, 1), metavar='F',
@@ -275,6 +277,9 @@ def _running(parser: Parser) -> None:
     add('--sync-bn', action='store_true', help='BatchNorm over all processes (GPU)')
     add('--dist-bn', choices=('reduce', 'broadcast'), default='reduce',
         help='make BatchNorm statistics of all processes equal before evaluation: mean, or those of the first')
+    add('--on-bad-image', choices=('stop', 'skip'), default='stop',
+        help='an image that cannot be decoded: stop and name it, or train on the next of its class instead and leave it out '
+        'of the evaluation; python -m glmc.data.check finds them beforehand')
     add('-j', '--workers', type=count, default=2, metavar='N', help='loader processes per process')
     add('--resident', choices=('auto', 'on', 'off'), default='auto',
         help='keep the images on the device and crop and flip there; auto: cifar augmentation, up to 1 GiB')

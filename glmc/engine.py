@@ -84,7 +84,9 @@ def train_one_epoch(
     meter.watch(alone.task)
     train_step.train()
     loader.set_epoch(epoch, start_step)
-    lr, num_steps, clock = optimizer.param_groups[-1]['lr'], len(loader), _Clock(meter)
+    num_steps, clock = len(loader), _Clock(meter)
+    if start_step == 0:
+        meter.lr.fill_(optimizer.param_groups[-1]['lr'])
     bar = tqdm(loader, desc=f'epoch {epoch + 1}', initial=start_step, total=num_steps, leave=False,
                disable=not sys.stderr.isatty())
     for step, (views, labels) in enumerate(bar, start_step):
@@ -103,11 +105,12 @@ def train_one_epoch(
             if step + 1 == num_steps or (step + 1) % log_interval == 0:
                 meter.repair()
                 meter.check(accelerator, epoch, step + 1, max_skipped_steps)
-            after_update(step + 1)
         if (step + 1) % log_interval == 0 and bar.disable and accelerator.is_main_process:
             _log_step(epoch, step + 1, num_steps, meter, optimizer, clock, accelerator.num_processes)
+        if updates:
+            after_update(step + 1)
     metrics = meter.compute(accelerator)
-    return {**metrics, 'lr': lr, 'images_per_second': clock.rate(meter, accelerator.num_processes)}
+    return {**metrics, 'lr': meter.lr.item(), 'images_per_second': clock.rate(meter, accelerator.num_processes)}
 
 
 def train_batch(
@@ -189,10 +192,11 @@ class Meter:
         self.sums = torch.zeros(len(names) + 1, device=device)  # of each loss over images, and the images
         self.not_finite = torch.zeros(len(names), device=device)  # batches in which a loss was not
         self.skipped = torch.zeros(2, device=device)  # updates, and the step of the last one
+        self.lr = torch.zeros((), dtype=torch.float64)  # when the epoch began; on the CPU
         self.buffers: list[tuple[Tensor, Tensor]] = []
 
     def state(self) -> dict[str, Tensor]:
-        return dict(sums=self.sums, not_finite=self.not_finite, skipped=self.skipped)
+        return dict(sums=self.sums, not_finite=self.not_finite, skipped=self.skipped, lr=self.lr)
 
     def load(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.state().items():

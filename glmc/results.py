@@ -102,14 +102,14 @@ def write_summary(folder: Path, row: dict) -> None:
     beside.replace(path)
 
 
-def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | None) -> dict:
+def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | None, bad_images: int = 0) -> dict:
     """timm's columns, then those of the long tail; empty where there is no value, as in an epoch without evaluation."""
     row = {'epoch': epoch, 'train_loss': train['loss']}
     names = ('loss', 'top1', 'top5', 'many', 'medium', 'few', 'class_mean')
     row.update({f'eval_{name}': (metrics or {}).get(name) for name in names})
     row.update(lr=train['lr'], alpha=alpha)
     row.update({name: train.get(name) for name in ('loss_c', 'loss_cb', 'loss_sim')})
-    row['skipped_steps'] = train['skipped_steps']
+    row.update(skipped_steps=train['skipped_steps'], bad_images=bad_images)
     row['images_per_second'] = round(train['images_per_second'], 1)
     return {name: '' if value is None else value for name, value in row.items()}
 

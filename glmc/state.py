@@ -99,11 +99,11 @@ def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _combined(meters: list[dict | None], first: bool) -> dict | None:
-    """What other processes counted, now counted by the first; updates that all skipped, by all."""
+    """What all processes counted of their own, now counted by the first."""
     if meters[0] is None:
         return None
     sums = {name: torch.stack([meter[name] for meter in meters]).sum(0) * first for name in ('sums', 'not_finite')}
-    return {**sums, 'skipped': meters[0]['skipped']}
+    return {**meters[0], **sums}
 
 
 def rng_state() -> dict:

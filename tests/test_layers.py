@@ -9,7 +9,7 @@ import glmc
 ROOT = Path(glmc.__file__).parent
 LAYERS = [
     'parsing', 'config',
-    'data.profiles', 'data.datasets', 'data.sources', 'data.sampling', 'data.transforms',
+    'data.profiles', 'data.datasets', 'data.sources', 'data.check', 'data.sampling', 'data.transforms',
     'data.loaders', 'data.resident',
     'mixing', 'cifar_resnet', 'models', 'folded', 'losses', 'tasks', 'methods', 'optim',
     'evaluation', 'priors', 'engine', 'checkpoint', 'state', 'preemption', 'card', 'export', 'trained', 'results',

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import equal
 
 COLUMNS = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'eval_many', 'eval_medium', 'eval_few',
-           'eval_class_mean', 'lr', 'alpha', 'loss_c', 'loss_cb', 'loss_sim', 'skipped_steps', 'images_per_second']
+           'eval_class_mean', 'lr', 'alpha', 'loss_c', 'loss_cb', 'loss_sim', 'skipped_steps', 'bad_images',
+           'images_per_second']
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from PIL import Image
 
 from glmc.data.profiles import long_tail_counts, long_tail_indices
@@ -84,6 +85,40 @@ class ImageSet:
                 f'{self.source}: class {unknown[0]!r} is not in the training data, which has {len(class_names)} classes')
         lookup = np.array([index.get(name, -1) for name in self.class_names])
         return replace(self, labels=lookup[self.labels], class_names=class_names)
+
+
+class BadImages:
+    """Images of a set that could not be decoded, known to all processes of its loader, and what stands in for them.
+
+    Args:
+        images: The set.
+    """
+
+    def __init__(self, images: ImageSet):
+        self.images = images
+        self.flags = torch.zeros(len(images), dtype=torch.bool).share_memory_()
+
+    def first_readable(self, index: int, use: Callable[[int], object]):
+        """`use(index)`, or of the next image of the same class for which it does not fail, in the order of the set.
+
+        Raises:
+            ImageError: If it fails for all images of the class.
+        """
+        try:
+            return use(index)
+        except ImageError as error:
+            self.flags[index] = True
+            same = np.flatnonzero(self.images.labels == self.images.labels[index])
+            for candidate in np.roll(same, -np.searchsorted(same, index) - 1)[:-1].tolist():
+                try:
+                    return use(candidate)
+                except ImageError:
+                    self.flags[candidate] = True
+            raise error
+
+    def names(self) -> list[str]:
+        """Those that were met so far."""
+        return [self.images.names[index] for index in self.flags.nonzero().flatten().tolist()]
 
 
 @dataclass(frozen=True)

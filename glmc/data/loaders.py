@@ -8,13 +8,14 @@ from itertools import islice
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import IterableImageDataset, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import Compose
 
-from glmc.data.datasets import ImageSet, to_mode
+from glmc.data.datasets import BadImages, ImageSet, to_mode
 from glmc.data.sampling import PairSampler, ShardSampler
 from glmc.data.transforms import view_transform
 
@@ -27,17 +28,22 @@ class ViewDataset(Dataset):
         make_views: Of `transforms.view_transform`.
         num_views: Views of each image, all from one decoding.
         mode: RGB or L.
+        bad: Stands in for images that cannot be decoded; None to raise.
     """
 
-    def __init__(self, images: ImageSet, make_views: Callable, num_views: int, mode: str = 'RGB'):
-        self.images, self.make_views, self.num_views, self.mode = images, make_views, num_views, mode
+    def __init__(self, images: ImageSet, make_views: Callable, num_views: int, mode: str = 'RGB',
+                 bad: BadImages | None = None):
+        self.images, self.make_views, self.num_views, self.mode, self.bad = images, make_views, num_views, mode, bad
 
     def __getitem__(self, draw: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """(images · views, c, H, W) uint8, image by image, and the (images,) labels."""
         seed, *indices = draw
         with seeded(seed):
-            views = [view for index in indices for view in self._views(index)]
+            views = [view for index in indices for view in self._views_or_others(index)]
         return torch.stack(views), torch.from_numpy(self.images.labels[indices])
+
+    def _views_or_others(self, index: int) -> list[Tensor]:
+        return self.bad.first_readable(index, self._views) if self.bad else self._views(index)
 
     def _views(self, index: int) -> list[Tensor]:
         with self.images.opened(index) as image:
@@ -45,16 +51,20 @@ class ViewDataset(Dataset):
 
 
 class EvalDataset(Dataset):
-    """Each image once, by timm's evaluation transform."""
+    """Each image once, by timm's evaluation transform; `bad` as of ViewDataset."""
 
-    def __init__(self, images: ImageSet, transform: Callable, mode: str = 'RGB'):
-        self.images, self.transform, self.mode = images, transform, mode
+    def __init__(self, images: ImageSet, transform: Callable, mode: str = 'RGB', bad: BadImages | None = None):
+        self.images, self.transform, self.mode, self.bad = images, transform, mode, bad
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.transform(self.images.image(index, self.mode)), torch.as_tensor(self.images.labels[index])
+        image = self.bad.first_readable(index, self._image) if self.bad else self._image(index)
+        return self.transform(image), torch.as_tensor(self.images.labels[index])
+
+    def _image(self, index: int) -> Image.Image:
+        return self.images.image(index, self.mode)
 
 
 class IterableViews(IterableDataset):
@@ -168,7 +178,7 @@ class ErasingLoader:
 def create_train_loader(
         images: ImageSet | IterableImageDataset, augmentation: dict, *, num_views: int, batch_size: int,
         resample_power: float | None, data_config: dict, device: torch.device, seed: int, workers: int,
-        rank: int = 0, world_size: int = 1) -> DeviceLoader:
+        rank: int = 0, world_size: int = 1, bad: BadImages | None = None) -> DeviceLoader:
     """Batches of (B, images · views, c, H, W) uint8 views and (B, images) labels.
 
     Args:
@@ -179,6 +189,7 @@ def create_train_loader(
         resample_power: q of the partner images; None for none.
         data_config: timm's: input_size, mean, std.
         device, seed, workers, rank, world_size: As their names say.
+        bad: Of ViewDataset.
 
     Raises:
         ValueError: If the batch is larger than the set.
@@ -189,7 +200,7 @@ def create_train_loader(
         images.set_loader_cfg(num_workers=workers)  # which its length depends on
         dataset, batching = IterableViews(images, *views), dict(batch_size=batch_size, drop_last=True)
     else:
-        dataset = ViewDataset(images, *views)
+        dataset = ViewDataset(images, *views, bad)
         batching = dict(batch_sampler=PairSampler(images.labels, batch_size, resample_power, seed, rank, world_size))
     loader = _data_loader(dataset, workers, device, seed, **batching)
     return DeviceLoader(loader, create_normalize(data_config, device), device)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Resize
 
-from glmc.data.datasets import ImageSet
+from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import EvalDataset, Normalize, create_normalize, eval_transform, image_mode
 from glmc.data.sampling import PairSampler
 from glmc.data.transforms import CIFAR_PADDING, view_transform
@@ -54,8 +54,9 @@ class ResidentTrainLoader:
 
     def __init__(
             self, images: ImageSet, transform: Callable, sampler: PairSampler, num_views: int, padding: int,
-            hflip: float, normalize: Normalize, device: torch.device, workers: int = 0, mode: str = 'RGB'):
-        pixels = read_all(images, transform, workers, mode)  # (N, H, W, c)
+            hflip: float, normalize: Normalize, device: torch.device, workers: int = 0, mode: str = 'RGB',
+            bad: BadImages | None = None):
+        pixels = read_all(images, transform, workers, mode, bad)  # (N, H, W, c)
         self.size = pixels.shape[1:3]
         self.pixels = torch.nn.functional.pad(pixels, (0, 0, *(padding,) * 4)).to(device)
         self.labels = torch.from_numpy(images.labels).to(device)
@@ -125,8 +126,8 @@ class ResidentEvalLoader:
 
 def create_resident_train_loader(
         images: ImageSet, augmentation: dict, *, num_views: int, batch_size: int, resample_power: float | None,
-        data_config: dict, device: torch.device, seed: int, workers: int, rank: int = 0,
-        world_size: int = 1) -> ResidentTrainLoader:
+        data_config: dict, device: torch.device, seed: int, workers: int, rank: int = 0, world_size: int = 1,
+        bad: BadImages | None = None) -> ResidentTrainLoader:
     """As `loaders.create_train_loader`, for `cifar` augmentation or none."""
     plain = augmentation['no_aug']
     size = data_config['input_size'][-2:]
@@ -134,7 +135,8 @@ def create_resident_train_loader(
     return ResidentTrainLoader(
         images, transform, PairSampler(images.labels, batch_size, resample_power, seed, rank, world_size), num_views,
         padding=0 if plain else CIFAR_PADDING, hflip=0.0 if plain else augmentation['hflip'],
-        normalize=create_normalize(data_config, device), device=device, workers=workers, mode=image_mode(data_config))
+        normalize=create_normalize(data_config, device), device=device, workers=workers, mode=image_mode(data_config),
+        bad=bad)
 
 
 def create_resident_eval_loader(
@@ -146,8 +148,10 @@ def create_resident_eval_loader(
         image_mode(data_config), rank, world_size)
 
 
-def read_all(images: ImageSet, transform: Callable, workers: int, mode: str) -> Tensor:
+def read_all(
+        images: ImageSet, transform: Callable, workers: int, mode: str, bad: BadImages | None = None) -> Tensor:
     """All images, (N, H, W, c) uint8 on the CPU."""
     generator = torch.Generator()  # the loader's own: none of the training's draws
-    loader = DataLoader(EvalDataset(images, transform, mode), batch_size=256, num_workers=workers, generator=generator)
+    dataset = EvalDataset(images, transform, mode, bad)
+    loader = DataLoader(dataset, batch_size=256, num_workers=workers, generator=generator)
     return torch.cat([batch.permute(0, 2, 3, 1) for batch, _ in loader]).contiguous()
