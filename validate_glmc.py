@@ -8,13 +8,16 @@
 """
 import argparse
 import json
+import logging
 import os
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from timm.data import IterableImageDataset
+from torch import Tensor, nn
 
 from glmc.config import count, data_group, input_group, positive_int
 from glmc.data.loaders import create_eval_loader
@@ -22,43 +25,46 @@ from glmc.data.profiles import long_tail_indices
 from glmc.data.sources import open_evaluation_data, read_class_counts
 from glmc.engine import evaluate
 from glmc.evaluation import LongTailEvaluator, detail_table, shot_table
-from glmc.launch import create_accelerator, is_main_process
+from glmc.launch import create_accelerator, is_main_process, setup_logging
 from glmc.parsing import InputError, Parser, number, parse_args, pick, run_script
-from glmc.priors import TARGETS, AdjustedModel, normalized, prior_shift, ranked_counts, target_prior
-from glmc.report import Evidence, classifier_norms, write_comparison, write_report
+from glmc.priors import TARGETS, AdjustedModel, normalized, prior_shift, ranked_counts, read_prior, target_prior
+from glmc.report import Evidence, classifier_norms, report_or_tell, write_comparison
 from glmc.results import open_run_folder, provenance, write_tables
 from glmc.trained import TrainedModel, open_trained
 
+_logger = logging.getLogger('glmc.validate')
 PRECISIONS = {'bf16': 'bfloat16', 'fp16': 'float16'}
 DATA_CONFIG = ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')
 
 
 def main() -> None:
-    args, _ = parse_args(validate_parser())
-    if args.compare:
-        compare(args)
-    else:
-        validate(args)
+    args, given = parse_args(validate_parser())
+    if not args.compare:
+        validate(args, given)
+    elif is_main_process():
+        compare(args, given)
 
 
-def validate(args: argparse.Namespace) -> None:
+def validate(args: argparse.Namespace, given: set[str]) -> None:
     trained = open_trained(
         args.model, checkpoint=args.checkpoint, data_options=pick(args, DATA_CONFIG), num_classes=args.num_classes,
         img_size=args.img_size, in_chans=args.in_chans, global_pool=args.gp, **args.model_kwargs)
-    args.shot_thresholds = args.shot_thresholds or trained.facts.get('profile', {}).get('shot_thresholds', [20, 100])
+    folder = results_folder(args, f'validate-{trained.architecture}')
     counts = training_counts(args, trained)
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
+    warn_of_unused(given, unused_options(args))
     images = choose_images(args, trained, counts)
-    model = adjust(args, trained, counts, images).to(accelerator.device)
+    prior = choose_prior(args, trained, counts, images)
     loader = create_eval_loader(
         images, batch_size=args.batch_size, data_config=trained.data_config, device=accelerator.device,
         workers=args.workers, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    evaluator = LongTailEvaluator(counts, args.shot_thresholds, device=accelerator.device)
-    metrics = evaluate(accelerator, model, loader, evaluator)
+    thresholds = args.shot_thresholds or trained.facts.get('profile', {}).get('shot_thresholds', [20, 100])
+    evaluator = LongTailEvaluator(counts, thresholds, device=accelerator.device)
+    metrics = evaluate(accelerator, prepare_model(args, trained, prior, accelerator.device), loader, evaluator)
     predictions = evaluator.predictions(accelerator.num_processes > 1)
     if accelerator.is_main_process:
         facts = describe(args, trained, accelerator)
-        leave_results(args, trained, {**facts, **metrics, **provenance()}, predictions, images)
+        leave_results(args, folder, trained, {**facts, **metrics, **provenance()}, predictions, images)
 
 
 def validate_parser() -> Parser:
@@ -86,8 +92,9 @@ def _evaluation_group(parser: Parser) -> None:
     add('--test-distribution', choices=TARGETS,
         help='keep test images so that they are distributed like the training set (forward) or the other way round '
         '(backward), as in the test-agnostic benchmark (arXiv 2107.09249)')
-    add('--target-prior', choices=(*TARGETS, 'test'),
-        help='move the logits to this class prior; test: that of the images evaluated on')
+    add('--target-prior', metavar='PRIOR',
+        help='move the logits to this class prior: uniform, forward or backward as above, test (that of the images '
+        'evaluated on), or a file with a weight per class (JSON list, or one number a line)')
     add('--source-prior', choices=('train', 'uniform'),
         help="prior that the classifier has learnt; default: the export's, train for a plain timm model")
     add('--target-imbalance', type=number(float, 1), default=50.0, metavar='F', help='of forward and backward')
@@ -150,50 +157,93 @@ def require_index(images, flag: str, value: str) -> None:
         raise InputError(f'{flag} {value}: needs a source with an index')
 
 
-def adjust(args: argparse.Namespace, trained: TrainedModel, counts: list[int], images) -> torch.nn.Module:
-    """The model with whatever is done to its logits."""
+def choose_prior(args: argparse.Namespace, trained: TrainedModel, counts: list[int], images) -> Tensor | None:
+    """What to add to the logits for the class prior that the user expects."""
     if not args.target_prior:
-        return AdjustedModel(trained.model, flip=True) if args.flip_tta else trained.model
+        return None
     if args.target_prior == 'test':
         require_index(images, '--target-prior', 'test')
         target = normalized(images.counts())
-    else:
+    elif args.target_prior in TARGETS:
         target = target_prior(counts, args.target_prior, args.target_imbalance)
-    learnt = args.source_prior or trained.facts.get('prior', 'train')
-    source = normalized(counts if learnt == 'train' else np.ones(len(counts)))
-    return AdjustedModel(trained.model, prior_shift(source, target), args.flip_tta)
+    else:
+        target = read_prior(args.target_prior, len(counts))
+    source = normalized(counts if source_prior(args, trained) == 'train' else np.ones(len(counts)))
+    return prior_shift(source, target)
+
+
+def source_prior(args: argparse.Namespace, trained: TrainedModel) -> str:
+    return args.source_prior or trained.facts.get('prior', 'train')
+
+
+def prepare_model(
+        args: argparse.Namespace, trained: TrainedModel, shift: Tensor | None, device: torch.device) -> nn.Module:
+    """The model where it will run, with whatever is done to its logits."""
+    model = trained.model.to(device)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model if shift is None and not args.flip_tta else AdjustedModel(model, shift, args.flip_tta).to(device)
+
+
+def unused_options(args: argparse.Namespace) -> set[str]:
+    """Options that say more about something that was not asked for."""
+    unused = set()
+    if not args.target_prior:
+        unused.add('source_prior')
+    if not {args.target_prior, args.test_distribution} & {'forward', 'backward'}:
+        unused.add('target_imbalance')
+    if args.val_list:
+        unused.add('val_split')
+    return unused
+
+
+def warn_of_unused(given: set[str], unused: set[str]) -> None:
+    for name in sorted(given & unused):
+        _logger.warning(f"--{name.replace('_', '-')} has no effect here")
 
 
 def describe(args: argparse.Namespace, trained: TrainedModel, accelerator) -> dict:
     """What metrics.json says beside the metrics."""
-    options = pick(args, ('flip_tta', 'test_distribution', 'target_prior', 'source_prior', 'target_imbalance'))
+    options = pick(args, ('flip_tta', 'test_distribution', 'target_prior', 'target_imbalance'))
     return {
         'model': trained.architecture, 'weights': args.model, 'method': trained.facts.get('method'),
         'num_classes': trained.num_classes, 'parameters': sum(p.numel() for p in trained.model.parameters()),
-        'evaluated_on': args.val_list or args.val_split, **options, 'precision': accelerator.mixed_precision,
+        'data': args.dataset or args.data_dir or 'digits', 'evaluated_on': args.val_list or args.val_split, **options,
+        'source_prior': source_prior(args, trained), 'precision': accelerator.mixed_precision,
         'processes': accelerator.num_processes, 'fingerprint': trained.facts.get('profile', {}).get('fingerprint'),
     }
 
 
-def leave_results(args: argparse.Namespace, trained: TrainedModel, metrics: dict, predictions, images) -> None:
-    folder = open_run_folder(args.output, args.experiment, f'validate-{trained.architecture}', resume=False)
+def results_folder(args: argparse.Namespace, name: str) -> Path:
+    """Where the results will go; that they cannot is told before the evaluation, not after it."""
+    folder = open_run_folder(args.output, args.experiment, re.sub(r'[^\w.-]', '-', name), resume=False)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f'--output: cannot write to {folder}: {nearest} is no folder that can be written')
+    return folder
+
+
+def leave_results(
+        args: argparse.Namespace, folder: Path, trained: TrainedModel, metrics: dict, predictions, images) -> None:
+    class_names = trained.class_names or getattr(images, 'class_names', None)
     try:
         folder.mkdir(parents=True)
         (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        write_tables(folder, metrics, class_names, predictions)
     except OSError as error:
         raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
-    class_names = trained.class_names or getattr(images, 'class_names', None)
-    write_tables(folder, metrics, class_names, predictions)
     print(f"{args.model} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n{shot_table(metrics)}\n"
           f'{detail_table(metrics)}\nWritten to {folder}', flush=True)
     if args.report:
         norms = classifier_norms(classifier=trained.model.get_classifier())
-        write_report(folder, metrics, Evidence(class_names, predictions, images, norms))
+        report_or_tell(folder, metrics, lambda: Evidence(class_names, predictions, images, norms))
 
 
-def compare(args: argparse.Namespace) -> None:
-    folder = open_run_folder(args.output, args.experiment, 'compare', resume=False)
+def compare(args: argparse.Namespace, given: set[str]) -> None:
+    setup_logging(main_process=True)
+    folder = results_folder(args, 'compare')
     print(write_comparison(folder, [Path(name) for name in args.compare]))
+    warn_of_unused(given, given - {'compare', 'output', 'experiment', 'debug'})
 
 
 if __name__ == '__main__':

@@ -1,12 +1,16 @@
 """Test distributions and what they change: which images are kept, and how logits move from one prior to another."""
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from glmc.data.profiles import long_tail_counts
+from glmc.parsing import InputError
 
+PRIOR_IMAGES = 10 ** 6  # that stand for a prior given as shares: a share of zero is taken for half an image
 TARGETS = ('uniform', 'forward', 'backward')
 
 
@@ -28,20 +32,49 @@ def ranked_counts(train_counts: Sequence[int], n_max: int, kind: str, imbalance_
     Raises:
         ValueError: If a class would be left without an image or `kind` is unknown.
     """
-    if kind not in TARGETS:
-        raise ValueError(f"kind must be one of {', '.join(TARGETS)}, got {kind!r}")
-    factor = 1.0 if kind == 'uniform' else imbalance_factor
-    profile = long_tail_counts(n_max, len(train_counts), factor)
-    order = np.argsort(-np.asarray(train_counts), kind='stable')
-    counts = np.empty_like(profile)
-    counts[order] = profile[::-1] if kind == 'backward' else profile
-    return counts
+    factor = _factor(kind, imbalance_factor)
+    return _by_rank(long_tail_counts(n_max, len(train_counts), factor), train_counts, kind)
 
 
 def target_prior(train_counts: Sequence[int], kind: str, imbalance_factor: float) -> np.ndarray:
     """(C,) class probabilities of `ranked_counts`, before rounding to images."""
-    large = 10 ** 6 * max(imbalance_factor, 1)
-    return normalized(ranked_counts(train_counts, int(large), kind, imbalance_factor))
+    rank = np.arange(len(train_counts)) / max(len(train_counts) - 1, 1)
+    shares = _by_rank(_factor(kind, imbalance_factor) ** -rank, train_counts, kind)
+    return shares / shares.sum()
+
+
+def _factor(kind: str, imbalance_factor: float) -> float:
+    if kind not in TARGETS:
+        raise ValueError(f"kind must be one of {', '.join(TARGETS)}, got {kind!r}")
+    return 1.0 if kind == 'uniform' else imbalance_factor
+
+
+def _by_rank(profile: np.ndarray, train_counts: Sequence[int], kind: str) -> np.ndarray:
+    """A profile that falls with the rank, or with `backward` rises, in the order of the classes."""
+    order = np.argsort(-np.asarray(train_counts), kind='stable')
+    values = np.empty_like(profile)
+    values[order] = profile[::-1] if kind == 'backward' else profile
+    return values
+
+
+def read_prior(path: str, num_classes: int) -> np.ndarray:
+    """(C,) class probabilities from a file of weights, images or shares: a JSON list, or one number a line.
+
+    Raises:
+        InputError: If the file is neither, or has another number of classes.
+    """
+    try:
+        text = Path(path).read_text(encoding='utf-8')
+        weights = np.array(json.loads(text) if text.lstrip()[:1] == '[' else text.split(), dtype=np.float64)
+        if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+            raise ValueError('expected numbers >= 0, not all of them 0')
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        detail = getattr(error, 'strerror', None) or error
+        raise InputError(f"--target-prior {path}: expected {', '.join(TARGETS)}, test, or a file with a weight per class: "
+                         f'{detail}') from error
+    if len(weights) != num_classes:
+        raise InputError(f'--target-prior {path}: found {len(weights)} classes, the model has {num_classes}')
+    return normalized(weights / weights.sum() * PRIOR_IMAGES)
 
 
 def normalized(counts: Sequence[float]) -> np.ndarray:

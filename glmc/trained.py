@@ -1,10 +1,9 @@
 """Trained models wherever they are: export folder, run, checkpoint, Hub id, or a plain timm model."""
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.data import resolve_input_data_config
 from timm.models._hub import download_from_hf
 from torch import nn
@@ -12,6 +11,8 @@ from torch import nn
 from glmc.checkpoint import load_checkpoint
 from glmc.models import create_backbone
 from glmc.parsing import InputError
+
+FLAGS = {'checkpoint': '--checkpoint', 'num_classes': '--num-classes', 'in_chans': '--in-chans', 'global_pool': '--gp'}
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,28 @@ def open_trained(
         name: Export folder, folder of a run, checkpoint of train_glmc.py, `hf-hub:…`, `local-dir:…`, or a timm architecture.
         checkpoint: Weights for an architecture; its pretrained ones without.
         data_options: Overrides of the data config: img_size, in_chans, mean, std, interpolation, crop_pct.
-        **model_options: More for `create_backbone`.
+        **model_options: More for `create_backbone`, of an architecture.
 
     Raises:
-        InputError: If it is none of these or cannot be loaded.
+        InputError: If it is none of these or cannot be loaded, or options would change a model that is trained already.
     """
-    path = Path(name)
+    path, data_options = Path(name), data_options or {}
     if path.is_file():
-        found = _from_checkpoint(path)
+        found = _from_file(path)
     elif path.is_dir() or ':' in name:
         found = _from_export(name, path)
     elif '/' in name:
         raise InputError(f'--model {name}: no such file or folder; a Hub model is hf-hub:ORG/NAME')
     else:
-        model = create_backbone(name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **model_options)
-        found = TrainedModel(name, model, {}, model.pretrained_cfg.get('label_names'), {})
-    found.model.pretrained_cfg = {**found.model.pretrained_cfg, **found.data_config}
-    data_config = resolve_input_data_config(found.model, data_options or {})
-    return TrainedModel(found.name, found.model.eval(), data_config, found.class_names, found.facts)
+        return _with_data_config(_from_architecture(name, checkpoint, **model_options), data_options)
+    _refuse_changes(found, checkpoint=checkpoint, **model_options)
+    return _with_data_config(_resized(found, data_options.get('img_size')), data_options)
+
+
+def _from_file(path: Path) -> TrainedModel:
+    if (path.parent / 'config.json').is_file():  # the weights of an export
+        return _from_export(str(path.parent), path.parent)
+    return _from_checkpoint(path)
 
 
 def _from_checkpoint(path: Path) -> TrainedModel:
@@ -76,7 +81,8 @@ def _from_checkpoint(path: Path) -> TrainedModel:
     model.load_state_dict(state['ema']['state_dict_ema'] if state['ema'] else state['model']['state_dict'])
     export = description['export']
     facts = {**export['source'], 'precision': state['metrics'].get('precision')}
-    return TrainedModel(str(path), model, export['data_config'], export['class_names'], facts)
+    model.pretrained_cfg = {**model.pretrained_cfg, **export['data_config']}
+    return TrainedModel(str(path), model, {}, export['class_names'], facts)
 
 
 def _from_export(name: str, path: Path) -> TrainedModel:
@@ -88,12 +94,83 @@ def _from_export(name: str, path: Path) -> TrainedModel:
     try:
         model = timm.create_model(name, pretrained=True)
         config = json.loads(_config_path(name).read_text(encoding='utf-8'))
-    except (OSError, RuntimeError, ValueError, AssertionError, KeyError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f'--model {name}: cannot be loaded: {detail}') from error
-    return TrainedModel(name.removeprefix('local-dir:'), model, {}, config.get('label_names'), config.get('glmc', {}))
+    except Exception as error:  # a foreign config or weights file, a server: timm and the client raise anything
+        raise InputError(f'--model {name}: cannot be loaded: {_first_line(error)}') from error
+    class_names = _known_names(config.get('label_names'), model.num_classes)
+    return TrainedModel(name.removeprefix('local-dir:'), model, {}, class_names, known_facts(config.get('glmc')))
 
 
 def _config_path(name: str) -> Path:
     scheme, _, place = name.partition(':')
     return Path(place) / 'config.json' if scheme == 'local-dir' else Path(download_from_hf(place, 'config.json'))
+
+
+def _from_architecture(name: str, checkpoint: str | None, **model_options) -> TrainedModel:
+    model = create_backbone(name, pretrained=checkpoint is None, **model_options)
+    if checkpoint:
+        try:
+            timm.models.load_checkpoint(model, checkpoint, weights_only=True)
+        except Exception as error:  # whatever a foreign file makes torch or safetensors raise
+            raise InputError(f'--checkpoint {checkpoint}: expected weights of {name} with {model.num_classes} classes, '
+                             f'found: {_first_line(error)}') from error
+    class_names = _known_names(model.pretrained_cfg.get('label_names'), model.num_classes)
+    return TrainedModel(name, model, {}, class_names, {})
+
+
+def known_facts(source) -> dict:
+    """What config.json says of the training, as far as it has the form of an export's; others may have written it."""
+    source = source if isinstance(source, dict) else {}
+    profile = source.get('profile') if isinstance(source.get('profile'), dict) else {}
+    counts, thresholds = profile.get('class_counts'), profile.get('shot_thresholds')
+    known = {'class_counts': counts} if _are_counts(counts) else {}
+    if _are_counts(thresholds) and len(thresholds) == 2 and thresholds[0] <= thresholds[1]:
+        known['shot_thresholds'] = thresholds
+    if isinstance(profile.get('fingerprint'), str):
+        known['fingerprint'] = profile['fingerprint']
+    prior = {'prior': source['prior']} if source.get('prior') in ('train', 'uniform') else {}
+    return {**{name: source[name] for name in ('method', 'precision') if isinstance(source.get(name), str)}, **prior,
+            'profile': known}
+
+
+def _are_counts(values) -> bool:
+    return isinstance(values, list) and bool(values) and all(type(n) is int and 0 <= n < 2 ** 53 for n in values)
+
+
+def _known_names(names, num_classes: int) -> list[str] | None:
+    """C different class names, or None."""
+    if not isinstance(names, (list, tuple)) or len(names) != num_classes:
+        return None
+    names = [str(name) for name in names]
+    return names if len(set(names)) == num_classes else None
+
+
+def _refuse_changes(found: TrainedModel, **options) -> None:
+    """A trained model keeps its weights, classes and channels; --img-size only says how large its images are."""
+    own = {'num_classes': found.num_classes, 'in_chans': found.model.pretrained_cfg['input_size'][0]}
+    for option, value in options.items():
+        if option != 'img_size' and value not in (None, own.get(option)):
+            flag = FLAGS.get(option, f'--model-kwargs {option}')
+            raise InputError(f"{flag} {value}: is for a bare architecture; {found.name} is a trained model with "
+                             f"{own['num_classes']} classes and {own['in_chans']} channels")
+
+
+def _resized(found: TrainedModel, img_size: int | None) -> TrainedModel:
+    """Models of a fixed input size, as vision transformers, interpolate their position embedding."""
+    if img_size and hasattr(found.model, 'set_input_size'):
+        try:
+            found.model.set_input_size((img_size, img_size))
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f'--img-size {img_size}: {found.name} cannot take it: {_first_line(error)}') from error
+    return found
+
+
+def _with_data_config(found: TrainedModel, data_options: dict) -> TrainedModel:
+    try:
+        data_config = resolve_input_data_config(found.model, data_options)
+    except (ValueError, AssertionError) as error:
+        raise InputError(f'--model {found.name}: {_first_line(error)}') from error
+    return replace(found, model=found.model.eval(), data_config=data_config)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 from conftest import COUNTS, Outcome, run_command, write_folders
 from PIL import Image
 
-from glmc.parsing import run_script
-from glmc.priors import TARGETS, AdjustedModel, normalized, prior_shift, ranked_counts, target_prior
+from glmc.parsing import InputError, run_script
+from glmc.priors import TARGETS, AdjustedModel, normalized, prior_shift, ranked_counts, read_prior, target_prior
 
 KEYS = ('top1', 'top5', 'loss', 'many', 'medium', 'few', 'class_mean', 'worst_class', 'worst_tenth', 'harmonic_mean',
         'macro_f1', 'ece', 'ece_medium', 'ece_few', 'per_class_accuracy', 'train_counts', 'num_images', 'shot_thresholds')
@@ -162,6 +162,39 @@ def test_shift_is_bayes_rule():
     np.testing.assert_allclose(model(torch.tensor(posterior).log()).softmax(-1), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize('content, weights', [('[6, 3, 1]', [6, 3, 1]), ('0.6\n0.3\n0.1\n', [6, 3, 1]),
+                                              ('[1, 1, 0]', [1, 1, 1e-6])])
+def test_a_prior_from_a_file(validate, finished_run, folders, logits, tmp_path, content, weights):
+    file = tmp_path / 'prior'
+    file.write_text(content)
+    _, metrics = validate('--model', finished_run, '--data-dir', folders, '--no-report', '--target-prior', file)
+    expected = logits[0] + np.log(weights).astype(np.float32)  # GLMC's own prior is uniform
+    assert metrics['loss'] == pytest.approx(nll(expected, logits[2]), rel=1e-4)
+    assert metrics['source_prior'] == 'uniform'
+
+
+@pytest.mark.parametrize('content', [
+    '', '[]', '[1, -1, 1]', '[0, 0, 0]', 'a\nb\nc', '[[1, 2, 3]]', '{"a": 1}', '[1, NaN, 1]'])
+def test_a_prior_that_is_none_is_one_line(content, tmp_path):
+    (tmp_path / 'prior').write_text(content)
+    with pytest.raises(InputError, match='prior: expected uniform, forward, backward, test, or a file with a weight per'):
+        read_prior(str(tmp_path / 'prior'), 3)
+
+
+def test_options_without_effect_are_told(validate, finished_run, folders):
+    outcome, _ = validate('--model', finished_run, '--data-dir', folders, '--no-report', '--target-imbalance', '4',
+                          '--source-prior', 'train')
+    assert outcome.err.splitlines() == [
+        '--source-prior has no effect here', '--target-imbalance has no effect here']
+
+
+def test_a_folder_that_is_taken_is_told_before_the_evaluation(validate, finished_run, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr('validate_glmc.evaluate', lambda *args: pytest.fail('evaluated'))
+    (tmp_path / 'out' / 'result').mkdir(parents=True)
+    outcome, _ = validate('--model', finished_run, '--data-dir', folders)
+    assert outcome.code == 2 and 'exists' in outcome.err
+
+
 def test_a_plain_timm_model_with_counts_from_a_file(validate, folders, tmp_path):
     counts = tmp_path / 'counts.txt'
     counts.write_text('14\n7\n4\n')
@@ -211,7 +244,16 @@ def test_two_processes_count_what_one_counts(finished_run, folders, tmp_path, va
     ('--model RUN --data-dir nowhere', '--data-dir nowhere: '),
     ('--model RUN --dataset torch/nothing', '--dataset torch/nothing, split validation: cannot be opened'),
     ('--model RUN --test-distribution forward', '--test-distribution forward, --target-imbalance 50: '),
-    ('--model RUN --target-prior sideways', '--target-prior: invalid choice'),
+    ('--model RUN --target-prior sideways',
+     '--target-prior sideways: expected uniform, forward, backward, test, or a file with a weight per class: No such file'),
+    ('--model RUN --target-prior TWO', '--target-prior TWO: found 2 classes, the model has 3'),
+    ('--model RUN --num-classes 7', '--num-classes 7: is for a bare architecture; '),
+    ('--model RUN --in-chans 1', '--in-chans 1: is for a bare architecture; '),
+    ('--model RUN --gp max', '--gp max: is for a bare architecture; '),
+    ('--model RUN --checkpoint TWO', '--checkpoint TWO: is for a bare architecture; '),
+    ('--model test_resnet --num-classes 3 --checkpoint TWO',
+     '--checkpoint TWO: expected weights of test_resnet with 3 classes, found: '),
+    ('--model RUN --output README.md', '--output: cannot write to README.md/result: '),
     ('--model RUN --epochs 3', '--epochs: unknown option'),
     ('--compare nowhere', 'nowhere: expected a folder with a metrics.json')])
 def test_wrong_input_is_one_line(validate, finished_run, folders, tmp_path, options, expected):
