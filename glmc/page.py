@@ -29,14 +29,16 @@ section { padding: 1rem; margin: 1rem 0; overflow-x: auto; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 0 1rem;
   align-items: start; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th { text-align: left; color: var(--soft); font-weight: 500; }
-th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th { text-align: left; vertical-align: bottom; color: var(--soft); font-weight: 500; }
+th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); }
+td { overflow-wrap: anywhere; }
+td:first-child { min-width: 7.5rem; }
 th:not(:first-child), td:not(:first-child) { text-align: right; }
 .facts td:nth-child(2) { text-align: left; font-family: ui-monospace, monospace; font-size: .82rem; }
-.facts td:first-child { white-space: nowrap; color: var(--soft); vertical-align: top; }
+.facts td:first-child { min-width: 0; white-space: nowrap; color: var(--soft); vertical-align: top; }
 .facts thead { display: none; }
 .bar { display: inline-block; height: .5rem; background: var(--accent); border-radius: 3px; margin-right: .5rem; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 1rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: 1rem; }
 .pictures figure { margin: 0; }
 .pictures img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 6px; display: block;
   margin-bottom: 4px; background: var(--line); }

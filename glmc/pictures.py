@@ -1,6 +1,7 @@
 """Pictures of a report: what the net was most surely wrong about, and what it sees while it trains."""
 import base64
 import io
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,10 @@ from glmc.data.datasets import ImageSet
 from glmc.engine import step_generator
 from glmc.evaluation import Predictions
 
+HIDDEN = ('Cc', 'Cf', 'Cs', 'Co', 'Cn')  # Unicode's control, direction, unpaired and unassigned characters
+JOINERS = '\u200c\u200d'  # of several scripts and of emoji
 SIDE = 160  # longest side of a picture, in pixels
+LONGEST = 60  # characters of a name that are shown; the tables beside the report have it in full
 SMALL = 64  # pictures up to this side are shown pixel by pixel
 
 
@@ -32,7 +36,7 @@ class Picture:
 
 
 def worst_mistakes(
-        images: ImageSet, predictions: Predictions, class_names: Sequence[str], limit: int = 12) -> list[Picture]:
+        images: ImageSet, predictions: Predictions, class_names: Sequence[str], limit: int = 16) -> list[Picture]:
     """The images that the model was surest about and wrong, with their file names."""
     wrong = np.flatnonzero(predictions.labels != predictions.predicted)
     chosen = wrong[np.argsort(-predictions.confidence[wrong], kind='stable')][:limit]
@@ -42,9 +46,19 @@ def worst_mistakes(
 def _mistake(images: ImageSet, index: int, predictions: Predictions, class_names: Sequence[str]) -> Picture:
     image = images.image(index)
     image.thumbnail((SIDE, SIDE))
-    label, predicted = class_names[predictions.labels[index]], class_names[predictions.predicted[index]]
+    label, predicted = (shown(class_names[c]) for c in (predictions.labels[index], predictions.predicted[index]))
     confidence = 100 * predictions.confidence[index]
-    return Picture([image], f'{label}, taken for {predicted} ({confidence:.0f} %)', str(images.names[index]))
+    caption = f'{label}, taken for {predicted} ({confidence:.0f} %)'
+    return Picture([image], caption, shown(images.names[index], keep_end=True))
+
+
+def shown(name, longest: int = LONGEST, keep_end: bool = False) -> str:
+    """A name as a reader can take it: one line, not endless, nothing that turns the text around it."""
+    line = ' '.join(str(name).split())
+    text = ''.join('\ufffd' if unicodedata.category(c) in HIDDEN and c not in JOINERS else c for c in line)
+    if len(text) > longest:
+        text = f'…{text[1 - longest:]}' if keep_end else f'{text[:longest - 1]}…'
+    return text or '(no name)'
 
 
 @torch.no_grad()
@@ -93,9 +107,9 @@ def to_image(pixels: Tensor) -> Image.Image:
 def describe_target(target: Tensor, class_names: Sequence[str]) -> str:
     """A label, or the two largest parts of a soft one."""
     if target.ndim == 0:
-        return class_names[int(target)]
+        return shown(class_names[int(target)])
     weights, classes = target.float().topk(min(2, len(target)))
-    parts = [f'{weight:.2f} {class_names[c]}' for weight, c in zip(weights.tolist(), classes.tolist(), strict=True)
+    parts = [f'{weight:.2f} {shown(class_names[c])}' for weight, c in zip(weights.tolist(), classes.tolist(), strict=True)
              if weight > 0.005]
     return ' + '.join(parts)
 

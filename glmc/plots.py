@@ -1,6 +1,8 @@
 """Figures of a report, for one result or several side by side; each shows 8,142 classes as well as 10."""
 import io
+import warnings
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -8,23 +10,24 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from glmc.evaluation import Predictions
 
 INK, GRID = '#1a1c20', '#c9ccd1'  # in SVG both follow the page's colours
-SERIES = ('#2f7fc1', '#d1495b', '#3a9e6c', '#b07d1e')
+SERIES = ('#2f7fc1', '#d1495b', '#3a9e6c', '#b07d1e', '#8a63c9', '#3aa0a8', '#c9639a', '#7d8590')
 SHOT_COLOURS = {'many': '#2f7fc1', 'medium': '#b07d1e', 'few': '#d1495b'}
 STYLE = {
     'text.color': INK, 'axes.labelcolor': INK, 'xtick.color': INK, 'ytick.color': INK, 'axes.edgecolor': GRID,
     'grid.color': GRID, 'grid.linewidth': 0.6, 'axes.grid': True, 'axes.axisbelow': True, 'axes.spines.top': False,
     'axes.spines.right': False, 'font.size': 11, 'legend.frameon': False, 'svg.fonttype': 'none', 'lines.linewidth': 1.8,
 }
+THOUSANDS = FuncFormatter(lambda value, _: f'{value:,.0f}')
 MAX_CELLS = 100  # rows and columns of the confusion matrix; more classes share a cell
 CROWDED = 300  # points from which on they are drawn small and faint, as one bitmap inside the SVG
 
 
-def draw(plot: Callable[..., None], *args, size: tuple[float, float] = (5.4, 3.7)) -> Figure:
+def draw(plot: Callable[..., None], *args, size: tuple[float, float] = (4.8, 3.4)) -> Figure:
     """A figure with one plot on it, in the report's style."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout='constrained', facecolor='white')
@@ -43,7 +46,8 @@ def as_svg(figure: Figure) -> str:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')  # in a name, of a script that matplotlib's own font lacks
         figure.savefig(path, dpi=144)
 
 
@@ -52,7 +56,7 @@ def accuracy_over_count(axes: Axes, results: dict[str, dict]) -> None:
     first = next(iter(results.values()))
     counts = np.maximum(first['train_counts'], 1)
     _shot_bands(axes, counts, first['shot_thresholds'])
-    for colour, (name, metrics) in zip(SERIES, results.items(), strict=False):
+    for colour, (name, metrics) in zip(cycle(SERIES), results.items(), strict=False):
         accuracy = np.array(metrics['per_class_accuracy'], dtype=float)
         seen = ~np.isnan(accuracy)
         crowded = seen.sum() > CROWDED
@@ -60,8 +64,18 @@ def accuracy_over_count(axes: Axes, results: dict[str, dict]) -> None:
                      color=colour, linewidths=0, rasterized=crowded)
         axes.plot(*_running_mean(counts[seen], accuracy[seen]), color=colour, label=name)
     axes.set(xscale='log', xlabel='training images of the class', ylabel='accuracy, %', ylim=(-3, 103))
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f'{value:,.0f}'))
+    _plain_ticks(axes)
     axes.legend(loc='lower right')
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Images as numbers, not as powers; between the powers of ten where there would be less than two of them."""
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_formatter(THOUSANDS)
+    if np.floor(np.log10(high)) - np.ceil(np.log10(low)) < 1:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _shot_bands(axes: Axes, counts: np.ndarray, thresholds: Sequence[int]) -> None:
@@ -88,13 +102,14 @@ def _running_mean(counts: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray,
 def reliability(axes: Axes, results: dict[str, dict]) -> None:
     """Accuracy over confidence in the bins of the calibration error; the diagonal is a model that knows how sure it is."""
     axes.plot([0, 100], [0, 100], color=GRID, linestyle='--', linewidth=1.2)
-    for colour, (name, metrics) in zip(SERIES, results.items(), strict=False):
+    for colour, (name, metrics) in zip(cycle(SERIES), results.items(), strict=False):
         images, confidence, hits = (np.array(metrics[f'bin_{column}']) for column in ('images', 'confidence', 'hits'))
         used = images > 0
         share = images / max(images.sum(), 1)
         places = (np.arange(len(images)) + 0.5) * 100 / len(images)
         axes.bar(places, 100 * share, width=100 / len(images), color=colour, alpha=0.2, linewidth=0)
-        label = f"{name}, ECE {metrics['ece']:.1f} %"
+        error = metrics.get('ece')
+        label = f'{name}, ECE {error:.1f} %' if isinstance(error, (int, float)) else name
         axes.plot(100 * confidence[used] / images[used], 100 * hits[used] / images[used], marker='o', markersize=4,
                   color=colour, label=label)
     axes.set(xlabel='confidence, %  (bars: share of images)', ylabel='accuracy, %', xlim=(0, 100), ylim=(0, 103))
@@ -104,13 +119,21 @@ def reliability(axes: Axes, results: dict[str, dict]) -> None:
 def classifier_norms(axes: Axes, norms: dict[str, Sequence[float]], train_counts: Sequence[int]) -> None:
     """Norm of each class's weights, most frequent class first."""
     order = np.argsort(-np.asarray(train_counts), kind='stable')
+    rank, crowded = np.arange(1, len(order) + 1), len(order) > CROWDED
     for colour, (name, values) in zip(SERIES, norms.items(), strict=False):
-        axes.plot(np.arange(1, len(order) + 1), np.asarray(values)[order], color=colour, label=name,
-                  linewidth=1.8 if len(order) <= CROWDED else 0.6, rasterized=len(order) > CROWDED)
+        values = np.asarray(values)[order]
+        if crowded:
+            axes.scatter(rank, values, s=3, alpha=0.15, color=colour, linewidths=0, rasterized=True)
+        axes.plot(*(_block_means(rank, values) if crowded else (rank, values)), color=colour, label=name)
     axes.set(xlabel='class, most frequent first', ylabel='norm of its weights')
     axes.set_ylim(bottom=0)
-    for line in axes.legend(loc='lower left').get_lines():
-        line.set_linewidth(1.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.xaxis.set_major_formatter(THOUSANDS)
+    axes.legend(loc='lower left')
+
+
+def _block_means(*columns: np.ndarray) -> list[list[float]]:
+    return [[block.mean() for block in np.array_split(column, 60)] for column in columns]
 
 
 def curves(axes: Axes, rows: Sequence[dict], columns: dict[str, str], label: str) -> None:
@@ -138,6 +161,7 @@ def confusion(axes: Axes, predictions: Predictions, train_counts: Sequence[int])
     axes.set(xlabel=f'predicted class, most frequent first{each}', ylabel='label')
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axis.set_major_formatter(THOUSANDS)
     bar = axes.figure.colorbar(image, ax=axes, label='% of the label')
     bar.outline.set_visible(False)
     bar.solids.set(rasterized=True)
@@ -166,6 +190,6 @@ def picture_grid(pictures: Sequence[tuple[Sequence, str]], columns: int = 4) -> 
         for place, (images, caption) in enumerate(pictures):
             line, column = divmod(place, columns)
             for row, image in enumerate(images):
-                grid[line * tall + row][column].imshow(image, cmap='gray')
+                grid[line * tall + row][column].imshow(image.convert('RGB'))
             grid[line * tall][column].set_title(caption, fontsize=7, wrap=True)
     return figure

@@ -16,7 +16,7 @@ from glmc.data.datasets import ImageSet
 from glmc.evaluation import Predictions, confused_pairs
 from glmc.page import bars, columns, figure, page, picture_section, section, table, tiles
 from glmc.parsing import InputError
-from glmc.pictures import Picture, worst_mistakes
+from glmc.pictures import Picture, shown, worst_mistakes
 
 _logger = logging.getLogger(__name__)
 NUMBERS = {'top1': 'top-1', 'many': 'many', 'medium': 'medium', 'few': 'few', 'class_mean': 'class mean', 'ece': 'ECE'}
@@ -27,6 +27,10 @@ DETAILS = {
     'ece_few': 'ECE, few-shot', 'loss': 'NLL'}
 FACTS = ('model', 'parameters', 'method', 'evaluated_on', 'num_images', 'train_images', 'epochs', 'precision', 'seconds',
          'device', 'seed', 'fingerprint', 'command', 'commit')
+
+PICTURES = ('mistakes', 'mixed-views')  # files with images of the data set, which stay out of an export
+COMPARED = ('model', 'parameters', 'method', 'epochs', 'fingerprint', 'evaluated_on', 'num_images', 'shot_thresholds',
+            'flip_tta', 'test_distribution', 'target_prior', 'precision', 'seed')
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ def write_report(folder: Path, metrics: dict, evidence: Evidence, export: Path |
     cards = figure_cards(folder / 'plots', draw_figures(metrics, evidence))
     write_page(folder, metrics, evidence, names, cards, mistakes, evidence.views)
     if export is not None:
-        shutil.copytree(folder / 'plots', export / 'plots', dirs_exist_ok=True)
+        of_the_data = shutil.ignore_patterns(*(f'{name}.png' for name in PICTURES))  # of an earlier end of this run
+        shutil.copytree(folder / 'plots', export / 'plots', ignore=of_the_data, dirs_exist_ok=True)
         write_page(export, metrics, evidence, names, cards, [], [])
     if cards:
         _picture_files(folder / 'plots', mistakes, evidence.views)
@@ -113,15 +118,15 @@ def draw_figures(metrics: dict, evidence: Evidence) -> dict:
 
 
 def _learning_curves(plots, history: Sequence[dict]) -> dict:
+    peak = max((row['lr'] or 0 for row in history), default=0) or 1
     charts = {
         'shots': ('Accuracy while training', 'accuracy, %', {
             'eval_top1': 'top-1', 'eval_many': 'many', 'eval_medium': 'medium', 'eval_few': 'few'}),
         'losses': ('Losses', 'training loss', {
             'train_loss': 'loss', 'loss_c': 'L_c', 'loss_cb': 'L_cb', 'loss_sim': 'L_sim'}),
-        'schedule': ('Learning rate and α', 'fraction of its maximum', {'lr': 'learning rate', 'alpha': 'α'}),
+        'schedule': ('Learning rate and α', 'fraction of its maximum', {'lr': f'learning rate / {peak:.3g}', 'alpha': 'α'}),
     }
-    peak = max((row['lr'] or 0 for row in history), default=0) or 1
-    rows = [{**row, 'lr': row['lr'] / peak} for row in history]
+    rows = [{**row, 'lr': None if row['lr'] is None else row['lr'] / peak} for row in history]
     return {name: (title, plots.draw(plots.curves, rows, columns, label))
             for name, (title, label, columns) in charts.items()}
 
@@ -133,8 +138,7 @@ def write_page(
     parts = [tiles({label: _number(metrics.get(name)) for name, label in NUMBERS.items()})]
     parts += [cards]
     parts += [picture_section('Surest mistakes', 'Wrong images by confidence, with their file names.', mistakes)]
-    parts += [picture_section('What the net sees', 'Training inputs by the actual loader and mixer: the global view (MixUp) '
-                              'above the local one (CutMix), with their labels.', views)]
+    parts += [picture_section('What the net sees', _about_views(views), views)]
     parts += [_class_tables(metrics, evidence, names)]
     numbers = [(label, _number(metrics.get(name), name == 'loss')) for name, label in DETAILS.items()]
     parts += [columns(section('All numbers', table(('metric', '%'), numbers)),
@@ -142,6 +146,12 @@ def write_page(
     title = ' · '.join(filter(None, (metrics['model'], metrics.get('method'))))
     text = page(title, f"{metrics['num_images']:,} images of {metrics['evaluated_on']}, {len(names):,} classes", parts)
     (folder / 'report.html').write_text(text, encoding='utf-8')
+
+
+def _about_views(views: Sequence[Picture]) -> str:
+    paired = any(len(view.images) > 1 for view in views)
+    return 'Training inputs by the actual loader and mixer' + (
+        ': the global view (MixUp) above the local one (CutMix), with their labels.' if paired else ', with their labels.')
 
 
 def figure_cards(folder: Path, figures: dict) -> str:
@@ -159,7 +169,7 @@ def figure_cards(folder: Path, figures: dict) -> str:
 
 def _picture_files(folder: Path, mistakes: Sequence[Picture], views: Sequence[Picture]) -> None:
     from glmc.plots import picture_grid, save_png
-    for name, pictures in (('mistakes', mistakes), ('mixed-views', views)):
+    for name, pictures in zip(PICTURES, (mistakes, views), strict=True):
         if pictures:
             entries = [(p.images, _wrapped(p)) for p in pictures]
             save_png(picture_grid(entries), folder / f'{name}.png')
@@ -167,19 +177,21 @@ def _picture_files(folder: Path, mistakes: Sequence[Picture], views: Sequence[Pi
 
 def _wrapped(picture: Picture) -> str:
     """Lines of a caption that fit above a picture; matplotlib would read what stands between dollar signs as a formula."""
-    lines = [*textwrap.wrap(picture.caption, 34)[:3], picture.detail[-36:]]
+    detail = shown(picture.detail, 34, keep_end=True) if picture.detail else ''
+    lines = [*textwrap.wrap(picture.caption, 32, max_lines=3, placeholder=' …'), detail]
     return '\n'.join(filter(None, lines)).replace('$', r'\$')
 
 
 def _class_tables(metrics: dict, evidence: Evidence, names: Sequence[str]) -> str:
     accuracy = np.array(metrics['per_class_accuracy'], dtype=float)
     order = [c for c in np.argsort(accuracy, kind='stable').tolist() if not np.isnan(accuracy[c])]
-    rows = [(names[c], metrics['train_counts'][c], metrics['per_class_images'][c], bars(accuracy[c])) for c in order[:12]]
+    training, test = metrics['train_counts'], metrics['per_class_images']
+    rows = [(shown(names[c]), training[c], test[c], bars(accuracy[c])) for c in order[:12]]
     lost = int((accuracy == 0).sum())
     title = f'Worst classes ({lost:,} of {len(names):,} at 0 %)' if lost else 'Worst classes'
     parts = [section(title, table(('class', 'training', 'test', 'accuracy, %'), rows))]
     if evidence.predictions is not None:
-        pairs = [(names[a], names[b], n) for a, b, n in confused_pairs(evidence.predictions, 12)]
+        pairs = [(shown(names[a]), shown(names[b]), n) for a, b, n in confused_pairs(evidence.predictions, 12)]
         parts.append(section('Most confused', table(('label', 'taken for', 'images'), pairs)))
     return columns(*parts)
 
@@ -187,22 +199,28 @@ def _class_tables(metrics: dict, evidence: Evidence, names: Sequence[str]) -> st
 def _facts(metrics: dict) -> list[tuple[str, str]]:
     rows = [(name.replace('_', ' '), metrics[name]) for name in FACTS if metrics.get(name) is not None]
     versions = ', '.join(f'{name} {version}' for name, version in metrics.get('versions', {}).items())
-    return [(name, f'{value:,}' if isinstance(value, int) and name != 'seed' else str(value)) for name, value in rows] + [
+    return [(name, f'{value:,}' if type(value) is int and name != 'seed' else str(value)) for name, value in rows] + [
         ('versions', versions)]
 
 
 def _number(value: float | None, precise: bool = False) -> str:
-    return '–' if value is None else f'{value:.{3 if precise else 1}f}'
+    return f'{value:.{3 if precise else 1}f}' if isinstance(value, (int, float)) else '–'
+
+
+def _fact(value) -> str:
+    if isinstance(value, list):
+        return ', '.join(map(str, value))
+    return '–' if value in (None, '') else f'{value:,}' if type(value) is int else shown(value)
 
 
 def classifier_norms(**classifiers: nn.Module | None) -> dict[str, list[float]]:
-    """Norm of each class's weights, for classifiers that have one row of weights per class."""
+    """Norm of each class's weights, for classifiers that have one row of weights per class; one alone needs no name."""
     found = {}
     for name, classifier in classifiers.items():
         weight = getattr(classifier, 'weight', None)
         if isinstance(weight, torch.Tensor) and weight.ndim >= 2:
             found[name] = weight.detach().float().flatten(1).norm(dim=1).tolist()
-    return found
+    return {'classifier': found.popitem()[1]} if len(found) == 1 else found
 
 
 def write_comparison(folder: Path, results: Sequence[Path]) -> Path:
@@ -213,19 +231,25 @@ def write_comparison(folder: Path, results: Sequence[Path]) -> Path:
         results: Folders with a metrics.json, or runs whose export has one.
 
     Raises:
-        InputError: If there is none, or they are not about the same classes.
+        InputError: If there is none, they are not about the same classes, or the folder cannot be written.
     """
-    labelled = {_label(path, results): read_metrics(path) for path in results}
-    first, *others = labelled.values()
-    for path, metrics in zip(results[1:], others, strict=True):
+    labelled = dict(zip(_labels(results), map(read_metrics, results), strict=True))
+    first = labelled[next(iter(labelled))]
+    for path, metrics in zip(results, labelled.values(), strict=True):
         if metrics['train_counts'] != first['train_counts']:
             raise InputError(f'--compare {path}: has other training counts than {results[0]}, expected the same classes')
-    rows = [(title, *(_number(metrics.get(name), name == 'loss') for metrics in labelled.values()))
-            for name, title in DETAILS.items()]
-    parts = [section('All numbers', table(('metric', *labelled), rows)),
-             figure_cards(folder / 'plots', _compared_figures(labelled))]
-    text = page(' · '.join(labelled), f"{len(labelled)} results, {len(first['train_counts']):,} classes", parts)
-    (folder / 'report.html').write_text(text, encoding='utf-8')
+    numbers = [(title, *(_number(metrics.get(name), name == 'loss') for metrics in labelled.values()))
+               for name, title in DETAILS.items()]
+    facts = [(name.replace('_', ' '), *(_fact(metrics.get(name)) for metrics in labelled.values()))
+             for name in COMPARED if any(metrics.get(name) for metrics in labelled.values())]
+    try:
+        parts = [section('All numbers', table(('metric', *labelled), numbers)),
+                 figure_cards(folder / 'plots', _compared_figures(labelled)),
+                 section('What was compared', table(('', *labelled), facts))]
+        text = page(' · '.join(labelled), f"{len(labelled)} results, {len(first['train_counts']):,} classes", parts)
+        (folder / 'report.html').write_text(text, encoding='utf-8')
+    except OSError as error:
+        raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
     return folder / 'report.html'
 
 
@@ -239,9 +263,13 @@ def _compared_figures(labelled: dict[str, dict]) -> dict:
             'reliability': ('Calibration', plots.draw(plots.reliability, labelled))}
 
 
-def _label(path: Path, results: Sequence[Path]) -> str:
-    names = [other.resolve().name for other in results]
-    return path.resolve().name if len(set(names)) == len(names) else str(path)
+def _labels(results: Sequence[Path]) -> list[str]:
+    """A name for each: its folder's, the run's for an export, as the user wrote it where several have the same."""
+    paths = [path.resolve() for path in results]
+    names = [shown(path.parent.name if path.name == 'export' else path.name) for path in paths]
+    if len(set(names)) < len(names):
+        names = [shown(path, keep_end=True) for path in results]
+    return [name if names.count(name) == 1 else f'{name} ({k})' for k, name in enumerate(names, 1)]
 
 
 def read_metrics(folder: Path) -> dict:
@@ -254,8 +282,27 @@ def read_metrics(folder: Path) -> dict:
     path = path if path.is_file() else folder / 'export' / 'metrics.json'
     try:
         metrics = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise InputError(f'{folder}: expected a folder with a metrics.json: {error}') from error
-    if 'per_class_accuracy' not in metrics:
+    except FileNotFoundError as error:
+        raise InputError(f'{folder}: expected a folder with a metrics.json, found none in it and in its export/') from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f'{path}: expected a metrics.json: {error}') from error
+    if not is_evaluation(metrics):
         raise InputError(f'{path}: holds no evaluation')
     return metrics
+
+
+def is_evaluation(metrics) -> bool:
+    """Whether what was read from a file has the lists that the plots need; any number of it may be missing."""
+    if not isinstance(metrics, dict):
+        return False
+    per_class = [metrics.get(name) for name in ('train_counts', 'per_class_accuracy')]
+    bins = [metrics.get(f'bin_{name}') for name in ('images', 'confidence', 'hits')]
+    thresholds = metrics.get('shot_thresholds')
+    return (_same_length(per_class) and _same_length(bins) and _same_length([thresholds]) and len(thresholds) == 2
+            and all(type(n) is int for n in (*per_class[0], *thresholds)) and None not in sum(bins, []))
+
+
+def _same_length(columns: list) -> bool:
+    """Whether they are lists of numbers, with gaps, all equally long and not empty."""
+    return all(isinstance(column, list) and column and len(column) == len(columns[0])
+               and all(value is None or type(value) in (int, float) for value in column) for column in columns)

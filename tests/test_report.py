@@ -14,8 +14,8 @@ from glmc.evaluation import LongTailEvaluator, Predictions
 from glmc.mixing import GLMCMixer
 from glmc.page import page, table
 from glmc.parsing import InputError
-from glmc.pictures import describe_target, mixed_views, worst_mistakes
-from glmc.plots import MAX_CELLS, confusion_matrix
+from glmc.pictures import Picture, describe_target, mixed_views, shown, worst_mistakes
+from glmc.plots import MAX_CELLS, accuracy_over_count, confusion_matrix, draw
 from glmc.report import Evidence, classifier_norms, report_or_tell, write_comparison, write_report
 
 HISTORY = [dict(epoch=e, train_loss=3 - e, loss_c=2.0, loss_cb=1.0, loss_sim=-1.0, lr=0.1, alpha=1.0, eval_top1=50.0 + e,
@@ -75,10 +75,18 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_is_given(written):
 def test_pictures_of_the_data_stay_out_of_the_export(written):
     folder, export, text, _ = written
     public = (export / 'report.html').read_text(encoding='utf-8')
-    assert text.count('<figure><img src="data:image/') == 12
+    assert text.count('<figure><img src="data:image/') == 16
     assert '<img' not in public and 'folder/' not in public and public.count('<svg') == 7
     assert not (export / 'plots' / 'mistakes.png').exists()
     assert (export / 'plots' / 'accuracy.png').read_bytes() == (folder / 'plots' / 'accuracy.png').read_bytes()
+
+
+def test_nor_do_they_get_there_when_a_run_ends_twice(written, tmp_path):
+    folder, _, _, metrics = written
+    assert (folder / 'plots' / 'mistakes.png').exists()
+    write_report(folder, metrics, Evidence(), export=tmp_path)
+    assert {path.stem for path in (tmp_path / 'plots').iterdir()} >= {'accuracy', 'reliability'}
+    assert not (tmp_path / 'plots' / 'mistakes.png').exists()
 
 
 def test_colours_follow_the_page(written):
@@ -129,7 +137,7 @@ class Batch:
         self.views = torch.randint(0, 256, (6, images, 3, 20, 20), generator=generator, dtype=torch.uint8)
         self.labels = torch.randint(0, 3, (6, images // 2), generator=generator)
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         self.epoch = epoch
 
     def __iter__(self):
@@ -168,6 +176,52 @@ def test_labels_in_words(target, expected):
     assert describe_target(target, 'abc') == expected
 
 
+@pytest.mark.parametrize('name, expected', [
+    ('new\nline\ttab', 'new line tab'), ('', '(no name)'), ('\u202eevil\u2066', '\ufffdevil\ufffd'), ('a\x00b', 'a\ufffdb'),
+    ('\ud800', '\ufffd'), ('x' * 61, 'x' * 59 + '…'),
+    ('日本 \U0001f468\u200d\U0001f467', '日本 \U0001f468\u200d\U0001f467'), (5, '5')])
+def test_names_are_shown_on_one_line_and_turn_nothing_around(name, expected):
+    assert shown(name) == expected
+
+
+def test_of_a_path_the_end_is_shown():
+    assert shown('a/' * 40 + 'image.jpg', 12, keep_end=True) == '…a/image.jpg'
+
+
+def test_names_of_any_kind_make_a_report(tmp_path, recwarn):
+    names = ['<b>"', 'new\nline', '', '$x^2$', '日本語', 'x' * 300, '\u202eevil', '<script>alert(1)</script>', '\ud800',
+             '`|`']
+    metrics, predictions = evaluated(10, 60)
+    write_report(tmp_path, metrics, Evidence(names, predictions, pictures(predictions.labels, names)))
+    text = (tmp_path / 'report.html').read_text(encoding='utf-8')
+    assert '<script' not in text and '\u202e' not in text and 'x' * 61 not in text
+    assert not [warning for warning in recwarn if 'Glyph' in str(warning.message)]
+
+
+@pytest.mark.parametrize('counts, expected', [
+    ([57, 43], ['40', '45', '50', '55', '60']), ([50, 50], ['45', '48', '51', '54']), ([1000, 5], ['10', '100', '1,000'])])
+def test_training_images_are_numbers_on_the_axis(counts, expected):
+    metrics = evaluated(2, 40)[0]
+    figure = draw(accuracy_over_count, {'net': {**metrics, 'train_counts': counts}})
+    axes, (low, high) = figure.axes[0], figure.axes[0].get_xlim()
+    figure.draw_without_rendering()
+    places = axes.xaxis.get_ticklocs()
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert [text for place, text in zip(places, labels, strict=True) if low <= place <= high] == expected
+    assert not [label.get_text() for label in axes.get_xticklabels(minor=True) if label.get_text()]
+
+
+def test_one_classifier_needs_no_name():
+    assert list(classifier_norms(c=None, cb=torch.nn.Linear(4, 3))) == ['classifier']
+
+
+def test_views_of_one_image_are_not_called_mixed(tmp_path):
+    metrics, _ = evaluated(4, 50)
+    for images, said in (([Image.new('L', (8, 8))], False), ([Image.new('L', (8, 8))] * 2, True)):
+        write_report(tmp_path, metrics, Evidence(views=[Picture(images, 'a')]))
+        assert ('above the local one' in (tmp_path / 'report.html').read_text(encoding='utf-8')) == said
+
+
 def test_norms_are_those_of_the_rows():
     linear, conv = torch.nn.Linear(4, 3), torch.nn.Conv2d(4, 3, 1)
     found = classifier_norms(c=None, cb=linear, conv=conv, several=torch.nn.ModuleList([linear]))
@@ -198,19 +252,55 @@ def test_comparison_draws_both(tmp_path):
     path = write_comparison(tmp_path / 'both', [tmp_path / 'first', tmp_path / 'second' / 'export'])
     text = path.read_text(encoding='utf-8')
     assert text.count('<svg') == 2
-    for name in ('first', 'export'):
+    for name in ('first', 'second'):
         assert f'<th>{name}</th>' in text
     assert {path.name for path in (tmp_path / 'both' / 'plots').iterdir()} == {'accuracy.png', 'reliability.png'}
 
 
 @pytest.mark.parametrize('content, expected', [
-    (None, 'expected a folder with a metrics.json'), ('{', 'expected a folder with a metrics.json'),
-    ('{}', 'holds no evaluation')])
+    (None, 'expected a folder with a metrics.json, found none in it'), ('{', 'metrics.json: expected a metrics.json: '),
+    ('{}', 'holds no evaluation'), ('[]', 'holds no evaluation'), ('"per_class_accuracy"', 'holds no evaluation'),
+    ('{"per_class_accuracy": [1]}', 'holds no evaluation')])
 def test_what_cannot_be_compared_is_one_line(tmp_path, content, expected):
     if content is not None:
         (tmp_path / 'metrics.json').write_text(content)
     with pytest.raises(InputError, match=expected):
         write_comparison(tmp_path / 'both', [tmp_path])
+
+
+@pytest.mark.parametrize('name, value', [
+    ('train_counts', None), ('train_counts', [1, 2]), ('train_counts', ['a'] * 4), ('train_counts', [float('nan')] * 4),
+    ('per_class_accuracy', {}), ('per_class_accuracy', [1, 2, 3, 'x']), ('bin_hits', [None] * 15), ('bin_images', []),
+    ('shot_thresholds', [20]), ('shot_thresholds', '20')])
+def test_a_metrics_file_of_another_form_is_one_line(tmp_path, name, value):
+    (tmp_path / 'metrics.json').write_text(json.dumps({**evaluated(4, 50)[0], name: value}))
+    with pytest.raises(InputError, match='metrics.json: holds no evaluation'):
+        write_comparison(tmp_path / 'both', [tmp_path])
+
+
+def test_numbers_that_are_none_are_a_dash(tmp_path):
+    (tmp_path / 'metrics.json').write_text(json.dumps({**evaluated(4, 50)[0], 'top1': None, 'ece': 'low', 'model': '<i>'}))
+    text = write_comparison(tmp_path / 'both', [tmp_path]).read_text(encoding='utf-8')
+    assert '<td>top-1</td><td>–</td>' in text and '<td>ECE</td><td>–</td>' in text and '&lt;i&gt;' in text
+
+
+def test_many_results_are_all_drawn_and_named(tmp_path):
+    folders = [tmp_path / f'{k}' / 'run' for k in range(10)]
+    for k, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        (folder / 'metrics.json').write_text(json.dumps(evaluated(6, 100, seed=k)[0]))
+    text = write_comparison(tmp_path / 'all', [*folders, folders[0]]).read_text(encoding='utf-8')
+    heads = re.findall(r'<th>([^<]*)</th>', text.split('What was compared')[0])
+    assert len(set(heads)) == 12 and heads[0] == 'metric'
+    assert heads[1].endswith('/0/run (1)') and heads[10].endswith('/9/run') and heads[11].endswith('/0/run (11)')
+    assert text.count(', ECE ') == 11, 'one line each in the reliability diagram'
+
+
+def test_a_comparison_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / 'metrics.json').write_text(json.dumps(evaluated(4, 50)[0]))
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(InputError, match='--output: cannot write to '):
+        write_comparison(tmp_path / 'file' / 'both', [tmp_path])
 
 
 def test_results_of_other_classes_are_not_compared(tmp_path):
