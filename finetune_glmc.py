@@ -17,7 +17,7 @@ from glmc.hub import push_or_tell, warn_without_token
 from glmc.launch import create_accelerator, is_main_process
 from glmc.parsing import InputError, parse_args, pick, run_script
 from glmc.results import open_run_folder
-from glmc.stage2.finetune import check_stage2, run_stage2
+from glmc.stage2.finetune import OPTIONS, check_stage2, run_stage2
 from glmc.stage2.tables import TABLE, Trained, chosen, table, write_table
 from glmc.trained import TrainedModel, open_trained
 from validate_glmc import trained_precision, training_counts
@@ -52,12 +52,12 @@ def prepare(args: argparse.Namespace, given: set[str], trained: TrainedModel, ac
     data = open_data(args, trained)
     heldout = data.holdout if data.validation else None  # without validation images, those held out are evaluated on
     check_stage2(args.stage2, model=trained.model, train=data.train, heldout=heldout, **pick(args, CHOICE))
+    args.feature_cache = args.feature_cache or Path(args.output) / 'features'
     return dict(
         model=trained.model.to(accelerator.device), train=data.train, heldout=heldout,
         validation=data.validation or data.holdout, counts=counts, thresholds=args.shot_thresholds,
         metrics=describe(args, trained, data, accelerator), export=export_options(args, trained, data),
-        augmentation=augmentation(args), feature_cache=args.feature_cache or Path(args.output) / 'features',
-        **pick(args, (*CHOICE, 'feature_views', 'batch_size', 'workers')))
+        augmentation=augmentation(args), **pick(args, OPTIONS))
 
 
 def follow_stage1(args: argparse.Namespace, given: set[str], trained: TrainedModel) -> None:

@@ -108,7 +108,7 @@ class MaxNorm:
         linear = _trainable(stage1.linear)
         radius = norm_radius(linear.weight, self.radius)
         weight = effective_number_weights(features.counts(len(linear.bias)), self.beta).to(linear.bias.device)
-        clipped = []
+        clipped, per_epoch = [], []
 
         @torch.no_grad()
         def project() -> None:
@@ -118,13 +118,13 @@ class MaxNorm:
         def after_epoch(epoch: int) -> None:
             if self.project == 'epoch':
                 project()
-            rows = torch.stack(clipped).float().mean().item()
-            _logger.debug(f'maxnorm: epoch {epoch + 1}, radius {radius.item():.4f}, {rows:.1f} rows clipped')
+            per_epoch.append(f'{torch.stack(clipped).float().mean().item():.0f}')
             clipped.clear()
 
         train_linear(linear, list(linear), features, nn.CrossEntropyLoss(weight), lr=self.lr, epochs=self.epochs,
                      weight_decay=self.weight_decay, generator=generator, after_epoch=after_epoch,
                      after_step=project if self.project == 'step' else lambda: None)
+        _logger.info(f"maxnorm: radius {radius.item():.3f}, rows clipped at a projection, by epoch: {' '.join(per_epoch)}")
         return _result(linear)
 
 

@@ -22,6 +22,7 @@ from glmc.stage2.select import fit, measure, parse_classifiers, search, stratifi
 from glmc.stage2.tables import FIGURES, TABLE, Trained, table, write_table
 
 _logger = logging.getLogger(__name__)
+OPTIONS = ('stage2_holdout', 'stage2_kwargs', 'feature_views', 'feature_cache', 'batch_size', 'workers', 'seed')
 
 
 def run_stage2(
@@ -99,7 +100,9 @@ def check_stage2(
     classifiers, parts = parse_classifiers(names, stage2_kwargs or {}), None
     if not isinstance(train, ImageSet):
         raise InputError(f'--stage2 {names}: needs a training set with an index')
-    if heldout is None and stage2_holdout is not None:
+    if heldout is not None and stage2_holdout is not None:
+        _logger.warning('--stage2-holdout has no effect with --holdout, whose images choose')
+    elif stage2_holdout is not None:
         parts = stratified_split(train.labels, stage2_holdout, train.class_names, seed)
     return classifiers, linear_classifier(model), parts
 
