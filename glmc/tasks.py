@@ -48,6 +48,11 @@ class PlainTask(Scheduled, ClassificationTask):
         if isinstance(self.criterion, DeferredReweighting):
             self.criterion.set_progress(progress)
 
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The backbone, of the average too: timm's holds it in a module of its own."""
+        module = super().get_eval_model(module, ema)
+        return None if module is None else unwrap_model(module)
+
 
 class WeightBalancingTask(PlainTask):
     """Cross-entropy under a tuned weight decay, then class weights and MaxNorm on the classifier (arXiv 2203.14197).

@@ -9,6 +9,7 @@ import torch
 from conftest import TINY, free_port, launch_train
 from safetensors.torch import load_file
 
+from glmc.checkpoint import load_checkpoint
 from glmc.config import train_parser
 from glmc.engine import TrainStep, step_generator
 from glmc.methods import METHODS, ignored_options
@@ -175,6 +176,17 @@ def test_a_row_trains_resumes_and_exports_a_plain_model(name, script, folders, t
     assert metrics['method'] == name and metrics['num_images'] == 13
     config = json.loads((tmp_path / 'run' / 'export' / 'config.json').read_text())['glmc']
     assert config['prior'] == ('uniform' if METHODS[name].rebalanced else 'train')
+
+
+@pytest.mark.parametrize('name', ['ce', 'ldam_drw', 'bbn', 'weight_balancing'])
+def test_the_best_average_is_what_is_exported_and_reported(name, script, folders, tmp_path):
+    outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run', '--report',
+                     '--holdout', '1', '--model-ema', '--model-ema-decay', '0.5')
+    assert outcome.code == 0, outcome.err
+    best = load_checkpoint(tmp_path / 'run' / 'checkpoints' / 'best.safetensors')['ema']['state_dict_ema']
+    exported = load_file(tmp_path / 'run' / 'export' / 'model.safetensors')
+    assert all(torch.equal(exported[key], best[key]) for key in exported)
+    assert 'No report' not in outcome.err and (tmp_path / 'run' / 'report.html').exists()
 
 
 @pytest.mark.parametrize('name', [
