@@ -25,7 +25,7 @@ from glmc.benchmark.agreement import compare_loss
 from glmc.benchmark.measure import PARTS, Benchmark
 from glmc.build import Setup
 from glmc.config import positive_int, train_parser
-from glmc.launch import is_main_process
+from glmc.launch import create_accelerator, is_main_process
 from glmc.methods import METHODS
 from glmc.parsing import parse_args, run_script
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser = train_parser(METHODS)
     add_benchmark_options(parser)
     args, given = parse_args(parser)
-    bench = Benchmark(Setup(args, given))
+    bench = Benchmark(Setup(args, given, create_accelerator(args.amp, args.amp_dtype)))
     agreement = compare_loss(bench) if args.compare_loss else None
     measured = bench.measure(args.rounds, args.steps)
     result = {'facts': bench.facts(), 'parts': bench.figures(*measured), 'agreement': agreement}

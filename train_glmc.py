@@ -8,13 +8,14 @@
 SIGTERM, SIGUSR1 or Ctrl-C: the step is finished, a checkpoint saved, and the exit code is 75; the same command with
 --resume auto goes on there.
 """
+import argparse
 import logging
 import sys
 import time
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from timm.utils import distribute_bn
 
 from glmc.build import Setup
@@ -34,7 +35,7 @@ from glmc.engine import Meter, NotFiniteError, evaluate
 from glmc.evaluation import shot_line, shot_table
 from glmc.export import export_model
 from glmc.hub import push_or_tell, warn_without_token
-from glmc.launch import is_main_process
+from glmc.launch import create_accelerator, is_main_process
 from glmc.methods import METHODS
 from glmc.parsing import InputError, RunError, parse_args, run_script
 from glmc.pictures import mixed_views
@@ -61,7 +62,9 @@ def main() -> None:
     trackers = require_trackers(args.report_to)
     if args.push_to_hub:
         warn_without_token()
-    run = Run(Setup(args, given))
+    accelerator = create_accelerator(args.amp, args.amp_dtype)
+    folder = broadcast_object_list([choose_folder(args) if accelerator.is_main_process else None])[0]
+    run = Run(Setup(args, given, accelerator), folder)
     run.resume()
     run.create_folder(trackers)
     with run.preemption:
@@ -73,18 +76,30 @@ def main() -> None:
     run.finish()
 
 
+def choose_folder(args: argparse.Namespace) -> Path:
+    """Of the run: of the checkpoint it resumes, or `--output`/`--experiment`, or one with a name of its own."""
+    if args.resume and args.resume != 'auto' and not args.experiment:
+        path = Path(args.resume)
+        folder = path.parent if path.is_file() else path
+        return (folder.parent if folder.name == 'checkpoints' else folder).resolve()
+    data = Path(args.train_list or args.data_dir or args.dataset or 'digits').name.split('.')[0]
+    name = f"{data}-{args.model.split('/')[-1].replace(':', '-')}-{args.method}"
+    return open_run_folder(args.output, args.experiment, name, resume=args.resume == 'auto')
+
+
 class Run:
-    """A training run: its folder, where it stands, and what it leaves.
+    """A training run: where it stands, and what it leaves.
 
     Args:
         setup: All that trains.
+        folder: Of the run.
     """
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup, folder: Path):
         self.setup, self.args = setup, setup.args
         self.accelerator, self.task = setup.accelerator, setup.task
         self.state = TrainingState(setup.accelerator, setup.task, setup.optimizer, setup.args.model_ema)
-        self.folder = self._choose_folder()
+        self.folder = folder
         self.position = Position(global_batch=setup.global_batch, accum_steps=self.args.grad_accum_steps)
         self.meter, self.restored_meter = None, None
         self.best, self.metrics, self.predictions, self.bad_images_told = None, None, None, 0
@@ -92,16 +107,6 @@ class Run:
         self.writer, self.started, self.seconds_before = CheckpointWriter(), time.time(), 0.0
 
     # --- beginning ---
-
-    def _choose_folder(self) -> Path:
-        args = self.args
-        data = Path(args.train_list or args.data_dir or args.dataset or 'digits').name.split('.')[0]
-        if args.resume and args.resume != 'auto' and not args.experiment:
-            path = Path(args.resume)
-            folder = path.parent if path.is_file() else path
-            return (folder.parent if folder.name == 'checkpoints' else folder).resolve()
-        name = f"{data}-{args.model.split('/')[-1].replace(':', '-')}-{args.method}"
-        return open_run_folder(args.output, args.experiment, name, resume=args.resume == 'auto')
 
     def resume(self) -> None:
         """Go on from a checkpoint: the newest of the run that can be read for `auto`, if there is one yet."""

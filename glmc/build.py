@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.data import resolve_input_data_config
 from timm.data.random_erasing import RandomErasing
@@ -18,7 +19,6 @@ from glmc.data.resident import create_resident_eval_loader, create_resident_trai
 from glmc.data.sources import open_training_data
 from glmc.engine import TrainStep, train_one_epoch
 from glmc.evaluation import LongTailEvaluator
-from glmc.launch import create_accelerator
 from glmc.methods import METHODS, ignored_options
 from glmc.models import create_backbone
 from glmc.optim import create_optimizer, scaled_learning_rate
@@ -37,11 +37,11 @@ class Setup:
     Args:
         args: Options of `config.train_parser`.
         given: Names of those that the user set.
+        accelerator: Of `launch.create_accelerator`.
     """
 
-    def __init__(self, args: argparse.Namespace, given: set[str]):
-        self.args, self.method = args, METHODS[args.method]
-        self.accelerator = create_accelerator(args.amp, args.amp_dtype)
+    def __init__(self, args: argparse.Namespace, given: set[str], accelerator: Accelerator):
+        self.args, self.method, self.accelerator = args, METHODS[args.method], accelerator
         self._announce(given)
         set_seed(args.seed)
         self._build_data()

@@ -3,6 +3,7 @@ import copy
 
 import numpy as np
 import pytest
+import timm.optim
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -12,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glmc.data.loaders import Normalize
-from glmc.engine import TrainStep, step_generator, train_batch, train_one_epoch, update
+from glmc.engine import Meter, NotFiniteError, TrainStep, step_generator, train_batch, train_one_epoch, update
 from glmc.methods import METHODS
 from glmc.models import create_backbone
 
@@ -225,3 +226,124 @@ def test_an_epoch_is_its_loop_written_out(accelerator, clip_grad):
 def test_mixtures_are_a_function_of_seed_epoch_and_step():
     drawn = {step_generator(*key).random() for key in np.ndindex(3, 3, 3)}
     assert len(drawn) == 27 and step_generator(1, 2, 0).random() in drawn
+
+
+# --- steps that are not finite ---
+
+
+def spoil(step: TrainStep, calls: set[int], term: str = 'loss_cb') -> None:
+    """Make one term, and with it the loss, not a number in these calls, as a broken batch would."""
+    forward, count = step.task.forward, iter(range(10 ** 6))
+
+    def spoiled(views, targets):
+        losses = forward(views, targets)
+        if next(count) in calls:
+            for module in step.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.running_mean.data[0] = float('nan')
+            losses = {**losses, 'loss': losses['loss'] * float('nan'), term: losses[term] * float('nan')}
+        return losses
+    step.task.forward = spoiled
+
+
+OPTIMIZERS = {
+    'fused SGD': lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1, fused=True),
+    'fused AdamW': lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    'SGD': lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
+    'timm': lambda p: timm.optim.create_optimizer_v2(list(p), opt='lamb', lr=0.01)}
+
+
+@pytest.mark.parametrize('accum_steps', [1, 2])
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+@pytest.mark.parametrize('calls', [{0}, {2}, {0, 3}])
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(accelerator, optimizer, calls, accum_steps):
+    """Weights and momentum equal those of an epoch of the other updates; the means leave the batch out."""
+    batches = [batch(number) for number in range(6)]
+    ours, plain = new_step(), new_step()
+    spoil(ours, calls)
+    metrics = train_one_epoch(accelerator, ours, Batches(batches), OPTIMIZERS[optimizer](ours.parameters()), None, epoch=0,
+                              seed=7, accum_steps=accum_steps)
+    other, losses, skipped = OPTIMIZERS[optimizer](plain.parameters()), [], 0
+    for start in range(0, 6, accum_steps):
+        group = range(start, start + accum_steps)
+        for number in group:
+            found = train_batch(accelerator, plain, *batches[number], step_generator(7, 0, number), divisor=accum_steps)
+            losses += [] if number in calls else [found['loss'].item()]
+        if calls.isdisjoint(group):
+            other.step()
+        skipped += not calls.isdisjoint(group)
+        other.zero_grad()
+    assert all(torch.equal(one, two) for one, two in zip(ours.parameters(), plain.parameters(), strict=True))
+    assert metrics['skipped_steps'] == skipped
+    assert metrics['loss'] == pytest.approx(np.mean(losses), rel=1e-5) and metrics['images'] == 8 * (6 - len(calls))
+
+
+def test_statistics_that_a_bad_batch_spoiled_are_put_back(accelerator):
+    step = new_step('resnet18')
+    spoil(step, {3})
+    step.task.setup_ema(decay=0.5)
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.01)
+    train_one_epoch(accelerator, step, Batches([batch(number) for number in range(5)]), optimizer, None, epoch=0, seed=7)
+    average = unwrap_model(step.task.get_trainable_module(ema=True))
+    assert all(buffer.isfinite().all() for module in (step, average) for buffer in module.buffers())
+
+
+@pytest.mark.parametrize('allowed', [0, 2])
+def test_too_many_such_steps_end_the_epoch_and_name_the_term(accelerator, allowed):
+    step = new_step()
+    spoil(step, {1, 3, 4}, 'loss_sim')
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.01)
+    with pytest.raises(NotFiniteError, match=rf'^epoch 3, step \d: not finite: loss_sim; \d updates of this epoch were '
+                       rf'skipped, --max-skipped-steps allows {allowed};') as error:
+        train_one_epoch(accelerator, step, Batches([batch(number) for number in range(6)]), optimizer, None, epoch=2, seed=7,
+                        max_skipped_steps=allowed, log_interval=2)
+    assert error.value.step == {0: 2, 2: 6}[allowed]  # found out when logging
+    assert all(parameter.isfinite().all() for parameter in step.parameters())
+
+
+def test_a_gradient_that_is_not_finite_is_named(accelerator):
+    step = new_step()
+    next(step.parameters()).register_hook(lambda gradient: gradient * float('inf'))
+    with pytest.raises(NotFiniteError, match='step 1: not finite: the gradient; 1 updates'):
+        train_one_epoch(accelerator, step, Batches([batch()]), torch.optim.SGD(step.parameters(), lr=0.01), None, epoch=0,
+                        seed=7, max_skipped_steps=0)
+
+
+# --- an epoch in two parts ---
+
+
+def test_an_epoch_in_parts_is_the_whole_epoch(accelerator):
+    batches = [batch(number) for number in range(5)]
+    results = []
+    for cut in (0, 2):
+        step = new_step()
+        optimizer = torch.optim.SGD(step.parameters(), lr=0.05, momentum=0.9)
+        meter = Meter(('loss', *step.task.loss_names), accelerator.device)
+
+        class Stop(Exception):
+            pass
+
+        def stop(done, cut=cut):
+            if done == cut:
+                raise Stop
+        if cut:
+            with pytest.raises(Stop):
+                train_one_epoch(accelerator, step, Batches(batches), optimizer, None, epoch=1, seed=7, meter=meter,
+                                after_update=stop)
+        metrics = train_one_epoch(accelerator, step, Rest(batches, cut), optimizer, None, epoch=1, seed=7, meter=meter,
+                                  start_step=cut)
+        results.append((metrics, list(step.parameters())))
+    (whole, weights), (parts, same_weights) = results
+    assert {**whole, 'images_per_second': 0} == {**parts, 'images_per_second': 0}
+    assert all(torch.equal(one, two) for one, two in zip(weights, same_weights, strict=True))
+
+
+class Rest(Batches):
+    """The batches from `start` on, of an epoch that has them all."""
+
+    def __init__(self, batches, start: int):
+        super().__init__(batches)
+        self.start = start
+
+    def __iter__(self):
+        return iter(list.__getitem__(self, slice(self.start, None)))

@@ -252,6 +252,16 @@ def test_a_full_disk_is_survived(train, tmp_path, monkeypatch):
     assert names == ['epoch-0000.safetensors', 'epoch-0003.safetensors']
 
 
+# --- a loss that is not finite ---
+
+
+def test_training_that_blows_up_stops_with_one_line(train, tmp_path):
+    outcome = train('--lr', '1e25', '--epochs', '9', '--max-skipped-steps', '2', '--log-interval', '1')
+    assert outcome.code == 1 and 'Traceback' not in outcome.err
+    assert re.search(r'error: epoch \d, step \d: not finite: .*; 3 updates of this epoch were skipped, --max-skipped-steps '
+                     r'allows 2; .* \(saved as .*safetensors\)\n$', outcome.err), outcome.err
+
+
 # --- another number of processes, another batch ---
 
 

@@ -83,6 +83,7 @@ class CroppedViews:
     def __call__(self, image: Image.Image, num_views: int, mode: str) -> list[Tensor]:
         width, height = image.size
         boxes = [self.crop.get_params(image, self.crop.scale, self.crop.ratio) for _ in range(num_views)]
+        boxes = [(y, x, max(h, 1), max(w, 1)) for y, x, h, w in boxes]  # of an image one pixel wide timm crops none
         need = max(max(self.size[0] / h, self.size[1] / w) for _, _, h, w in boxes)
         if need <= 0.5 and image.format == 'JPEG':
             image.draft(mode, (int(width * need) + 1, int(height * need) + 1))
