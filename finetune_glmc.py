@@ -17,13 +17,12 @@ from glmc.hub import push_or_tell, warn_without_token
 from glmc.launch import create_accelerator, is_main_process
 from glmc.parsing import InputError, parse_args, pick, run_script
 from glmc.results import open_run_folder
-from glmc.stage2.finetune import OPTIONS, check_stage2, run_stage2
+from glmc.stage2.finetune import CHOICE, OPTIONS, check_stage2, run_stage2
 from glmc.stage2.tables import TABLE, Trained, chosen, table, write_table
 from glmc.trained import TrainedModel, open_trained
 from validate_glmc import trained_precision, training_counts
 
 _logger = logging.getLogger('glmc.finetune')
-CHOICE = ('stage2_holdout', 'stage2_kwargs', 'seed')
 
 
 def main() -> None:
@@ -50,14 +49,12 @@ def prepare(args: argparse.Namespace, given: set[str], trained: TrainedModel, ac
     follow_stage1(args, given, trained)
     counts = training_counts(args, trained)
     data = open_data(args, trained)
-    heldout = data.holdout if data.validation else None  # without validation images, those held out are evaluated on
-    check_stage2(args.stage2, model=trained.model, train=data.train, heldout=heldout, **pick(args, CHOICE))
+    check_stage2(args.stage2, model=trained.model, data=data, **pick(args, CHOICE))
     args.feature_cache = args.feature_cache or Path(args.output) / 'features'
     return dict(
-        model=trained.model.to(accelerator.device), train=data.train, heldout=heldout,
-        validation=data.validation or data.holdout, counts=counts, thresholds=args.shot_thresholds,
+        model=trained.model.to(accelerator.device), data=data, counts=counts, augmentation=augmentation(args),
         metrics=describe(args, trained, data, accelerator), export=export_options(args, trained, data),
-        augmentation=augmentation(args), **pick(args, OPTIONS))
+        **pick(args, OPTIONS))
 
 
 def follow_stage1(args: argparse.Namespace, given: set[str], trained: TrainedModel) -> None:
@@ -119,7 +116,7 @@ def describe(args: argparse.Namespace, trained: TrainedModel, data: TrainingData
         'data': args.train_list or args.dataset or args.data_dir or 'digits', 'num_classes': trained.num_classes,
         'parameters': sum(p.numel() for p in trained.model.parameters()),
         'epochs': trained.facts.get('recipe', {}).get('epochs'),
-        'evaluated_on': args.val_list or args.val_split if data.validation else 'holdout',
+        'evaluated_on': 'holdout' if data.validation is None else args.val_list or args.val_split,
         'fingerprint': data.profile['fingerprint'], 'train_images': data.profile['num_images'], 'seed': args.seed,
         'processes': 1, 'precision': accelerator.mixed_precision, 'device': accelerator.device.type,
     }

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from glmc.data.datasets import ImageSet
+from glmc.data.sources import TrainingData
 from glmc.export import export_model
 from glmc.folded import set_classifier
 from glmc.models import linear_classifier
@@ -22,15 +23,15 @@ from glmc.stage2.select import fit, measure, parse_classifiers, search, stratifi
 from glmc.stage2.tables import FIGURES, TABLE, Trained, table, write_table
 
 _logger = logging.getLogger(__name__)
-OPTIONS = ('stage2_holdout', 'stage2_kwargs', 'feature_views', 'feature_cache', 'batch_size', 'workers', 'seed')
+CHOICE = ('stage2_holdout', 'stage2_kwargs', 'seed')
+OPTIONS = (*CHOICE, 'feature_views', 'feature_cache', 'batch_size', 'workers')
 
 
 def run_stage2(
-        folder: str | Path, names: str, *, model: nn.Module, train: ImageSet, validation: ImageSet, export: dict,
-        metrics: dict, accelerator: Accelerator, augmentation: dict, counts: Sequence[int],
-        thresholds: Sequence[int] = (20, 100), heldout: ImageSet | None = None, stage2_holdout: float | None = None,
-        feature_views: int = 2, stage2_kwargs: dict | None = None, feature_cache: str | None = None, batch_size: int = 64,
-        workers: int = 2, seed: int = 42) -> list[Trained]:
+        folder: str | Path, names: str, *, model: nn.Module, data: TrainingData, export: dict, metrics: dict,
+        accelerator: Accelerator, augmentation: dict, counts: Sequence[int] | None = None,
+        stage2_holdout: float | None = None, stage2_kwargs: dict | None = None, feature_views: int = 2,
+        feature_cache: str | Path | None = None, batch_size: int = 64, workers: int = 2, seed: int = 42) -> list[Trained]:
     """Train classifiers on the features of a model, print one table, and export each as stage 1 is exported.
 
     Hyper-parameters are their defaults, or chosen on held-out training images; never on the validation images.
@@ -39,17 +40,15 @@ def run_stage2(
         folder: Where to: NAME/export/, NAME/per_class.csv and stage2.csv.
         names: Of classifiers, commas between, or `all`.
         model: Bare timm model of stage 1; it stays as it is.
-        train, validation: Image sets.
+        data: Training and validation images; those held out, which stage 1 has not seen, choose where there are both.
         export: `data_config`, `class_names` and `source` of `export_model`, of stage 1.
         metrics: Of metrics.json of stage 1, as far as known.
         accelerator: Device and precision; the main process does everything.
         augmentation: Of the augmented views, as that of stage 1.
-        counts: (C,) images per class that stage 1 was trained on.
-        thresholds: Of the shot groups.
-        heldout: Images that stage 1 has not seen, to choose hyper-parameters on.
-        stage2_holdout: Images of `train` per class, or a part of them, to choose on where there is no `heldout`.
-        feature_views: V augmented views of each image.
+        counts: (C,) images per class that stage 1 was trained on, if not those of `data`.
+        stage2_holdout: Training images of each class, or a part of them, to choose on where none are held out.
         stage2_kwargs: NAME.FIELD -> value of hyper-parameters.
+        feature_views: V augmented views of each image.
         feature_cache: Folder of the features; `folder`/features by default.
         batch_size, workers, seed: As their names say.
 
@@ -61,25 +60,24 @@ def run_stage2(
             part that leaves a class empty.
     """
     classifiers, own, parts = check_stage2(
-        names, model=model, train=train, heldout=heldout, stage2_holdout=stage2_holdout, stage2_kwargs=stage2_kwargs,
-        seed=seed)
+        names, model=model, data=data, stage2_holdout=stage2_holdout, stage2_kwargs=stage2_kwargs, seed=seed)
     if not accelerator.is_main_process:
         return []
-    folder = Path(folder)
+    folder, counts = Path(folder), list(counts or data.profile['class_counts'])
     extract = Extractor(
         model, data_config=export['data_config'], augmentation=augmentation, accelerator=accelerator,
         cache=feature_cache or folder / 'features', batch_size=batch_size, workers=workers, seed=seed)
     start = time.perf_counter()
-    features, unseen = extract(train, feature_views), extract(validation)
+    features, unseen, heldout = extract(data.train, feature_views), extract(_validation(data)), _heldout(data)
     choice = _choice(features, heldout and extract(heldout), parts)
-    extraction = time.perf_counter() - start
-    linear = Linear(own.weight.detach(), own.bias.detach())
-    stage1 = Stage1(linear, list(counts), rebalanced=export['source'].get('prior') == 'uniform')
-    results = [Trained('stage 1', linear, *measure(linear, unseen, counts, thresholds), {})]
+    extraction = round(time.perf_counter() - start, 1)
+    stage1 = Stage1(Linear(own.weight.detach(), own.bias.detach()), counts, export['source'].get('prior') == 'uniform')
+    thresholds = data.profile['shot_thresholds']
+    results = [Trained('stage 1', stage1.linear, *measure(stage1.linear, unseen, counts, thresholds), {})]
     for name, classifier in classifiers.items():
         results.append(_train(name, classifier, stage1, features, choice, unseen, thresholds, seed))
-    print(f'\nStage 2 on {len(unseen):,} images, features in {extraction:.1f} s:\n{table([results])}', flush=True)
-    facts = dict(feature_views=feature_views, feature_seconds=round(extraction, 1))
+    print(f'\nStage 2 on {len(unseen):,} images, features in {extraction} s:\n{table([results])}', flush=True)
+    facts = dict(feature_views=feature_views, feature_seconds=extraction)
     for result in results[1:]:
         _leave(folder / result.name, result, results[0], model, export, metrics, facts)
     write_table(folder / TABLE, {metrics.get('weights', metrics['method']): results})
@@ -87,8 +85,8 @@ def run_stage2(
 
 
 def check_stage2(
-        names: str, *, model: nn.Module, train: ImageSet, heldout: ImageSet | None = None,
-        stage2_holdout: float | None = None, stage2_kwargs: dict | None = None, seed: int = 42) -> tuple:
+        names: str, *, model: nn.Module, data: TrainingData, stage2_holdout: float | None = None,
+        stage2_kwargs: dict | None = None, seed: int = 42) -> tuple:
     """Refuse what `run_stage2` would, before stage 1 has cost anything.
 
     Returns:
@@ -98,13 +96,22 @@ def check_stage2(
         InputError: As `run_stage2`.
     """
     classifiers, parts = parse_classifiers(names, stage2_kwargs or {}), None
-    if not isinstance(train, ImageSet):
+    if not isinstance(data.train, ImageSet):
         raise InputError(f'--stage2 {names}: needs a training set with an index')
-    if heldout is not None and stage2_holdout is not None:
+    if stage2_holdout is not None and _heldout(data):
         _logger.warning('--stage2-holdout has no effect with --holdout, whose images choose')
     elif stage2_holdout is not None:
-        parts = stratified_split(train.labels, stage2_holdout, train.class_names, seed)
+        parts = stratified_split(data.train.labels, stage2_holdout, data.train.class_names, seed)
     return classifiers, linear_classifier(model), parts
+
+
+def _validation(data: TrainingData) -> ImageSet:
+    return data.validation if data.validation is not None else data.holdout
+
+
+def _heldout(data: TrainingData) -> ImageSet | None:
+    """Images held out that are not those to evaluate on."""
+    return None if data.validation is None else data.holdout
 
 
 def _choice(features: Features, heldout: Features | None, parts: tuple | None) -> tuple[Features, Features] | None:
