@@ -3,6 +3,7 @@
     python -m glmc.hub EXPORT ORG/NAME [--private] [--revision BRANCH]
 """
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, set_client_factory
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils._http import default_client_factory
 
 from glmc.card import PLACEHOLDER
@@ -80,12 +81,13 @@ def _upload(folder: Path, name: str, private: bool, revision: str | None) -> str
     repo = api.create_repo(name, private=private, exist_ok=True)
     if revision:
         api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
+    at = f'@{revision}' if revision else ''
     with tempfile.TemporaryDirectory() as copy:
         staged = Path(copy) / 'export'
         shutil.copytree(folder, staged, ignore=shutil.ignore_patterns(*PICKLES), copy_function=_link)
         card = staged / 'README.md'
         if card.is_file():
-            text = card.read_text(encoding='utf-8').replace(PLACEHOLDER, f'hf-hub:{repo.repo_id}')
+            text = card.read_text(encoding='utf-8').replace(PLACEHOLDER, f'hf-hub:{repo.repo_id}{at}')
             card.unlink()
             card.write_text(text, encoding='utf-8')
         api.upload_folder(
@@ -100,17 +102,22 @@ def _link(source: str, target: str) -> None:
 
 
 def _is_temporary(error: Exception) -> bool:
+    if isinstance(error, (UnicodeError, HFValidationError)):  # a token or a name that no request can carry
+        return False
     status = getattr(getattr(error, 'response', None), 'status_code', None)
     return not isinstance(error, HfHubHTTPError) or status is None or status >= 500 or status in (408, 429)
 
 
 def _reason(error: Exception) -> str:
     status = getattr(getattr(error, 'response', None), 'status_code', None)
+    token = get_token()
     if status in (401, 403):
-        known = 'the token was refused' if get_token() else 'no token: set HF_TOKEN or run `hf auth login`'
-        return f'{known} (HTTP {status})'
+        known = {401: 'the token was refused', 403: 'the token has no right to write there'}[status]
+        return f"{known if token else 'no token: set HF_TOKEN or run `hf auth login`'} (HTTP {status})"
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f'{type(error).__name__}: {text}'
+    if isinstance(error, UnicodeError):
+        text = 'the token has characters that no token has'
+    return f'{type(error).__name__}: {text.replace(token, "***") if token else text}'
 
 
 def push_command(folder: Path, name: str, private: bool = False, revision: str | None = None) -> str:
@@ -130,9 +137,9 @@ def push_or_tell(folder: Path, name: str, private: bool = False, revision: str |
 
 
 def warn_without_token() -> None:
-    """Said when a run starts, not hours later."""
-    if get_token() is None:
-        _logger.warning('--push-to-hub: no token yet; set HF_TOKEN or run `hf auth login`, or push after the run')
+    """Said when a run starts, before it has set up its logging, not hours later."""
+    if get_token() is None and os.environ.get('RANK', '0') == '0':
+        print('--push-to-hub: no token yet; set HF_TOKEN or run `hf auth login`, or push after the run', file=sys.stderr)
 
 
 def main() -> int:

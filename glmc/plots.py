@@ -65,7 +65,8 @@ def accuracy_over_count(axes: Axes, results: dict[str, dict]) -> None:
         axes.plot(*_running_mean(counts[seen], accuracy[seen]), color=colour, label=name)
     axes.set(xscale='log', xlabel='training images of the class', ylabel='accuracy, %', ylim=(-3, 103))
     _plain_ticks(axes)
-    axes.legend(loc='lower right')
+    if len(results) > 1:
+        axes.legend(loc='lower right')
 
 
 def _plain_ticks(axes: Axes) -> None:

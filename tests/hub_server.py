@@ -49,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         hub.seen.append(f'{self.command} {path}')
         time.sleep(hub.delay)
-        if hub.fail:
+        if hub.fail and path != '/api/agent-harnesses':  # what a process asks first, once
             self.reply({'error': 'told to fail'}, hub.fail.pop(0))
         elif self.command in ('POST', 'PUT') and not path.startswith('/lfs/') and (
                 self.headers.get('Authorization') != f'Bearer {TOKEN}' and path != '/api/validate-yaml'):

@@ -102,6 +102,28 @@ def test_a_revision_is_a_branch(hub, push):
     assert not hub.files('us/net')
 
 
+def test_a_revision_is_loaded_by_its_name(hub, environment, export, tmp_path):
+    command = [sys.executable, '-m', 'glmc.hub', export, 'us/net', '--revision', 'trial']
+    assert run_command(*command, **environment).code == 0
+    loaded = run_command(sys.executable, '-c', LOGITS, 'hf-hub:us/net@trial', tmp_path / 'logits.pt', **environment)
+    assert loaded.code == 0, loaded.err
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ours = timm.create_model(f'local-dir:{export}', pretrained=True).eval()(images)
+    assert torch.equal(torch.load(tmp_path / 'logits.pt', weights_only=True), ours)
+    assert "'hf-hub:us/net@trial'" in hub.files('us/net', 'trial')['README.md'].decode()
+
+
+def test_what_was_pushed_is_evaluated_from_the_hub(hub, environment, export, folders, tmp_path):
+    assert run_command(sys.executable, '-m', 'glmc.hub', export, 'us/net', **environment).code == 0
+    outcome = run_command(
+        sys.executable, 'validate_glmc.py', '--model', 'hf-hub:us/net', '--data-dir', folders, '--workers', '0',
+        '--no-report', '--output', tmp_path, '--experiment', 'result', **environment)
+    assert outcome.code == 0, outcome.err
+    found, trained = (json.loads((place / 'metrics.json').read_text()) for place in (tmp_path / 'result', export))
+    for name in ('top1', 'class_mean', 'ece', 'per_class_accuracy', 'train_counts'):
+        assert found[name] == pytest.approx(trained[name]), name
+
+
 @pytest.mark.parametrize('token, expected', [
     ('hf_wrong_and_secret', 'the token was refused (HTTP 401)'), ('', 'no token: set HF_TOKEN or run `hf auth login`')])
 def test_a_wrong_token_is_one_line_without_it(hub, push, token, expected):
@@ -111,6 +133,29 @@ def test_a_wrong_token_is_one_line_without_it(hub, push, token, expected):
     assert 'secret' not in outcome.err + outcome.out
     assert not hub.repos
     assert hub.seen.count('POST /api/repos/create') == 1, 'a wrong token is not tried again'
+
+
+def test_a_token_that_no_request_can_carry_is_one_line(hub, push):
+    outcome = push(token='hf_sécret')
+    assert (outcome.code, outcome.err) == (2, 'error: UnicodeEncodeError: the token has characters that no token has\n')
+
+
+@pytest.mark.parametrize('status, expected', [
+    (403, 'error: the token has no right to write there (HTTP 403)\n'), (404, "'404 Not Found' for url")])
+def test_a_place_one_may_not_write_to_is_one_line(hub, push, status, expected):
+    hub.fail = [status]
+    outcome = push()
+    assert outcome.code == 2 and expected in outcome.err and len(outcome.err.splitlines()) == 1
+
+
+def test_an_error_that_quotes_the_token_does_not_show_it(push, monkeypatch, caplog):
+    def upload(*args):
+        raise RuntimeError(f'header Authorization: Bearer {TOKEN} refused')
+    caplog.set_level('INFO', 'glmc')
+    monkeypatch.setattr('glmc.hub._upload', upload)
+    outcome = push()
+    assert outcome.code == 2 and 'Bearer *** refused' in outcome.err
+    assert TOKEN not in outcome.out + outcome.err + caplog.text
 
 
 @pytest.mark.parametrize('failures, code', [([503, 502], 0), ([503, 503, 503, 503], 2), ([403], 2)])
@@ -169,8 +214,9 @@ def test_a_failed_push_fails_no_run_and_tells_how_to_push_again(hub, client, scr
     outcome = script(*TINY, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run',
                      '--push-to-hub', 'us/net', '--hub-private')
     assert outcome.code == 0, outcome.err
-    first, *_, why, how = outcome.err.splitlines()
-    assert first.startswith('--push-to-hub: no token yet')
+    *early, why, how = outcome.err.splitlines()
+    trained = next(k for k, line in enumerate(early) if line.startswith('Epoch 1/'))
+    assert [line for line in early[:trained] if line.startswith('--push-to-hub: no token yet')]
     assert why == 'Not pushed to us/net: no token: set HF_TOKEN or run `hf auth login` (HTTP 401)'
     export = tmp_path / 'run' / 'export'
     assert (export / 'model.safetensors').is_file()
