@@ -1,12 +1,18 @@
-"""Wrong input: exit code 2 and one line that names the flag or file, what was found and what is expected."""
+"""Wrong input: exit code 2 and one line that names the flag or file, what was found and what is expected.
+
+docs/bad-input.md lists the lines. `GLMC_WRITE_DOCS=1 pytest tests/test_bad_input.py` writes it; without, each test looks for
+its row there.
+"""
 import os
 import re
 import shutil
 
 import pytest
-from conftest import COUNTS, TINY, Outcome, coloured, run_train, write_folders, write_shards
+from conftest import COUNTS, ROOT, TINY, Outcome, coloured, run_train, write_folders, write_shards
 
 import glmc.export
+import validate_glmc
+from glmc.parsing import run_script
 
 OPTIONS = {  # command line -> what the line says
     '--imbalance-factor 0.5': '--imbalance-factor: expected a number >= 1.*0.5',
@@ -48,8 +54,45 @@ OPTIONS = {  # command line -> what the line says
     '--dataset wds/nothing': '--dataset wds/nothing, split train: cannot be opened: ',
     '--config nowhere.yaml': '--config nowhere.yaml: cannot be read',
     '--output README.md': '--output: cannot write to README.md',
+    '--push-to-hub a/b/c': '--push-to-hub: expected ORG/NAME or NAME, found',
+    '--report-to nonsense': '--report-to: expected names of tensorboard, wandb, trackio; found',
+    '--checkpoint-interval 10s': '--checkpoint-interval: expected steps as 500 or minutes as 10m, found 10s',
+    '--model hf-hub:nowhere/nothing': '--model hf-hub:nowhere/nothing: timm cannot create it with these options: ',
     '--resident on': '--resident on: needs an indexable source and --augmentation cifar',
 }
+
+
+DOCUMENT = ROOT / 'docs' / 'bad-input.md'
+ROWS: dict[str, list[tuple[str, str]]] = {}
+HEAD = """# What wrong input says
+
+One line and exit code 2; nothing saved is lost or overwritten. `--debug` shows the traceback. Every row is the line of a
+test (`tests/test_bad_input.py`, which wrote this page); `…` stands for folders of its own.
+"""
+
+
+def document(section: str, given: str, expected: str, line: str) -> None:
+    """The line is as expected, and so is the row of the document."""
+    assert re.search(expected, line), line
+    shown = re.sub(r'/\S*/(?=[^/\s]+)', '…/', line).replace('|', '\\|')
+    given = given.strip().replace('\n', ' ⏎ ').replace('|', '\\|')
+    if os.environ.get('GLMC_WRITE_DOCS'):
+        rows = ROWS.setdefault(section, [])
+        rows += [(given, shown)] if (given, shown) not in rows else []
+    else:
+        text = DOCUMENT.read_text(encoding='utf-8')
+        assert f'| `{given}` | ' in text, 'write it with GLMC_WRITE_DOCS=1 pytest tests/test_bad_input.py'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def page():
+    yield
+    if ROWS:
+        text = HEAD
+        for section, rows in ROWS.items():
+            text += f'\n## {section}\n\n| given | said |\n|---|---|\n'
+            text += ''.join(f'| `{given}` | {said} |\n' for given, said in rows)
+        DOCUMENT.write_text(text, encoding='utf-8')
 
 
 def error_line(outcome) -> str:
@@ -79,7 +122,7 @@ def refused(script, tmp_path, folders, monkeypatch):
 def test_option(options, refused, tmp_path):
     outside = [tmp_path.parent / 'args.yaml', tmp_path.parent.parent / 'args.yaml']
     before = [path.exists() for path in outside]
-    assert re.match(OPTIONS[options], refused(*options.split()))
+    document('Options', options, f'^{OPTIONS[options]}', refused(*options.split()))
     left = {path.name for path in tmp_path.iterdir()} - {'README.md', 'tests', 'output'}
     assert not left and not list((tmp_path / 'tests').iterdir())
     assert before == [path.exists() for path in outside]
@@ -113,7 +156,7 @@ def test_folder(name, refused, tmp_path):
     write_folders(root / 'train', COUNTS)
     write_folders(root / 'val', {'bee': 2})
     spoil(root)
-    assert re.search(expected, refused(data_dir=root))
+    document('Folders', name, expected, refused(data_dir=root))
 
 
 def test_data_dir_that_is_a_file(refused, tmp_path):
@@ -143,7 +186,7 @@ def test_tar_for_both_splits(refused, folders, tmp_path):
 def test_list(flag, text, expected, refused, tmp_path):
     (tmp_path / 'list.txt').write_text(text)
     line = refused(flag, tmp_path / 'list.txt')
-    assert re.match(f'{re.escape(str(tmp_path))}/list.txt.*{expected}', line)
+    document('Lists', f'{flag}: {text}', f'^{re.escape(str(tmp_path))}/list.txt.*{expected}', line)
 
 
 @pytest.mark.parametrize('name, content', [
@@ -151,7 +194,8 @@ def test_list(flag, text, expected, refused, tmp_path):
 def test_list_that_cannot_be_read(name, content, refused, tmp_path):
     if content:
         (tmp_path / name).write_bytes(content)
-    assert f'{name}: cannot read this list' in refused('--train-list', tmp_path / name)
+    line = refused('--train-list', tmp_path / name)
+    document('Lists', f'--train-list {name} of {content}', f'{name}: cannot read this list', line)
 
 
 # --- images ---
@@ -172,7 +216,8 @@ def spoiled(folders, tmp_path, split):
 def test_truncated_jpeg(split, workers, augmentation, script, folders, tmp_path):
     outcome = script(*TINY, '--data-dir', spoiled(folders, tmp_path, split), '--output', tmp_path / 'output',
                      '--workers', workers, '--augmentation', augmentation)
-    assert re.match('--data-dir .*: cannot decode image ant/cut.jpg: .*truncated', error_line(outcome))
+    line = error_line(outcome)
+    document('Folders', 'a truncated JPEG', '^--data-dir .*: cannot decode image ant/cut.jpg: .*truncated', line)
 
 
 # --- YAML ---
@@ -182,13 +227,13 @@ def test_truncated_jpeg(split, workers, augmentation, script, folders, tmp_path)
     ('epoch: 3', "unknown key 'epoch'; did you mean epochs"), ('epochs: three', "epochs: expected int, found 'three'"),
     ('epochs: 1.5', 'epochs: expected int, found 1.5'), ('epochs: 0', 'epochs: expected a number >= 1, found 0'),
     ('lr: high', "lr: expected float, found 'high'"), ('pretrained: 1', 'pretrained: expected true or false, found 1'),
-    ('method: glmx', 'method: expected one of ce, glmc.*glmx'), ('model: [a]', r"model: expected str, found \['a'\]"),
+    ('method: glmx', 'method: expected one of ce, .*glmc.*glmx'), ('model: [a]', r"model: expected str, found \['a'\]"),
     ('scale: 0.5', 'scale: expected a list of 2 values, found 0.5'), ('model_kwargs: 3', 'model_kwargs: expected a mapping'),
     ('epochs: [', 'cannot be read as YAML'), ('- epochs', 'expected `option: value` lines, found a list'),
     ('imbalance_factor: 0.5', 'imbalance_factor: expected a number >= 1.*0.5'), ('model: null', 'model: expected str')])
 def test_yaml(text, expected, refused, tmp_path):
     (tmp_path / 'options.yaml').write_text(text)
-    assert re.match(f'--config .*/options.yaml: {expected}', refused('-c', tmp_path / 'options.yaml'))
+    document('YAML', text, f'^--config .*/options.yaml: {expected}', refused('-c', tmp_path / 'options.yaml'))
 
 
 # --- sources without an index ---
@@ -202,7 +247,8 @@ def test_yaml(text, expected, refused, tmp_path):
 def test_shards(options, expected, refused, tmp_path):
     (tmp_path / 'shards').mkdir()
     write_shards(tmp_path / 'shards', shard_size=8)
-    assert re.match(expected, refused('--dataset', 'wds/x', *options, data_dir=tmp_path / 'shards'))
+    line = refused('--dataset', 'wds/x', *options, data_dir=tmp_path / 'shards')
+    document('Sources without an index', ' '.join(['--dataset wds/x', *options]), f'^{expected}', line)
 
 
 # --- checkpoints and output ---
@@ -222,7 +268,7 @@ def checkpoint(finished_run):
 def test_resume_from_another_run(options, expected, script, checkpoint, folders):
     files = {path: path.stat().st_mtime_ns for path in checkpoint.parent.parent.rglob('*') if path.is_file()}
     outcome = script(*TINY, '--data-dir', folders, '--resume', checkpoint, '--epochs', '3', *options.split())
-    assert re.match(f'--resume {checkpoint}: {expected}', error_line(outcome))
+    document('Checkpoints', f'--resume CHECKPOINT {options}', f'^--resume {checkpoint}: {expected}', error_line(outcome))
     assert files == {path: path.stat().st_mtime_ns for path in checkpoint.parent.parent.rglob('*') if path.is_file()}
 
 
@@ -231,12 +277,12 @@ def test_truncated_checkpoint(script, checkpoint, folders, tmp_path):
     broken.parent.mkdir(parents=True)
     broken.write_bytes(checkpoint.read_bytes()[:-1000])
     line = error_line(script(*TINY, '--data-dir', folders, '--resume', broken))
-    assert re.match(f'(--resume )?{broken}: expected a checkpoint of train_glmc.py', line)
+    document('Checkpoints', '--resume TRUNCATED', f'^(--resume )?{broken}: expected a checkpoint of train_glmc.py', line)
 
 
 def test_experiment_that_exists(script, finished_run, folders):
     line = error_line(script(*TINY, '--data-dir', folders, '--output', finished_run.parent, '--experiment', 'first'))
-    assert re.match('--experiment first: .*first exists; --resume auto continues it', line)
+    document('Checkpoints', '--experiment EXISTING', '^--experiment first: .*first exists; --resume auto continues it', line)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='the superuser may write anywhere')
@@ -251,6 +297,32 @@ def test_export_says_what_is_wrong(checkpoint, tmp_path, monkeypatch, capsys):
         return error_line(Outcome(glmc.export.main(), *capsys.readouterr()))
     assert re.match('(--checkpoint )?.*gone.safetensors: expected a checkpoint', export(tmp_path / 'gone.safetensors'))
     assert re.match(f'{tmp_path}: exists, expected a new folder', export(checkpoint, tmp_path))
+
+
+MODELS = {  # options of validate_glmc.py -> what the line says
+    '--model nowhere/export': '--model nowhere/export: no such file or folder; a Hub model is hf-hub:ORG/NAME',
+    '--model no_such_net --no-report': '--model no_such_net: not a model of timm',
+    '--model tests': '--model tests: no config.json in this folder, expected an export or a run',
+    '--model hf-hub:nowhere/nothing': '--model hf-hub:nowhere/nothing: cannot be loaded: ',
+    '--model half': '--model (local-dir:)?half: cannot be loaded: ',
+    '--model pickle': '--model (local-dir:)?pickle: cannot be loaded: ',
+    '--model README.md': 'README.md: expected a checkpoint of train_glmc.py',
+}
+
+
+@pytest.mark.parametrize('options', MODELS)
+def test_model_to_validate(options, script, finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'tests').mkdir()
+    (tmp_path / 'README.md').write_text('no checkpoint')
+    for name in ('half', 'pickle'):
+        shutil.copytree(finished_run / 'export', tmp_path / name)
+    os.truncate(tmp_path / 'half' / 'model.safetensors', 1000)
+    (tmp_path / 'pickle' / 'model.safetensors').write_bytes(b'\x80\x04.')
+    monkeypatch.setattr('sys.argv', ['validate_glmc.py', *options.split()])
+    code = run_script(validate_glmc.main)
+    line = error_line(Outcome(code, *capsys.readouterr()))
+    document('Models (validate_glmc.py)', options, f'^{MODELS[options]}', line)
 
 
 def test_one_line_and_exit_code_of_the_process(tmp_path):
