@@ -1,5 +1,6 @@
 """Model card: README.md of an export, made of what its config.json and metrics.json say."""
 import json
+import math
 import re
 from pathlib import Path
 
@@ -65,12 +66,12 @@ def _eval_results(metrics: dict) -> list[EvalResult]:
     return [
         EvalResult(task_type='image-classification', metric_type=kind, metric_value=round(metrics[key], 2),
                    metric_name=title, **where)
-        for key, (kind, title) in METRICS.items() if metrics.get(key) is not None]
+        for key, (kind, title) in METRICS.items() if metrics.get(key) is not None and math.isfinite(metrics[key])]
 
 
 def dataset_name(data: str | None) -> str:
     """Last part of what the user named, so that no path of a machine is shown."""
-    return Path(data or 'unknown').name
+    return re.sub(r'[\s<>|`\x00-\x1f]+', ' ', Path(data or 'unknown').name).strip() or 'unknown'
 
 
 def dataset_id(data: str | None) -> str | None:
@@ -130,12 +131,13 @@ def _pictures(has_report: bool, has_plots: bool) -> str:
 def _training(metrics: dict, source: dict) -> str:
     profile = source.get('profile', {})
     counts = profile.get('class_counts') or [0]
-    facts = [f"{metrics['train_images']:,} images, {max(counts):,} … {min(counts):,} per class, fingerprint "
-             f"`{metrics['fingerprint']}`"]
+    fingerprint = f", fingerprint `{metrics['fingerprint']}`" if metrics.get('fingerprint') else ''
+    facts = [f"{metrics['train_images']:,} images, {max(counts):,} … {min(counts):,} per class{fingerprint}"]
     facts += [f"`{name}`: {value}" for name, value in source.get('recipe', {}).items() if value not in (None, '')]
     facts += [f"seed {metrics['seed']}, {metrics['processes']} process(es), precision {metrics['precision']}, "
               f"{metrics['seconds']:.0f} s on {metrics['device']}"]
-    return '\n'.join(f'- {fact}' for fact in facts) + f"\n\n```bash\n{metrics['command']}\n```"
+    fence = '```' if '```' not in metrics['command'] else '~~~'
+    return '\n'.join(f'- {fact}' for fact in facts) + f"\n\n{fence}bash\n{metrics['command']}\n{fence}"
 
 
 def _limits(metrics: dict) -> str:

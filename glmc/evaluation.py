@@ -1,4 +1,5 @@
 """Long-tail metrics on top of timm's evaluator: shot groups, per-class accuracy, calibration."""
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,6 +54,7 @@ class LongTailEvaluator(ClassificationEvaluator):
         """Count a batch of (B, C) logits and (B,) labels."""
         super().update(output, target)
         confidence, predicted = output.float().softmax(-1).max(-1)
+        confidence = confidence.nan_to_num(0.0)  # of logits that are not finite, as overflown half precision gives
         hit = predicted == target
         one = torch.ones_like(target)
         self.per_class[0].scatter_add_(0, target, one)
@@ -64,7 +66,7 @@ class LongTailEvaluator(ClassificationEvaluator):
         self.records.append(torch.stack([target.float(), predicted.float(), confidence], 1))
 
     def compute(self, distributed: bool = False) -> dict:
-        """Metrics in percent (loss, counts and lists aside); None for a group or class without evaluated images."""
+        """Metrics in percent (loss, counts and lists aside); None for a group or class without images."""
         metrics = dict(super().compute(distributed))
         per_class, bins = self.per_class.clone(), self.bins.clone()
         if distributed:
@@ -76,6 +78,7 @@ class LongTailEvaluator(ClassificationEvaluator):
         bins = bins.cpu().view(3, len(SHOT_NAMES), NUM_BINS)
         metrics.update({name: _mean(accuracy[classes][seen[classes]]) for name, classes in self.groups.items()})
         metrics.update(
+            loss=metrics['loss'] if math.isfinite(metrics['loss']) else None,  # JSON has no other word for it
             class_mean=_mean(accuracy[seen]),
             worst_class=accuracy[seen].min().item() if seen.any() else None,
             worst_tenth=_worst_mean(accuracy[seen], WORST_PART),

@@ -79,6 +79,24 @@ def test_training_is_told():
     assert 'img_size' not in text
 
 
+def test_a_source_without_names_has_no_fingerprint():
+    text = card(fingerprint=None).text
+    assert '365 images, 300 … 5 per class\n' in text and 'None' not in text
+
+
+@pytest.mark.parametrize('data', ['a|b`c', '<script>x', 'new\nline: - y', '"quoted": {', '---', "it's", '日本', '#', '  '])
+def test_a_data_set_of_any_name_makes_a_card(data):
+    found = card(data=data, evaluated_on=data, command=f'train_glmc.py --data-dir {data!r} ```')
+    assert '<' not in found.text.split('## Training')[0] and len(found.data.eval_results) == len(METRICS)
+    assert {result.dataset_name for result in found.data.eval_results} == {dataset_name(data)}
+    assert '~~~bash\ntrain_glmc.py' in found.text
+
+
+@pytest.mark.parametrize('value', [None, float('nan'), float('inf')])
+def test_what_was_not_measured_is_not_claimed(value):
+    assert 'macro F1' not in [result.metric_name for result in card(macro_f1=value).data.eval_results]
+
+
 def test_an_architecture_of_ours_says_what_to_import():
     config = {**deepcopy(CONFIG), 'architecture': 'resnet32_cifar'}
     assert '`import glmc` before' in card(config).text

@@ -1,4 +1,5 @@
 """The evaluator's metrics against numpy loops and scikit-learn."""
+import json
 import warnings
 
 import numpy as np
@@ -142,6 +143,16 @@ def test_fewer_than_five_classes_are_all_in_the_top_five(num_classes):
     metrics = measure(logits, labels, [50] * num_classes)
     assert metrics['top5'] == 100
     assert metrics['top1'] == pytest.approx(100 * accuracy_score(labels, logits.argmax(1)))
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])
+def test_logits_that_are_not_finite_leave_numbers(value):
+    logits, labels = predictions()
+    logits[::5] = value
+    metrics = measure(logits, labels)
+    assert metrics['loss'] is None
+    assert json.loads(json.dumps(metrics, allow_nan=False))['num_images'] == 400
+    assert 0 < metrics['ece'] < 100
 
 
 def test_nothing_evaluated_is_not_a_crash():

@@ -140,6 +140,19 @@ def test_export_from_a_checkpoint_alone(finished_run, tmp_path, monkeypatch, cap
         assert (tmp_path / 'export' / name).read_bytes() == (finished_run / 'export' / name).read_bytes(), name
 
 
+def test_onnx_by_timms_route_gives_the_same_logits(finished_run, tmp_path):
+    onnx = pytest.importorskip('onnx', reason='needs onnx')
+    pytest.importorskip('onnxscript', reason='needs onnxscript')
+    from onnx.reference import ReferenceEvaluator
+    from timm.utils.onnx import onnx_export
+    name = f"local-dir:{finished_run / 'export'}"
+    onnx_export(timm.create_model(name, pretrained=True, exportable=True), str(tmp_path / 'model.onnx'), batch_size=1)
+    graph, images = onnx.load(tmp_path / 'model.onnx'), torch.randn(1, 3, 32, 32)
+    found = ReferenceEvaluator(graph).run(None, {graph.graph.input[0].name: images.numpy()})[0]
+    expected = timm.create_model(name, pretrained=True).eval()(images)
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_an_earlier_checkpoint_exports_too(finished_run, tmp_path):
     export_checkpoint(finished_run / 'checkpoints' / 'epoch-0000.safetensors', tmp_path / 'early')
     assert json.loads((tmp_path / 'early' / 'metrics.json').read_text())['epoch'] == 0
