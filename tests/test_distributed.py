@@ -74,6 +74,17 @@ def test_two_processes_of_half_the_batch_train_the_same_weights(launch, script, 
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('batch_size, said', [('8', False), ('4', True)])
+def test_another_number_of_processes_goes_on(two_processes, script, folders, tmp_path, batch_size, said):
+    """With the global batch kept, or the change said."""
+    shutil.copytree(two_processes[1], tmp_path / 'one')
+    outcome = script(*TINY, '--data-dir', folders, '--output', tmp_path, '--experiment', 'one', '--resume', 'auto',
+                     '--epochs', '3', '--batch-size', batch_size)
+    assert outcome.code == 0 and 'epoch 3 of 3 comes next' in outcome.err
+    assert ('The global batch was 8 x 1 steps an update, now it is 4 x 1' in outcome.err) == said
+    assert metrics_of(tmp_path / 'one')['processes'] == 1
+
+
 @pytest.mark.slow
 def test_obvious_way_to_ask_for_two_is_warned_about(launch, folders):
     outcome, run = launch('asked', '--data-dir', folders, launcher=('--cpu', '--num_processes', '2'))
