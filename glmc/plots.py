@@ -66,7 +66,7 @@ def accuracy_over_count(axes: Axes, results: dict[str, dict]) -> None:
     axes.set(xscale='log', xlabel='training images of the class', ylabel='accuracy, %', ylim=(-3, 103))
     _plain_ticks(axes)
     if len(results) > 1:
-        axes.legend(loc='lower right')
+        _legend_below(axes)
 
 
 def _plain_ticks(axes: Axes) -> None:
@@ -114,7 +114,12 @@ def reliability(axes: Axes, results: dict[str, dict]) -> None:
         axes.plot(100 * confidence[used] / images[used], 100 * hits[used] / images[used], marker='o', markersize=4,
                   color=colour, label=label)
     axes.set(xlabel='confidence, %  (bars: share of images)', ylabel='accuracy, %', xlim=(0, 100), ylim=(0, 103))
-    axes.legend(loc='upper left')
+    _legend_below(axes)
+
+
+def _legend_below(axes: Axes) -> None:
+    """Where it hides no point, however many there are."""
+    axes.figure.legend(loc='outside lower center', ncols=2)
 
 
 def classifier_norms(axes: Axes, norms: dict[str, Sequence[float]], train_counts: Sequence[int]) -> None:

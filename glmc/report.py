@@ -240,7 +240,7 @@ def write_comparison(folder: Path, results: Sequence[Path]) -> Path:
             raise InputError(f'--compare {path}: has other training counts than {results[0]}, expected the same classes')
     numbers = [(title, *(_number(metrics.get(name), name == 'loss') for metrics in labelled.values()))
                for name, title in DETAILS.items()]
-    facts = [(name.replace('_', ' '), *(_fact(metrics.get(name)) for metrics in labelled.values()))
+    facts = [(name.replace('_', ' '), *(_fact(metrics.get(name))[:24] for metrics in labelled.values()))
              for name in COMPARED if any(metrics.get(name) for metrics in labelled.values())]
     try:
         parts = [section('All numbers', table(('metric', *labelled), numbers)),
@@ -264,11 +264,11 @@ def _compared_figures(labelled: dict[str, dict]) -> dict:
 
 
 def _labels(results: Sequence[Path]) -> list[str]:
-    """A name for each: its folder's, the run's for an export, as the user wrote it where several have the same."""
-    paths = [path.resolve() for path in results]
-    names = [shown(path.parent.name if path.name == 'export' else path.name) for path in paths]
+    """A name for each: its folder's, the run's for an export, with the folder above where several have the same."""
+    paths = [path.resolve().parent if path.resolve().name == 'export' else path.resolve() for path in results]
+    names = [shown(path.name) for path in paths]
     if len(set(names)) < len(names):
-        names = [shown(path, keep_end=True) for path in results]
+        names = [shown(f'{path.parent.name}/{path.name}', keep_end=True) for path in paths]
     return [name if names.count(name) == 1 else f'{name} ({k})' for k, name in enumerate(names, 1)]
 
 
