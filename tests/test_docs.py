@@ -15,7 +15,8 @@ from glmc.methods import METHODS
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
 BLOCK = re.compile(r'^```(bash|python)\n(.*?)^```', re.M | re.S)
 LAUNCHERS = {'--multi_gpu', '--num_processes', '--num_machines', '--machine_rank', '--main_process_ip', '--cpu',
-             '--main_process_port', '--mixed_precision', '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal', '--requeue'}
+             '--main_process_port', '--mixed_precision', '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal',
+             '--requeue'}
 HUBS = {'--private', '--revision'}
 SWEEPS = {'--vary', '--seeds', '--jobs'}
 
