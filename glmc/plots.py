@@ -148,10 +148,12 @@ def curves(axes: Axes, rows: Sequence[dict], columns: dict[str, str], label: str
         colour = SHOT_COLOURS.get(name, INK if name == 'top-1' else series)
         points = [(row['epoch'] + 1, row[column]) for row in rows if row.get(column) is not None]
         if points:
-            size = 3 if len(points) < 40 else 0
+            size = 6 if len(points) == 1 else 3 if len(points) < 40 else 0
             axes.plot(*zip(*points, strict=True), color=colour, label=name, marker='o', markersize=size)
     axes.set(xlabel='epoch', ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if len(rows) == 1:
+        axes.set_xlim(rows[0]['epoch'] + 0.5, rows[0]['epoch'] + 1.5)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4, handlelength=1.2, columnspacing=1.2)
 

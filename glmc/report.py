@@ -124,7 +124,8 @@ def _learning_curves(plots, history: Sequence[dict]) -> dict:
             'eval_top1': 'top-1', 'eval_many': 'many', 'eval_medium': 'medium', 'eval_few': 'few'}),
         'losses': ('Losses', 'training loss', {
             'train_loss': 'loss', 'loss_c': 'L_c', 'loss_cb': 'L_cb', 'loss_sim': 'L_sim'}),
-        'schedule': ('Learning rate and α', 'fraction of its maximum', {'lr': f'learning rate / {peak:.3g}', 'alpha': 'α'}),
+        'schedule': ('Learning rate and α' if any(row.get('alpha') is not None for row in history) else 'Learning rate',
+                     'fraction of its maximum', {'lr': f'learning rate / {peak:.3g}', 'alpha': 'α'}),
     }
     rows = [{**row, 'lr': None if row['lr'] is None else row['lr'] / peak} for row in history]
     return {name: (title, plots.draw(plots.curves, rows, columns, label))

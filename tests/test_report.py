@@ -15,7 +15,7 @@ from glmc.mixing import GLMCMixer
 from glmc.page import page, table
 from glmc.parsing import InputError
 from glmc.pictures import Picture, describe_target, mixed_views, shown, worst_mistakes
-from glmc.plots import MAX_CELLS, accuracy_over_count, confusion_matrix, draw
+from glmc.plots import MAX_CELLS, accuracy_over_count, confusion_matrix, curves, draw
 from glmc.report import Evidence, classifier_norms, report_or_tell, write_comparison, write_report
 
 HISTORY = [dict(epoch=e, train_loss=3 - e, loss_c=2.0, loss_cb=1.0, loss_sim=-1.0, lr=0.1, alpha=1.0, eval_top1=50.0 + e,
@@ -209,6 +209,13 @@ def test_training_images_are_numbers_on_the_axis(counts, expected):
     labels = [label.get_text() for label in axes.get_xticklabels()]
     assert [text for place, text in zip(places, labels, strict=True) if low <= place <= high] == expected
     assert not [label.get_text() for label in axes.get_xticklabels(minor=True) if label.get_text()]
+
+
+@pytest.mark.parametrize('epochs', [1, 2, 3])
+def test_epochs_are_whole_numbers_on_the_axis(epochs):
+    axes = draw(curves, HISTORY[:epochs], {'train_loss': 'loss'}, 'training loss').axes[0]
+    low, high = axes.get_xlim()
+    assert [place for place in axes.xaxis.get_ticklocs() if low <= place <= high] == list(range(1, epochs + 1))
 
 
 def test_one_classifier_needs_no_name():
