@@ -37,7 +37,7 @@ from glmc.export import export_model
 from glmc.hub import push_or_tell, warn_without_token
 from glmc.launch import create_accelerator, is_main_process
 from glmc.methods import METHODS
-from glmc.parsing import InputError, RunError, parse_args, run_script
+from glmc.parsing import InputError, RunError, parse_args, pick, run_script
 from glmc.pictures import mixed_views
 from glmc.preemption import CheckpointClock, Preempted, Preemption, Request
 from glmc.report import Evidence, classifier_norms, report_or_tell
@@ -51,6 +51,7 @@ from glmc.results import (
     write_summary,
     write_tables,
 )
+from glmc.stage2.finetune import CHOICE, OPTIONS, check_stage2, run_stage2
 from glmc.state import Position, TrainingState
 from glmc.trackers import finish_trackers, log_pictures, log_row, require_trackers, start_trackers
 
@@ -65,6 +66,8 @@ def main() -> None:
     accelerator = create_accelerator(args.amp, args.amp_dtype)
     folder = broadcast_object_list([choose_folder(args) if accelerator.is_main_process else None])[0]
     run = Run(Setup(args, given, accelerator), folder)
+    if args.stage2:
+        check_stage2(args.stage2, model=run.eval_model, data=run.setup.data, **pick(args, CHOICE))
     run.resume()
     run.create_folder(trackers)
     with run.preemption:
@@ -317,9 +320,9 @@ class Run:
             self.metrics = self._facts(self.metrics['epoch'], metrics, self.args.val_split)
         if not self.accelerator.is_main_process:
             return
+        export = self.setup.description()['export']
         try:
-            folder = export_model(
-                self.folder / 'export', self.eval_model, metrics=self.metrics, **self.setup.description()['export'])
+            folder = export_model(self.folder / 'export', self.eval_model, metrics=self.metrics, **export)
         except OSError as error:
             if not disk_is_full(error):
                 raise
@@ -327,6 +330,10 @@ class Run:
                            'exports') from error
         print(f"\n{self.args.method} on {self.metrics['evaluated_on']}, {self.metrics['num_images']:,} images:\n"
               f'{shot_table(self.metrics)}\nExported to {folder}', flush=True)
+        if self.args.stage2:
+            run_stage2(self.folder / 'stage2', self.args.stage2, model=self.eval_model, data=data, export=export,
+                       metrics=self.metrics, accelerator=self.accelerator, augmentation=self.setup.augmentation,
+                       **pick(self.args, OPTIONS))
         self.share(folder)
 
     def share(self, export: Path) -> None:

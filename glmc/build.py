@@ -119,7 +119,7 @@ class Setup:
         common = dict(
             data_config=self.data_config, batch_size=args.batch_size, device=accelerator.device, workers=args.workers,
             rank=accelerator.process_index, world_size=accelerator.num_processes)
-        augmentation = dict(auto_augment=args.aa, interpolation=args.train_interpolation, **pick(args, (
+        self.augmentation = augmentation = dict(auto_augment=args.aa, interpolation=args.train_interpolation, **pick(args, (
             'augmentation', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter',
             'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')))
         resident = is_resident(args.resident, self.data.train, augmentation, self.data_config['input_size'])
