@@ -16,6 +16,7 @@ from glmc.data.sources import TrainingData, open_training_data
 from glmc.hub import push_or_tell, warn_without_token
 from glmc.launch import create_accelerator, is_main_process
 from glmc.parsing import InputError, parse_args, pick, run_script
+from glmc.report import write_comparison
 from glmc.results import open_run_folder
 from glmc.stage2.finetune import CHOICE, OPTIONS, check_stage2, run_stage2
 from glmc.stage2.tables import TABLE, Trained, chosen, table, write_table
@@ -144,9 +145,21 @@ def leave(args: argparse.Namespace, folder: Path, places: dict[str, Path], runs:
         print(f'\nMean of {len(runs)} models:\n{table(list(runs.values()))}')
     names = ', '.join(result.name for result in next(iter(runs.values()))[1:])
     print(f'Written to {folder}: {TABLE}, and NAME/export of {names}', flush=True)
+    if args.report:
+        for name, results in runs.items():
+            draw_or_tell(places[name], Path(name), results)
     if args.push_to_hub:
         (place,), (results,) = places.values(), runs.values()
         push_or_tell(place / chosen(results).name / 'export', args.push_to_hub, args.hub_private, args.hub_revision)
+
+
+def draw_or_tell(folder: Path, stage1: Path, results: list[Trained]) -> None:
+    """Both stages in one report; if that fails, the results stand."""
+    before = [stage1] if any((stage1 / place / 'metrics.json').is_file() for place in ('.', 'export')) else []
+    try:
+        write_comparison(folder, [*before, *(folder / result.name for result in results[1:])])
+    except Exception as error:  # an odd metrics.json of stage 1, a full disk
+        _logger.warning(f'No report: {type(error).__name__}: {error}')
 
 
 if __name__ == '__main__':

@@ -104,6 +104,7 @@ def _finetuning(parser: Parser) -> None:
     add('--seed', type=count, default=42, help='of everything random')
     add('--output', default='output', metavar='DIR', help='parent folder of the results')
     add('--experiment', metavar='NAME', help='folder of these results; default: stage2-model, numbered')
+    add('--report', action=argparse.BooleanOptionalAction, default=True, help='draw all classifiers together: report.html')
     add('--debug', action='store_true', help='show a traceback where an error is one line otherwise')
     hub_options(group)
 

@@ -32,7 +32,8 @@ def finetune(capsys, monkeypatch, tmp_path):
 
     def run(*options) -> Outcome:
         AcceleratorState._reset_state(True)
-        words = ['finetune_glmc.py', '--workers', '0', '--output', tmp_path / 'out', '--experiment', 'result', *options]
+        words = ['finetune_glmc.py', '--workers', '0', '--no-report', '--output', tmp_path / 'out', '--experiment', 'result',
+                 *options]
         monkeypatch.setattr(sys, 'argv', list(map(str, words)))
         capsys.readouterr()
         code = run_script(finetune_glmc.main)
@@ -58,7 +59,7 @@ def without_counts(run, folder):
 
 @pytest.mark.parametrize('place', ['export', '.', 'checkpoints/epoch-0001.safetensors'])
 def test_all_classifiers_in_one_table(finetune, finished_run, folders, tmp_path, place):
-    outcome = finetune('--model', finished_run / place, '--data-dir', folders)
+    outcome = finetune('--model', finished_run / place, '--data-dir', folders, '--report')
     assert outcome.code == 0, outcome.err
     result, first = tmp_path / 'out' / 'result', json.loads((finished_run / 'export' / 'metrics.json').read_text())
     with open(result / 'stage2.csv', newline='') as file:
@@ -66,6 +67,8 @@ def test_all_classifiers_in_one_table(finetune, finished_run, folders, tmp_path,
     assert list(rows) == ['stage 1', *CLASSIFIERS]
     assert float(rows['stage 1']['top1']) == pytest.approx(first['top1'])  # the same as the run itself measured
     assert float(rows['stage 1']['ece']) == pytest.approx(first['ece'], rel=1e-3)
+    report = (result / 'report.html').read_text()
+    assert all(name in report for name in CLASSIFIERS) and (result / 'plots' / 'accuracy.png').exists()
     printed = [line.split()[0] for line in outcome.out.splitlines() if re.match(r'\w.* +\d+\.\d+ ', line)]
     assert printed[1:] == ['stage', *CLASSIFIERS]
     for name in CLASSIFIERS:
