@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from conftest import COUNTS, TINY, Outcome, run_command, write_folders
+from conftest import COUNTS, TINY, Outcome, free_port, launch_train, run_command, write_folders
 from PIL import Image
 
 from glmc.models import create_backbone
@@ -242,3 +242,40 @@ def test_the_chosen_one_is_pushed(finetune, finished_run, folders, tmp_path, mon
     best = max(('ncm', 'tau_norm', 'crt'), key=lambda name: metrics_of(
         tmp_path / 'out' / 'result' / name)['stage2']['heldout_class_mean'])
     assert pushed == [(tmp_path / 'out' / 'result' / best / 'export', 'ORG/NAME', True, None)]
+
+
+def check_run(run) -> None:
+    """A run of train_glmc.py with --stage2 ncm,lws."""
+    first = metrics_of(run)
+    with open(run / 'stage2' / 'stage2.csv', newline='') as file:
+        rows = {row['classifier']: row for row in csv.DictReader(file)}
+    assert list(rows) == ['stage 1', 'ncm', 'lws'] and float(rows['stage 1']['top1']) == pytest.approx(first['top1'])
+    for name in ('ncm', 'lws'):
+        metrics = metrics_of(run / 'stage2' / name)
+        assert metrics['method'] == f'glmc+{name}' and metrics['stage1']['seconds'] == first['seconds']
+        assert metrics['seconds'] > first['seconds'] and metrics['num_images'] == 13
+
+
+def test_a_run_ends_with_stage_2(script, folders, tmp_path):
+    outcome = script(*TINY, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run', '--stage2', 'ncm,lws')
+    assert outcome.code == 0, outcome.err
+    check_run(tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_ends_with_stage_2(folders, tmp_path):
+    launcher = ('--multi_gpu', '--num_processes', '2', '--mixed_precision', 'no', '--main_process_port', str(free_port()))
+    outcome = launch_train(*TINY, '--batch-size', '4', '--data-dir', folders, '--output', tmp_path, '--experiment', 'run',
+                           '--stage2', 'ncm,lws', launcher=launcher)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count('Stage 2 on 13 images') == 1
+    check_run(tmp_path / 'run')
+
+
+@pytest.mark.parametrize('options, message', [
+    ('--stage2 maxnrm', 'did you mean maxnorm'), ('--stage2 los --stage2-kwargs los.epochs=x', "los.epochs: expected int"),
+    ('--stage2 los --stage2-holdout 4', "class 'cat' has 4 training images"),
+    ('--stage2 los --model levit_128s --img-size 64', 'found 2 heads')])
+def test_a_run_refuses_a_wrong_stage_2_before_it_trains(script, folders, tmp_path, options, message):
+    outcome = script(*TINY, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run', *options.split())
+    assert outcome.code == 2 and message in outcome.err.splitlines()[-1] and 'Epoch 1' not in outcome.err
