@@ -34,6 +34,11 @@ from glmc.trained import TrainedModel, open_trained
 
 _logger = logging.getLogger('glmc.validate')
 PRECISIONS = {'bf16': 'bfloat16', 'fp16': 'float16'}
+HELP = {  # of options that train_glmc.py has, too, where they say something else here
+    'class_counts': "training images per class, which decide the shot groups: JSON list, metrics.json of a run, or one "
+    "number a line; default: the export's",
+    'num_classes': "classes of an architecture of timm; default: of its pretrained weights",
+}
 DATA_CONFIG = ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')
 
 
@@ -74,6 +79,8 @@ def validate_parser() -> Parser:
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
     for add_group in (data_group, _model_group, input_group, _evaluation_group, _running_group):
         add_group(parser)
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
     return parser
 
 

@@ -37,6 +37,7 @@ th:not(:first-child), td:not(:first-child) { text-align: right; }
 .facts td:nth-child(2) { text-align: left; font-family: ui-monospace, monospace; font-size: .82rem; }
 .facts td:first-child { min-width: 0; white-space: nowrap; color: var(--soft); vertical-align: top; }
 .facts thead { display: none; }
+.whole { white-space: nowrap; }
 .bar { display: inline-block; height: .5rem; background: var(--accent); border-radius: 3px; margin-right: .5rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: 1rem; }
 .pictures figure { margin: 0; }
@@ -80,7 +81,7 @@ class Html(str):
 
 def bars(percent: float) -> Html:
     """A number with a bar as long as it."""
-    return Html(f'<span class="bar" style="width:{percent * 0.6:.0f}px"></span>{percent:.1f}')
+    return Html(f'<span class="whole"><span class="bar" style="width:{percent * 0.6:.0f}px"></span>{percent:.1f}</span>')
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence]) -> str:
