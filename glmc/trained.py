@@ -118,22 +118,32 @@ def _from_architecture(name: str, checkpoint: str | None, **model_options) -> Tr
 
 
 def known_facts(source) -> dict:
-    """What config.json says of the training, as far as it has the form of an export's; others may have written it."""
-    source = source if isinstance(source, dict) else {}
-    profile = source.get('profile') if isinstance(source.get('profile'), dict) else {}
-    counts, thresholds = profile.get('class_counts'), profile.get('shot_thresholds')
-    known = {'class_counts': counts} if _are_counts(counts) else {}
-    if _are_counts(thresholds) and len(thresholds) == 2 and thresholds[0] <= thresholds[1]:
-        known['shot_thresholds'] = thresholds
-    if isinstance(profile.get('fingerprint'), str):
-        known['fingerprint'] = profile['fingerprint']
-    prior = {'prior': source['prior']} if source.get('prior') in ('train', 'uniform') else {}
-    return {**{name: source[name] for name in ('method', 'precision') if isinstance(source.get(name), str)}, **prior,
-            'profile': known}
+    """What config.json says of the training, less what has not the form of an export's; others may have written it."""
+    facts = _well_formed(source, FACTS)
+    profile = _well_formed(facts.pop('profile', None), PROFILE)
+    return {**facts, 'profile': profile} if profile else facts
+
+
+def _well_formed(values, forms: dict) -> dict:
+    values = values if isinstance(values, dict) else {}
+    return {name: value for name, value in values.items() if name not in forms or forms[name](value)}
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
 
 
 def _are_counts(values) -> bool:
     return isinstance(values, list) and bool(values) and all(type(n) is int and 0 <= n < 2 ** 53 for n in values)
+
+
+def _are_thresholds(values) -> bool:
+    return _are_counts(values) and len(values) == 2 and values[0] <= values[1]
+
+
+FACTS = {'method': _is_text, 'precision': _is_text, 'license': _is_text, 'base_model': _is_text,
+         'prior': ('train', 'uniform').__contains__, 'recipe': lambda value: isinstance(value, dict)}
+PROFILE = {'class_counts': _are_counts, 'shot_thresholds': _are_thresholds, 'fingerprint': _is_text}
 
 
 def _known_names(names, num_classes: int) -> list[str] | None:

@@ -28,7 +28,7 @@ def export(tmp_path):
 
 def test_a_model_that_timm_pushed_has_no_facts(export):
     found = open_trained(str(export()))
-    assert (found.num_classes, found.class_names, found.facts) == (3, None, {'profile': {}})
+    assert (found.num_classes, found.class_names, found.facts) == (3, None, {})
     assert not found.model.training
 
 
@@ -49,7 +49,7 @@ def test_the_weights_file_of_an_export_is_the_export(export):
 @pytest.mark.parametrize('source', [
     None, [], 'glmc', 5, {'profile': []}, {'method': {}, 'precision': [], 'prior': 'x'}])
 def test_foreign_facts_are_none(source):
-    assert known_facts(source) == {'profile': {}}
+    assert known_facts(source) == {}
 
 
 @pytest.mark.parametrize('profile', [
@@ -57,12 +57,20 @@ def test_foreign_facts_are_none(source):
     {'class_counts': [10 ** 30]}, {'shot_thresholds': [100, 20]}, {'shot_thresholds': [1]}, {'shot_thresholds': ['a', 'b']},
     {'fingerprint': {}}])
 def test_foreign_profiles_are_none(profile):
-    assert known_facts({'profile': profile}) == {'profile': {}}
+    assert known_facts({'profile': profile}) == {}
 
 
 @pytest.mark.parametrize('names', [5, 'abc', {'a': 1}, ['a', 'b'], ['a', 'a', 'b'], [None] * 3])
 def test_foreign_class_names_are_none(export, names):
     assert open_trained(str(export(label_names=names))).class_names is None
+
+
+def test_what_else_an_export_says_is_kept():
+    profile = dict(PROFILE, num_images=25)
+    source = dict(method='ce', recipe=dict(epochs=3), license='mit', base_model='us/net', profile=profile)
+    assert known_facts(source) == source
+    assert known_facts({**source, 'recipe': [], 'license': None}) == dict(
+        method='ce', base_model='us/net', profile=profile)
 
 
 def test_class_names_are_text(export):
