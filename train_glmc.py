@@ -318,6 +318,8 @@ class Run:
         if data.holdout and self.setup.val_loader:
             metrics = self.evaluate(self.setup.val_loader)
             self.metrics = self._facts(self.metrics['epoch'], metrics, self.args.val_split)
+        elif self.predictions is None:  # those of the model that is exported, for the report
+            self.evaluate(self.setup.epoch_loader)
         if not self.accelerator.is_main_process:
             return
         export = self.setup.description()['export']
@@ -331,9 +333,9 @@ class Run:
         print(f"\n{self.args.method} on {self.metrics['evaluated_on']}, {self.metrics['num_images']:,} images:\n"
               f'{shot_table(self.metrics)}\nExported to {folder}', flush=True)
         if self.args.stage2:
-            run_stage2(self.folder / 'stage2', self.args.stage2, model=self.eval_model, data=data, export=export,
-                       metrics=self.metrics, accelerator=self.accelerator, augmentation=self.setup.augmentation,
-                       **pick(self.args, OPTIONS))
+            run_stage2(self.folder / 'stage2', self.args.stage2, model=self.eval_model, data=self.setup.readable_data(),
+                       export=export, metrics=self.metrics, accelerator=self.accelerator,
+                       augmentation=self.setup.augmentation, **pick(self.args, OPTIONS))
         self.share(folder)
 
     def share(self, export: Path) -> None:

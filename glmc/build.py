@@ -16,7 +16,7 @@ from glmc.data.check import readable
 from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_loader
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
-from glmc.data.sources import open_training_data
+from glmc.data.sources import TrainingData, open_training_data
 from glmc.engine import TrainStep, train_one_epoch
 from glmc.evaluation import LongTailEvaluator
 from glmc.methods import METHODS, ignored_options
@@ -174,6 +174,12 @@ class Setup:
             self.accelerator, self.train_step, self.train_loader, self.optimizer, self.scheduler, epoch=epoch,
             accum_steps=args.grad_accum_steps, **where,
             **pick(args, ('seed', 'clip_grad', 'clip_mode', 'log_interval', 'max_skipped_steps')))
+
+    def readable_data(self) -> TrainingData:
+        """The sets without the training images that turned out not to be readable."""
+        if self.bad_images is None or not self.bad_images.flags.any():
+            return self.data
+        return replace(self.data, train=self.data.train.subset((~self.bad_images.flags).nonzero().flatten().numpy()))
 
     # --- what others are told ---
 

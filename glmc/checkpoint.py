@@ -51,7 +51,8 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> No
         beside.chmod(mode)  # safetensors makes files that only their owner may read
         _sync(beside)
         os.replace(beside, path)
-        _sync(path.parent)
+        if os.name == 'posix':  # elsewhere a folder cannot be opened
+            _sync(path.parent)
     except (OSError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
         if 'No space left' in str(error) and not isinstance(error, OSError):  # safetensors' own kind of error

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, given again, goes on
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1', 'SIGINT') if hasattr(signal, name)]  # Windows has two
 ONE_SIGNAL = 1.0  # seconds in which a terminal and a launcher may both pass on what was pressed once
 
 

@@ -1,7 +1,6 @@
 """What a run leaves behind: its folder, summary.csv, and the facts of metrics.json."""
 import csv
 import errno
-import fcntl
 import os
 import platform
 import shlex
@@ -17,6 +16,11 @@ import yaml
 
 from glmc.evaluation import Predictions, confused_pairs
 from glmc.parsing import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 SUMMARY = 'summary.csv'
 
@@ -66,13 +70,15 @@ def create_run_folder(folder: Path, options: dict, before_writing: Callable[[], 
 
 
 def lock_run_folder(folder: Path) -> IO:
-    """Claim the folder for this process, as long as it lives and the returned file is open.
+    """Claim the folder for this process, as long as it lives and the returned file is open; on Windows there is no claim.
 
     Raises:
         InputError: If another run has claimed it.
     """
     path = folder / '.lock'
     file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115, open as long as the run
+    if fcntl is None:
+        return file
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -25,6 +25,7 @@ import yaml
 from glmc.config import DEMONSTRATION, count, positive_int, train_parser
 from glmc.methods import METHODS
 from glmc.parsing import InputError, Parser, parse_args, run_script
+from glmc.report import write_comparison
 
 SCRIPT = Path(__file__).resolve().parent.parent / 'train_glmc.py'
 OWN = ('-c', '--config', '--seed', '--output', '--experiment', '--resume')  # the sweep gives these to each run
@@ -60,9 +61,20 @@ def main() -> None:
     finished = [(experiment, metrics) for experiment in experiments if (metrics := experiment.metrics())]
     write_csv(Path(args.csv or Path(args.output) / 'sweep.csv'), finished)
     print(f'\n{table(finished)}', flush=True)
+    compare(Path(args.output) / 'comparison', finished)
     if len(finished) < len(experiments):
         print(f'{len(experiments) - len(finished)} of {len(experiments)} runs have no result', file=sys.stderr)
         sys.exit(INTERRUPTED if interrupted else 1)
+
+
+def compare(folder: Path, finished: list[tuple[Experiment, dict]]) -> None:
+    """Draw the runs of the first seed together: accuracy of each class over its training images."""
+    runs = [experiment.folder for experiment, _ in finished if experiment.seed == finished[0][0].seed]
+    if len(runs) > 1:
+        try:
+            print(f'drawn together in {write_comparison(folder, runs)}', flush=True)
+        except InputError as error:
+            print(f'not drawn together: {error}', file=sys.stderr)
 
 
 def parse_sweep(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

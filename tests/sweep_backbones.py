@@ -154,13 +154,15 @@ def summary(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('csv', type=Path)
-    parser.add_argument('--filter', default='*', help='names, as timm.list_models takes them')
+    parser.add_argument('--filter', nargs='+', default=['*'], help='names, as timm.list_models takes them')
+    parser.add_argument('--only', choices=('shapes', 'train'), help='one of the checks')
     parser.add_argument('--summary', action='store_true', help='only say what the file holds')
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    if not args.summary:
+    if not args.summary and args.only != 'train':
         sweep(args.csv, shapes, timm.list_models(args.filter))
+    if not args.summary and args.only != 'shapes':
         sweep(args.csv, train, smallest(read_rows(args.csv)))
     print(summary(read_rows(args.csv)))
 

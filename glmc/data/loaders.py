@@ -245,5 +245,6 @@ def _data_loader(dataset, workers: int, device: torch.device, seed: int, **kwarg
 
 def _leave_signals_to_the_training(worker: int) -> None:
     """A signal to all processes of a job must not take the images from under the step that is to be finished."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
