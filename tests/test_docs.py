@@ -44,7 +44,7 @@ def run(command: str, monkeypatch) -> None:
     monkeypatch.setattr(sys, 'argv', words[module:])
     with pytest.raises(SystemExit) as end:
         if module:
-            sys.modules.pop(words[1], None)
+            monkeypatch.delitem(sys.modules, words[1], raising=False)  # and put back: its classes are those others hold
             runpy.run_module(words[1], run_name='__main__', alter_sys=True)
         else:
             runpy.run_path(str(ROOT / words[0]), run_name='__main__')

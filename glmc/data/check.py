@@ -43,7 +43,10 @@ class _Looks(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Look:
+    def __getitem__(self, index: int) -> tuple:
+        return tuple(self.look(index))
+
+    def look(self, index: int) -> Look:
         try:
             with self.images.opened(index) as image:
                 kind, animated = f"{image.format or 'raw'} {image.mode}", getattr(image, 'n_frames', 1) > 1
