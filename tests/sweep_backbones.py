@@ -11,6 +11,7 @@ import argparse
 import csv
 import logging
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -30,7 +31,7 @@ from glmc.parsing import InputError  # noqa: E402
 from glmc.tasks import GLMCTask  # noqa: E402
 
 COLUMNS = ('check', 'model', 'module', 'parameters', 'outcome', 'detail', 'seconds')
-NUM_CLASSES, SECONDS = 10, 900
+NUM_CLASSES, SECONDS, MAX_PARAMETERS, MAX_BYTES = 10, 300, 300_000_000, 16 * 2 ** 30
 
 
 def shapes(name: str) -> str:
@@ -78,6 +79,7 @@ def in_a_process(check: Callable[[str], str], name: str) -> tuple[str, str]:
     if pid == 0:
         os.close(read)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
         try:
             answer = f'ok\t{check(name)}'
         except InputError as error:
@@ -104,14 +106,14 @@ def module_of(name: str) -> str:
 
 
 def smallest(rows: Iterable[dict]) -> list[str]:
-    """The smallest model of each module that could be wrapped, but for those made for tests."""
+    """The smallest model of each module that could be wrapped, but for those made for tests and those that are too large."""
     found: dict[str, dict] = {}
     for row in rows:
         if row['check'] == 'shapes' and row['outcome'] == 'ok' and not row['model'].startswith('test_'):
             other = found.setdefault(row['module'], row)
             if int(row['parameters']) < int(other['parameters']):
                 found[row['module']] = row
-    return sorted(row['model'] for row in found.values())
+    return sorted(row['model'] for row in found.values() if int(row['parameters']) <= MAX_PARAMETERS)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -147,6 +149,9 @@ def summary(rows: list[dict]) -> str:
         own = [row for row in rows if row['check'] == check]
         counts = Counter(row['outcome'] for row in own)
         lines.append(f'{check}: {len(own)} models, ' + ', '.join(f'{n} {outcome}' for outcome, n in counts.items()))
+        if check == 'train':
+            left = {row['module'] for row in rows} - {row['module'] for row in own}
+            lines[-1] += f", of {len(own)} modules; not of {', '.join(sorted(left)) or 'none'}"
         lines += [f"    {row['model']}: {row['detail']}" for row in own if row['outcome'] != 'ok']
     return '\n'.join(lines)
 
