@@ -166,7 +166,7 @@ class Run:
                 f'{position.global_batch} x {position.accum_steps}: from here on this is another training.')
         if len(self.setup.train_loader) < position.step:
             self.restored_meter = None
-            return Position(position.epoch + 1, 0, position.global_batch, position.accum_steps)
+            return position.at(position.epoch + 1)
         return position
 
     def create_folder(self, trackers: list[str]) -> None:
@@ -281,8 +281,7 @@ class Run:
         """Write a checkpoint beside the training."""
         if self.meter is not None:
             self.meter.repair()
-        epoch = self.position.epoch if self.position.step else self.position.epoch - 1  # the last that trained
-        self.metrics = self._facts(epoch, metrics)
+        self.metrics = self._facts(self.position.last_epoch, metrics)
         state, path = self.state.capture(self.position, self.meter), self._path()
         self.clock.reset(self.position.step)
         if not self.accelerator.is_main_process:
@@ -300,8 +299,7 @@ class Run:
         return path
 
     def _path(self) -> Path:
-        epoch = self.position.epoch if self.position.step else self.position.epoch - 1
-        return checkpoint_path(self.folder / 'checkpoints', epoch, self.position.step)
+        return checkpoint_path(self.folder / 'checkpoints', self.position.last_epoch, self.position.step)
 
     def _save_here(self) -> str:
         """Save now, unless that has been done, and say so."""

@@ -26,6 +26,11 @@ class Position:
     global_batch: int = 1
     accum_steps: int = 1
 
+    @property
+    def last_epoch(self) -> int:
+        """The last epoch that has trained, if only in part."""
+        return self.epoch if self.step else self.epoch - 1
+
     def at(self, epoch: int, step: int = 0) -> 'Position':
         return replace(self, epoch=epoch, step=step)
 
