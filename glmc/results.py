@@ -4,6 +4,7 @@ import errno
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -118,6 +119,21 @@ def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | No
     row.update(skipped_steps=train['skipped_steps'], bad_images=bad_images)
     row['images_per_second'] = round(train['images_per_second'], 1)
     return {name: '' if value is None else value for name, value in row.items()}
+
+
+def mean_std(values: Sequence[float | None]) -> str:
+    """Mean ± standard deviation (n - 1); a dash where a value is missing."""
+    if None in values:
+        return '–'
+    spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.2f}{spread}'
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells as columns, the first `left` of them flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return '\n'.join('  '.join(cell.ljust(width) if place < left else cell.rjust(width)
+                               for place, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
 
 
 def write_tables(

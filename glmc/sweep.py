@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from glmc.config import DEMONSTRATION, count, positive_int, train_parser
 from glmc.methods import METHODS
 from glmc.parsing import InputError, Parser, parse_args, run_script
 from glmc.report import write_comparison
+from glmc.results import aligned, mean_std
 
 SCRIPT = Path(__file__).resolve().parent.parent / 'train_glmc.py'
 OWN = ('-c', '--config', '--seed', '--output', '--experiment', '--resume')  # the sweep gives these to each run
@@ -217,16 +217,7 @@ def table(finished: list[tuple[Experiment, dict]]) -> str:
         results = [metrics for _, metrics in group]
         figures = [mean_std([metrics.get(figure) for metrics in results]) for figure in FIGURES]
         rows.append([name, results[0]['method'], str(len(results)), *figures])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return '\n'.join('  '.join(cell.ljust(width) if place < 2 else cell.rjust(width)
-                               for place, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
-
-
-def mean_std(values: list[float | None]) -> str:
-    if None in values:
-        return '–'
-    spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.2f}{spread}'
+    return aligned(rows, left=2)
 
 
 if __name__ == '__main__':

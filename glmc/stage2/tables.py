@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmc.evaluation import Predictions
+from glmc.results import aligned, mean_std
 from glmc.stage2.classifiers import Linear
 
 TABLE = 'stage2.csv'
@@ -45,18 +46,9 @@ def table(runs: Sequence[Sequence[Trained]]) -> str:
     head = ['classifier', 'top-1', *(f'{name} ({size})' for name, size in groups.items()), 'class mean', 'ECE', 'seconds']
     rows = [head]
     for results in zip(*runs, strict=True):
-        figures = [_mean([result.metrics[key] for result in results]) for key in FIGURES]
+        figures = [mean_std([result.metrics[key] for result in results]) for key in FIGURES]
         rows.append([results[0].name, *figures, f'{statistics.mean(result.seconds for result in results):.1f}'])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return '\n'.join('  '.join(cell.rjust(width) if place else cell.ljust(width)
-                               for place, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
-
-
-def _mean(values: Sequence[float | None]) -> str:
-    if None in values:
-        return '–'
-    spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.2f}{spread}'
+    return aligned(rows)
 
 
 def write_table(path: Path, runs: dict[str, Sequence[Trained]]) -> None:
