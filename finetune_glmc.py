@@ -50,10 +50,11 @@ def prepare(args: argparse.Namespace, given: set[str], trained: TrainedModel, ac
     follow_stage1(args, given, trained)
     counts = training_counts(args, trained)
     data = open_data(args, trained)
-    check_stage2(args.stage2, model=trained.model, data=data, **pick(args, CHOICE))
+    check_stage2(args.stage2, model=trained.model, data=data, conventional=trained.conventional, **pick(args, CHOICE))
     args.feature_cache = args.feature_cache or Path(args.output) / 'features'
     return dict(
         model=trained.model.to(accelerator.device), data=data, counts=counts, augmentation=augmentation(args),
+        conventional=trained.conventional and trained.conventional.to(accelerator.device),
         metrics=describe(args, trained, data, accelerator), export=export_options(args, trained, data),
         **pick(args, OPTIONS))
 

@@ -52,7 +52,7 @@ from glmc.results import (
     write_tables,
 )
 from glmc.stage2.finetune import CHOICE, OPTIONS, check_stage2, run_stage2
-from glmc.state import Position, TrainingState
+from glmc.state import Position, TrainingState, trained_weights
 from glmc.trackers import finish_trackers, log_pictures, log_row, require_trackers, start_trackers
 
 _logger = logging.getLogger('glmc.train')
@@ -67,7 +67,8 @@ def main() -> None:
     folder = broadcast_object_list([choose_folder(args) if accelerator.is_main_process else None])[0]
     run = Run(Setup(args, given, accelerator), folder)
     if args.stage2:
-        check_stage2(args.stage2, model=run.eval_model, data=run.setup.data, **pick(args, CHOICE))
+        check_stage2(args.stage2, model=run.eval_model, data=run.setup.data, conventional=run.conventional,
+                     **pick(args, CHOICE))
     run.resume()
     run.create_folder(trackers)
     with run.preemption:
@@ -219,6 +220,10 @@ class Run:
     def eval_model(self) -> torch.nn.Module:
         return self.task.get_eval_model(ema=self.args.model_ema)
 
+    @property
+    def conventional(self) -> torch.nn.Linear | None:
+        return self.task.conventional_classifier(ema=self.args.model_ema)
+
     def evaluates(self, epoch: int) -> bool:
         return (epoch + 1) % self.args.val_interval == 0 or epoch + 1 == self.setup.num_epochs
 
@@ -332,7 +337,7 @@ class Run:
               f'{shot_table(self.metrics)}\nExported to {folder}', flush=True)
         if self.args.stage2:
             run_stage2(self.folder / 'stage2', self.args.stage2, model=self.eval_model, data=self.setup.readable_data(),
-                       export=export, metrics=self.metrics, accelerator=self.accelerator,
+                       conventional=self.conventional, export=export, metrics=self.metrics, accelerator=self.accelerator,
                        augmentation=self.setup.augmentation, **pick(self.args, OPTIONS))
         self.share(folder)
 
@@ -359,8 +364,7 @@ class Run:
     def _load_best(self) -> None:
         state = load_checkpoint(self.folder / 'checkpoints' / BEST)
         self.predictions = None  # those at hand are of the last epoch
-        weights = state['ema']['state_dict_ema'] if self.args.model_ema else state['model']['state_dict']
-        self.eval_model.load_state_dict(weights)
+        self.task.load_checkpoint_state(*trained_weights(state, self.args.model_ema), ema=self.args.model_ema)
         self.metrics = state['metrics']
         _logger.info(f"Best on held-out images: epoch {self.metrics['epoch'] + 1}, class mean {state['best']:.2f}")
 

@@ -84,7 +84,7 @@ def stage2_group(parser: Parser) -> None:
     group = parser.add_argument_group('stage 2')
     add = group.add_argument
     add('--stage2', metavar='NAME[,NAME]', help='classifiers to train on the features of the trained model: all, or some of '
-        'maxnorm, balanced_softmax, logit_adjust, crt, lws, tau_norm, los, ncm')
+        'maxnorm, balanced_softmax, logit_adjust, crt, lws, tau_norm, los, ncm, average')
     add('--feature-views', type=count, default=2, metavar='V', help='augmented views of each image, beside the plain one')
     add('--stage2-holdout', type=positive, metavar='N',
         help='choose hyper-parameters on training images set aside (a number of each class, or a part); with --holdout, on '
@@ -217,6 +217,11 @@ def _method(parser: Parser) -> None:
         help='label weight of a patch: λ, or corrected for clipping at the border; default of cutmix and cmo: area')
     add('--reweight-power', type=finite, default=1.0, metavar='K', help='k: class weights ∝ n^-k')
     add('--consistency-weight', type=non_negative, default=1.0, metavar='GAMMA', help='γ of the consistency loss')
+    add('--alpha-power', type=positive, default=2.0, metavar='P',
+        help='α = 1 - (T/T_max)^P; 2 in the paper, the larger, the longer the conventional classifier leads')
+    add('--alpha-scope', choices=('losses', 'encoder'), default='losses',
+        help='what α moves from the conventional to the rebalanced classifier: the weight of their losses, as the paper, or '
+        'only of what reaches the encoder, so that both learn in full all along')
     add('--projection-dim', type=positive_int, default=256, metavar='D', help='width d of projection and prediction')
     add('--joint-forward', action='store_true', help='encode both views as one batch; BatchNorm sees them together')
     add('--balanced', action='store_true', help='balanced data: no rebalanced classifier, L = L_c + γ·L_sim')

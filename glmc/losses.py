@@ -68,13 +68,14 @@ def negative_cosine(prediction: Tensor, projection: Tensor) -> Tensor:
     return -F.cosine_similarity(prediction, projection.detach(), dim=-1).mean()
 
 
-def cumulative_alpha(progress: float) -> float:
+def cumulative_alpha(progress: float, power: float = 2.0) -> float:
     """Weight of the conventional classifier, α = 1 - (T/T_max)² (GLMC Eq. 10).
 
     Args:
         progress: T/T_max in [0, 1]: 0 in the first epoch, so that α starts at 1; T is 0-based, so that α never is 0.
+        power: The exponent; the larger, the longer α stays near 1.
     """
-    return 1 - progress ** 2
+    return 1 - progress ** power
 
 
 def effective_number_weights(counts: Sequence[int], beta: float = 0.9999) -> Tensor:

@@ -119,12 +119,12 @@ METHODS = {
     'glmc': Method(
         summary='global and local mixture consistency cumulative learning (arXiv 2305.08661)',
         task=GLMCTask, module=GLMCModule, mixer=GLMCMixer, paired=True, num_views=2, rebalanced=True,
-        task_options=('reweight_power', 'consistency_weight'),
+        task_options=('reweight_power', 'consistency_weight', 'alpha_power', 'alpha_scope'),
         module_options=('projection_dim', 'balanced', 'joint_forward'), mixer_options=MIXTURE),
     'glmc_no_consistency': Method(
         summary='GLMC without the consistency loss',
         task=partial(GLMCTask, consistency_weight=0.0), module=partial(GLMCModule, projection_dim=1), mixer=GLMCMixer,
-        paired=True, num_views=2, rebalanced=True, task_options=('reweight_power',),
+        paired=True, num_views=2, rebalanced=True, task_options=('reweight_power', 'alpha_power', 'alpha_scope'),
         module_options=('joint_forward',), mixer_options=MIXTURE),
     'glmc_no_rebalance': Method(
         summary='GLMC without the rebalanced classifier: mixture consistency alone',

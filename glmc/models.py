@@ -1,5 +1,6 @@
 """Backbone, training-only heads, and the record of what they give for one view."""
 import difflib
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -46,30 +47,42 @@ class GLMCModule(nn.Module):
         self.projector = nn.Linear(width, projection_dim)
         self.predictor = nn.Linear(projection_dim, projection_dim)
 
-    def forward(self, global_view: Tensor, local_view: Tensor) -> tuple[ViewOutput, ViewOutput]:
-        """Both views, each (B, c, H, W); each in a forward pass of its own, as in the paper, unless `joint_forward`."""
+    def forward(
+            self, global_view: Tensor, local_view: Tensor, alpha: Tensor | None = None) -> tuple[ViewOutput, ViewOutput]:
+        """Both views, each (B, c, H, W); each in a forward pass of its own, as in the paper, unless `joint_forward`.
+
+        With a scalar `alpha`, that part of the conventional classifier's gradient reaches the encoder, and 1 - alpha of the
+        rebalanced one's; the outputs are the same.
+        """
         if self.joint_forward:
-            both = self.forward_view(torch.cat([global_view, local_view]))
+            both = self.forward_view(torch.cat([global_view, local_view]), alpha)
             halves = [(None, None) if output is None else output.chunk(2) for output in both]
             return tuple(ViewOutput(*half) for half in zip(*halves, strict=True))
-        return self.forward_view(global_view), self.forward_view(local_view)
+        return self.forward_view(global_view, alpha), self.forward_view(local_view, alpha)
 
-    def forward_view(self, images: Tensor) -> ViewOutput:
-        pre_logits, rebalanced_logits = self.encode(images)
+    def forward_view(self, images: Tensor, alpha: Tensor | None = None) -> ViewOutput:
+        """One view; where the backbone's classifier takes more than the pooled features, its head runs twice, and head
+        drop-out draws two masks."""
+        features = self.backbone.forward_features(images)
+        pre_logits = self.backbone.forward_head(features, pre_logits=True)  # (B, D)
         projection = self.projector(pre_logits)  # (B, d)
-        logits = None if self.classifier is None else self.classifier(pre_logits)
+        logits = None if self.classifier is None else self.classifier(scale_gradient(pre_logits, alpha))
+        rest = None if alpha is None else 1 - alpha
+        if self.single_pass:
+            rebalanced_logits = self.backbone.get_classifier()(scale_gradient(pre_logits, rest))
+        else:
+            rebalanced_logits = self.backbone.forward_head(scale_gradient(features, rest))
         return ViewOutput(logits, rebalanced_logits, projection, self.predictor(projection))
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled features r (B, D) and the backbone's logits (B, C).
 
-        Where the classifier takes more than the pooled features, the head runs twice; head drop-out then draws two masks.
-        """
-        features = self.backbone.forward_features(images)
-        pre_logits = self.backbone.forward_head(features, pre_logits=True)
-        if self.single_pass:
-            return pre_logits, self.backbone.get_classifier()(pre_logits)
-        return pre_logits, self.backbone.forward_head(features)
+def scale_gradient(features: Tensor | Sequence[Tensor], factor: Tensor | None) -> Tensor | Sequence[Tensor]:
+    """The same features, to the bit, whose gradient is multiplied by a scalar; None leaves all as it is."""
+    if factor is None:
+        return features
+    if not isinstance(features, Tensor):
+        return type(features)(scale_gradient(feature, factor) for feature in features)
+    constant = features.detach()
+    return constant + factor.to(features.dtype) * (features - constant)
 
 
 def create_backbone(

@@ -75,10 +75,9 @@ class TrainingState:
         Returns:
             State of this process's meter, None between epochs.
         """
-        self.task.load_checkpoint_state(state['model']['state_dict'], state['model'].get('task_state'))
+        self.task.load_checkpoint_state(*trained_weights(state, ema=False))
         if self.ema and state['ema']:
-            self.task.load_checkpoint_state(
-                state['ema']['state_dict_ema'], state['ema'].get('task_state_ema'), ema=True)
+            self.task.load_checkpoint_state(*trained_weights(state, ema=True), ema=True)
         self.optimizer.load_state_dict(state['optimizer'])
         self._lay_out_like_parameters()
         if state['scaler'] and self.accelerator.scaler:
@@ -97,6 +96,12 @@ class TrainingState:
             for name, value in values.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def trained_weights(state: dict, ema: bool) -> tuple[dict, dict | None]:
+    """Of a captured state: weights of the bare model, and the task's own beside them; of the average with `ema`."""
+    saved, suffix = (state['ema'], '_ema') if ema else (state['model'], '')
+    return saved[f'state_dict{suffix}'], saved.get(f'task_state{suffix}')
 
 
 def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

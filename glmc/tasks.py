@@ -20,6 +20,9 @@ class Scheduled:
     def set_progress(self, progress: float) -> None:
         """Called before each epoch with T/T_max in [0, 1)."""
 
+    def conventional_classifier(self, ema: bool = False) -> nn.Linear | None:
+        """The classifier beside the rebalanced one that is exported, if there is one."""
+
     def after_step(self) -> None:
         """Called after each update of the weights."""
 
@@ -131,17 +134,23 @@ class GLMCTask(HeadsTask):
 
     def __init__(
             self, model: GLMCModule, counts: Sequence[int], reweight_power: float = 1.0,
-            consistency_weight: float = 1.0, **kwargs):
+            consistency_weight: float = 1.0, alpha_power: float = 2.0, alpha_scope: str = 'losses',
+            **kwargs):
         super().__init__(verbose=False, **kwargs)
         self.trainable_module = model
         self.consistency_weight = consistency_weight
+        self.alpha_power = alpha_power
         self.balanced = model.classifier is None
+        self.alpha_on_encoder = alpha_scope == 'encoder' and not self.balanced
         self.register_buffer('class_weight', class_weights(counts, reweight_power), persistent=False)
         self.register_buffer('alpha', torch.tensor(1.0), persistent=False)  # a tensor: its schedule recompiles nothing
 
+    def conventional_classifier(self, ema: bool = False) -> nn.Linear | None:
+        return unwrap_model(self.get_trainable_module(ema)).classifier
+
     def set_progress(self, progress: float) -> None:
         """Set α for T/T_max = progress in [0, 1)."""
-        self.alpha.fill_(1.0 if self.balanced else cumulative_alpha(progress))
+        self.alpha.fill_(1.0 if self.balanced else cumulative_alpha(progress, self.alpha_power))
 
     def forward(self, views: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch.
@@ -153,7 +162,7 @@ class GLMCTask(HeadsTask):
         Returns:
             Scalars `loss`, `loss_c`, `loss_cb`, `loss_sim`, and `output`: (B, C) rebalanced logits of the global view.
         """
-        global_out, local_out = self.trainable_module(*views)
+        global_out, local_out = self.trainable_module(*views, *([self.alpha] if self.alpha_on_encoder else []))
         outputs = (global_out, local_out)
         loss_sim = (negative_cosine(global_out.prediction, local_out.projection)
                     + negative_cosine(local_out.prediction, global_out.projection))
@@ -164,7 +173,8 @@ class GLMCTask(HeadsTask):
             loss_c = sum(soft_cross_entropy(o.logits, p) for o, p in zip(outputs, targets, strict=True))
             loss_cb = sum(soft_cross_entropy(o.rebalanced_logits, p, self.class_weight)
                           for o, p in zip(outputs, targets, strict=True))
-        loss = self.alpha * loss_c + (1 - self.alpha) * loss_cb + self.consistency_weight * loss_sim
+        loss_both = loss_c + loss_cb if self.alpha_on_encoder else self.alpha * loss_c + (1 - self.alpha) * loss_cb
+        loss = loss_both + self.consistency_weight * loss_sim
         return dict(loss=loss, loss_c=loss_c, loss_cb=loss_cb, loss_sim=loss_sim, output=global_out.rebalanced_logits)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from glmc.checkpoint import load_checkpoint
 from glmc.models import create_backbone
 from glmc.parsing import InputError
+from glmc.state import trained_weights
 
 FLAGS = {'checkpoint': '--checkpoint', 'num_classes': '--num-classes', 'in_chans': '--in-chans', 'global_pool': '--gp'}
 
@@ -25,12 +26,14 @@ class TrainedModel:
         data_config: timm's: input_size, mean, std, interpolation, crop_pct, crop_mode.
         class_names: C names, or None.
         facts: `method`, `profile`, `precision` of the training, as far as known.
+        conventional: GLMC's other classifier, which only a checkpoint has.
     """
     name: str
     model: nn.Module
     data_config: dict
     class_names: list[str] | None
     facts: dict
+    conventional: nn.Linear | None = None
 
     @property
     def num_classes(self) -> int:
@@ -78,11 +81,21 @@ def _from_checkpoint(path: Path) -> TrainedModel:
     state = load_checkpoint(path)
     description = state['description']
     model = create_backbone(**description['model'])
-    model.load_state_dict(state['ema']['state_dict_ema'] if state['ema'] else state['model']['state_dict'])
+    weights, beside = trained_weights(state, ema=bool(state['ema']))
+    model.load_state_dict(weights)
     export = description['export']
     facts = {**export['source'], 'precision': state['metrics'].get('precision')}
     model.pretrained_cfg = {**model.pretrained_cfg, **export['data_config']}
-    return TrainedModel(str(path), model, {}, export['class_names'], facts)
+    return TrainedModel(str(path), model, {}, export['class_names'], facts, _conventional(beside or {}))
+
+
+def _conventional(beside: dict) -> nn.Linear | None:
+    """GLMC's other classifier, from the weights beside the model."""
+    if not {'projector.weight', 'classifier.weight'} <= beside.keys():
+        return None
+    classifier = nn.Linear(*reversed(beside['classifier.weight'].shape))
+    classifier.load_state_dict({name: beside[f'classifier.{name}'] for name in ('weight', 'bias')})
+    return classifier
 
 
 def _from_export(name: str, path: Path) -> TrainedModel:

@@ -12,7 +12,9 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import COUNTS, TINY, Outcome, free_port, launch_train, run_command, write_folders
 from PIL import Image
+from safetensors.torch import load_file
 
+from glmc.checkpoint import BEST, load_checkpoint
 from glmc.models import create_backbone
 from glmc.parsing import run_script
 from glmc.stage2.classifiers import CLASSIFIERS
@@ -59,19 +61,20 @@ def without_counts(run, folder):
 
 @pytest.mark.parametrize('place', ['export', '.', 'checkpoints/epoch-0001.safetensors'])
 def test_all_classifiers_in_one_table(finetune, finished_run, folders, tmp_path, place):
+    possible = [name for name in CLASSIFIERS if place.startswith('checkpoints') or name != 'average']
     outcome = finetune('--model', finished_run / place, '--data-dir', folders, '--report')
     assert outcome.code == 0, outcome.err
     result, first = tmp_path / 'out' / 'result', json.loads((finished_run / 'export' / 'metrics.json').read_text())
     with open(result / 'stage2.csv', newline='') as file:
         rows = {row['classifier']: row for row in csv.DictReader(file)}
-    assert list(rows) == ['stage 1', *CLASSIFIERS]
+    assert list(rows) == ['stage 1', *possible]
     assert float(rows['stage 1']['top1']) == pytest.approx(first['top1'])  # the same as the run itself measured
     assert float(rows['stage 1']['ece']) == pytest.approx(first['ece'], rel=1e-3)
     report = (result / 'report.html').read_text()
-    assert all(name in report for name in CLASSIFIERS) and (result / 'plots' / 'accuracy.png').exists()
+    assert all(name in report for name in possible) and (result / 'plots' / 'accuracy.png').exists()
     printed = [line.split()[0] for line in outcome.out.splitlines() if re.match(r'\w.* +\d+\.\d+ ', line)]
-    assert printed[1:] == ['stage', *CLASSIFIERS]
-    for name in CLASSIFIERS:
+    assert printed[1:] == ['stage', *possible]
+    for name in possible:
         metrics = metrics_of(result / name)
         assert metrics['method'] == f'glmc+{name}' and metrics['stage2']['name'] == name
         assert metrics['stage1']['method'] == 'glmc' and metrics['stage1']['top1'] == pytest.approx(first['top1'])
@@ -185,6 +188,7 @@ def test_counts_from_a_file(finetune, finished_run, folders, tmp_path):
 ERRORS = {  # options, with {name} of a place -> what the line says
     '': '--model: expected the export folder',
     '--model {run} --stage2 maxnrm': "--stage2: expected all, or some of maxnorm.*found 'maxnrm'; did you mean maxnorm",
+    '--model {run} --stage2 average': '--stage2 average: needs both classifiers of GLMC.*one of its checkpoints',
     '--model {run} --stage2-kwargs crt.rate=3': '--stage2-kwargs crt.rate: expected one of lr, epochs, weight_decay',
     '--model {run} --stage2-holdout 4': "--stage2-holdout 4: class 'cat' has 4 training images, setting 4 aside leaves none",
     '--model {run} --holdout 4': "--holdout 4: class 'cat' has 4 training images",
@@ -254,6 +258,23 @@ def check_run(run) -> None:
         metrics = metrics_of(run / 'stage2' / name)
         assert metrics['method'] == f'glmc+{name}' and metrics['stage1']['seconds'] == first['seconds']
         assert metrics['seconds'] > first['seconds'] and metrics['num_images'] == 13
+
+
+def test_both_heads_are_averaged(script, finetune, folders, tmp_path):
+    """At the end of a run and from its checkpoint: of the best epoch, and of its moving average."""
+    quarter = ('--holdout', '1', '--stage2', 'average', '--stage2-kwargs', 'average.weight=0.25')
+    outcome = script(*TINY, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run', '--epochs', '2',
+                     '--model-ema', '--model-ema-decay', '0.5', *quarter)
+    assert outcome.code == 0, outcome.err
+    checkpoint = tmp_path / 'run' / 'checkpoints' / BEST
+    assert finetune('--model', checkpoint, '--data-dir', folders, *quarter).code == 0
+    saved = load_checkpoint(checkpoint)['ema']
+    for part in ('weight', 'bias'):
+        expected = 0.25 * saved['state_dict_ema'][f'fc.{part}'] + 0.75 * saved['task_state_ema'][f'classifier.{part}']
+        for result in (tmp_path / 'run' / 'stage2', tmp_path / 'out' / 'result'):
+            assert metrics_of(result / 'average')['method'] == 'glmc+average'
+            found = load_file(result / 'average' / 'export' / 'model.safetensors')
+            torch.testing.assert_close(found[f'fc.{part}'], expected)
 
 
 def test_a_run_ends_with_stage_2(script, folders, tmp_path):

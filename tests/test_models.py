@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models import get_model_input_config
 
 from glmc.cifar_resnet import BasicBlock
-from glmc.models import GLMCModule, classifies_pre_logits, create_backbone, linear_classifier
+from glmc.models import GLMCModule, classifies_pre_logits, create_backbone, linear_classifier, scale_gradient
 from glmc.parsing import InputError
 
 # Where the classifier takes the pooled features alone, one pass gives both.
@@ -101,6 +101,35 @@ def test_joint_forward_is_one_batch_of_both_views(name, img_size, balanced):
     for first, second, joint in zip(global_out, local_out, both, strict=True):
         assert (first is second is joint is None) or torch.equal(torch.cat([first, second]), joint)
     assert (global_out.logits is None) == balanced
+
+
+@pytest.mark.parametrize('factor', [0.0, 0.3, 1.0])
+def test_a_scaled_gradient_belongs_to_the_same_values(factor):
+    features = [torch.randn(4, 3, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in range(2)]
+    for scaled in (scale_gradient(features, torch.tensor(factor)), scale_gradient(tuple(features), torch.tensor(factor))):
+        assert all(torch.equal(a, b) for a, b in zip(scaled, features, strict=True))
+        gradients = torch.autograd.grad(sum(n * value.square().sum() for n, value in enumerate(scaled, 1)), features)
+        for n, (gradient, value) in enumerate(zip(gradients, features, strict=True), 1):
+            torch.testing.assert_close(gradient, factor * 2 * n * value.detach())
+    assert scale_gradient(features, None) is features
+
+
+@pytest.mark.parametrize('name, img_size', [('resnet32_cifar', 32), *TWO_PASSES])
+def test_alpha_parts_the_gradients_of_the_encoder_and_changes_no_output(name, img_size):
+    """The encoder hears α of the conventional and 1 - α of the rebalanced classifier, each classifier all of its own."""
+    module, alpha = GLMCModule(seeded_backbone(name, img_size), 6).eval().double(), 0.3
+    images = images_for(module.backbone).double().requires_grad_()
+    plain, parted = module.forward_view(images), module.forward_view(images, torch.tensor(alpha))
+    assert all(torch.equal(a, b) for a, b in zip(plain, parted, strict=True))
+
+    def gradient(logits: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(logits.square().sum(), images, retain_graph=True)[0]
+
+    torch.testing.assert_close(gradient(parted.logits), alpha * gradient(plain.logits))
+    torch.testing.assert_close(gradient(parted.rebalanced_logits), (1 - alpha) * gradient(plain.rebalanced_logits))
+    own = [torch.autograd.grad(output.logits.square().sum(), module.classifier.weight, retain_graph=True)[0]
+           for output in (plain, parted)]
+    assert torch.equal(*own)
 
 
 @pytest.mark.parametrize('name, img_size', [('resnet32_cifar', 32), ('levit_128s', 64), ('dla46_c', 64)])

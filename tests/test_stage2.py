@@ -21,6 +21,7 @@ from glmc.stage2.classifiers import (
     CRT,
     LWS,
     BalancedSoftmax,
+    HeadAverage,
     LabelOverSmoothing,
     Linear,
     LogitAdjust,
@@ -52,7 +53,7 @@ def stage1(rebalanced: bool = False) -> Stage1:
     """A classifier that favours the head."""
     linear = Linear((CENTRES - CENTRES.mean(0)) * torch.tensor([[0.8], [0.6], [0.4], [0.2]]),
                     torch.tensor([2.0, 1.0, 0.0, -1.0]))
-    return Stage1(linear, COUNTS, rebalanced)
+    return Stage1(linear, COUNTS, rebalanced, Linear(linear.weight.flip(0), linear.bias + 1))
 
 
 def digits(number: int = 20) -> ImageSet:
@@ -283,6 +284,14 @@ def test_a_classifier_repeats_and_changes_nothing(name):
     assert one.weight.shape == (4, 8) and one.bias.shape == (4,) and all(tensor.isfinite().all() for tensor in one)
 
 
+@pytest.mark.parametrize('weight, tau', [(1.0, 0.0), (0.0, 1.0), (0.3, 0.5)])
+def test_averaged_heads_average_logits(weight, tau):
+    start, test = stage1(), clusters(seed=2).plain
+    prior = torch.tensor(COUNTS) / sum(COUNTS)
+    expected = weight * start.linear(test) + (1 - weight) * (start.conventional(test) - tau * prior.log())
+    torch.testing.assert_close(fit(HeadAverage(weight, tau), start, clusters(), 0)(test), expected)
+
+
 # --- choosing ---
 
 @pytest.mark.parametrize('holdout, expected', [(0.2, [12, 5, 2, 1, 0]), (0.01, [1, 1, 1, 1, 0]), (3, [3, 3, 3, 3, 0])])
@@ -315,6 +324,7 @@ def test_search_takes_the_best_of_the_grid_and_prefers_the_default():
 
 def test_classifiers_by_name():
     assert list(parse_classifiers('all', {})) == list(CLASSIFIERS)
+    assert list(parse_classifiers('all', {}, two_heads=False)) == [name for name in CLASSIFIERS if name != 'average']
     found = parse_classifiers('los,maxnorm', {'maxnorm.project': 'epoch', 'los.lr': 1})
     assert found == {'los': LabelOverSmoothing(lr=1.0), 'maxnorm': MaxNorm(project='epoch')}
 

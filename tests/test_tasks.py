@@ -63,6 +63,37 @@ def test_loss_is_equation_11(power, gamma, progress):
     assert torch.equal(losses['output'], task.get_eval_model()(views[0]))
 
 
+@pytest.mark.parametrize('power, alpha', [(1.0, 0.5), (2.0, 0.75), (8.0, 1 - 0.5 ** 8)])
+def test_alpha_by_its_power(power, alpha):
+    task = glmc_task(alpha_power=power)
+    task.set_progress(0.5)
+    assert task.alpha.item() == pytest.approx(alpha)
+
+
+@pytest.mark.parametrize('progress', [0.0, 0.6])
+def test_alpha_on_the_encoder_alone(progress):
+    """The encoder's gradient is that of Eq. 11, the classifiers' that of their losses in full."""
+    gradients = {}
+    for scope in ('losses', 'encoder'):
+        task = glmc_task(alpha_scope=scope, consistency_weight=0.5)
+        task.set_progress(progress)
+        losses = task(*batch())
+        losses['loss'].backward()
+        gradients[scope] = {name: p.grad for name, p in task.trainable_module.named_parameters()}
+    alpha = 1 - progress ** 2
+    assert losses['loss'].item() == pytest.approx(
+        (losses['loss_c'] + losses['loss_cb'] + 0.5 * losses['loss_sim']).item(), rel=1e-5)
+    for name, gradient in gradients['encoder'].items():
+        share = {'classifier': alpha, 'backbone.fc': 1 - alpha}.get(name.rpartition('.')[0], 1)
+        torch.testing.assert_close(share * gradient, gradients['losses'][name], rtol=1e-4, atol=1e-6)
+    assert gradients['encoder']['backbone.fc.weight'].abs().max() > 1e-4
+
+
+def test_alpha_has_nothing_to_part_on_balanced_data():
+    apart, plain = (glmc_task(balanced=True, alpha_scope=scope)(*batch())['loss'] for scope in ('encoder', 'losses'))
+    assert torch.equal(apart, plain)
+
+
 def test_losses_have_their_names():
     task = glmc_task()
     assert set(task(*batch())) == {'loss', 'output', *task.loss_names}

@@ -36,10 +36,12 @@ class Stage1:
         linear: Itself.
         counts: (C,) images per class that it was trained on.
         rebalanced: Whether it is fitted to a uniform class prior instead of theirs.
+        conventional: GLMC's other classifier, which learns their prior; None where it is not at hand.
     """
     linear: Linear
     counts: list[int]
     rebalanced: bool = False
+    conventional: Linear | None = None
 
 
 def train_linear(
@@ -236,6 +238,20 @@ class NearestClassMean:
         return Linear(*fold_cosine(sums, self.scale, plain.norm(dim=1).mean()))
 
 
+@dataclass(frozen=True)
+class HeadAverage:
+    """w·cb + (1-w)·(c - τ·log π): both classifiers of GLMC, averaged as logits, which is one linear layer exactly."""
+    weight: float = 0.5
+    tau: float = 0.0
+    grid: ClassVar[dict] = dict(weight=tuple(k / 10 for k in range(11)), tau=(0.0, 0.5, 1.0))
+
+    def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
+        weight, bias = stage1.conventional
+        adjusted = Linear(weight, bias - prior_adjustment(stage1.counts, self.tau).to(bias.device))
+        return Linear(*(torch.lerp(c, cb, self.weight) for c, cb in zip(adjusted, stage1.linear, strict=True)))
+
+
 CLASSIFIERS = {
     'maxnorm': MaxNorm, 'balanced_softmax': BalancedSoftmax, 'logit_adjust': LogitAdjust, 'crt': CRT, 'lws': LWS,
-    'tau_norm': TauNorm, 'los': LabelOverSmoothing, 'ncm': NearestClassMean}
+    'tau_norm': TauNorm, 'los': LabelOverSmoothing, 'ncm': NearestClassMean,
+    'average': HeadAverage}

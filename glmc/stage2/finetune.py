@@ -30,8 +30,9 @@ OPTIONS = (*CHOICE, 'feature_views', 'feature_cache', 'batch_size', 'workers')
 def run_stage2(
         folder: str | Path, names: str, *, model: nn.Module, data: TrainingData, export: dict, metrics: dict,
         accelerator: Accelerator, augmentation: dict, counts: Sequence[int] | None = None,
-        stage2_holdout: float | None = None, stage2_kwargs: dict | None = None, feature_views: int = 2,
-        feature_cache: str | Path | None = None, batch_size: int = 64, workers: int = 2, seed: int = 42) -> list[Trained]:
+        conventional: nn.Linear | None = None, stage2_holdout: float | None = None, stage2_kwargs: dict | None = None,
+        feature_views: int = 2, feature_cache: str | Path | None = None, batch_size: int = 64, workers: int = 2,
+        seed: int = 42) -> list[Trained]:
     """Train classifiers on the features of a model, print one table, and export each as stage 1 is exported.
 
     Hyper-parameters are their defaults, or chosen on held-out training images; never on the validation images.
@@ -46,6 +47,7 @@ def run_stage2(
         accelerator: Device and precision; the main process does everything.
         augmentation: Of the augmented views, as that of stage 1.
         counts: (C,) images per class that stage 1 was trained on, if not those of `data`.
+        conventional: The classifier beside the model's own, of GLMC, if it is at hand.
         stage2_holdout: Training images of each class, or a part of them, to choose on where none are held out.
         stage2_kwargs: NAME.FIELD -> value of hyper-parameters.
         feature_views: V augmented views of each image.
@@ -60,7 +62,8 @@ def run_stage2(
             part that leaves a class empty.
     """
     classifiers, own, parts = check_stage2(
-        names, model=model, data=data, stage2_holdout=stage2_holdout, stage2_kwargs=stage2_kwargs, seed=seed)
+        names, model=model, data=data, conventional=conventional, stage2_holdout=stage2_holdout,
+        stage2_kwargs=stage2_kwargs, seed=seed)
     if not accelerator.is_main_process:
         return []
     folder, counts = Path(folder), list(counts or data.profile['class_counts'])
@@ -71,7 +74,8 @@ def run_stage2(
     features, unseen, heldout = extract(data.train, feature_views), extract(_validation(data)), _heldout(data)
     choice = _choice(features, heldout and extract(heldout), parts)
     extraction = round(time.perf_counter() - start, 1)
-    stage1 = Stage1(Linear(own.weight.detach(), own.bias.detach()), counts, export['source'].get('prior') == 'uniform')
+    stage1 = Stage1(_detached(own), counts, export['source'].get('prior') == 'uniform',
+                    conventional and _detached(conventional))
     thresholds = data.profile['shot_thresholds']
     results = [Trained('stage 1', stage1.linear, *measure(stage1.linear, unseen, counts, thresholds), {})]
     for name, classifier in classifiers.items():
@@ -85,8 +89,8 @@ def run_stage2(
 
 
 def check_stage2(
-        names: str, *, model: nn.Module, data: TrainingData, stage2_holdout: float | None = None,
-        stage2_kwargs: dict | None = None, seed: int = 42) -> tuple:
+        names: str, *, model: nn.Module, data: TrainingData, conventional: nn.Linear | None = None,
+        stage2_holdout: float | None = None, stage2_kwargs: dict | None = None, seed: int = 42) -> tuple:
     """Refuse what `run_stage2` would, before stage 1 has cost anything.
 
     Returns:
@@ -95,7 +99,7 @@ def check_stage2(
     Raises:
         InputError: As `run_stage2`.
     """
-    classifiers, parts = parse_classifiers(names, stage2_kwargs or {}), None
+    classifiers, parts = parse_classifiers(names, stage2_kwargs or {}, two_heads=conventional is not None), None
     if not isinstance(data.train, ImageSet):
         raise InputError(f'--stage2 {names}: needs a training set with an index')
     if stage2_holdout is not None and _heldout(data):
@@ -103,6 +107,10 @@ def check_stage2(
     elif stage2_holdout is not None:
         parts = stratified_split(data.train.labels, stage2_holdout, data.train.class_names, seed)
     return classifiers, linear_classifier(model), parts
+
+
+def _detached(linear: nn.Linear) -> Linear:
+    return Linear(linear.weight.detach(), linear.bias.detach())
 
 
 def _validation(data: TrainingData) -> ImageSet:

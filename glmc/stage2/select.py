@@ -16,17 +16,22 @@ _logger = logging.getLogger(__name__)
 EVALUATION_BATCH = 4096
 
 
-def parse_classifiers(names: str, settings: dict) -> dict:
+def parse_classifiers(names: str, settings: dict, two_heads: bool = True) -> dict:
     """Name -> classifier.
 
     Args:
-        names: Of CLASSIFIERS, commas between, or `all`.
+        names: Of CLASSIFIERS, commas between, or `all` that are possible.
         settings: NAME.FIELD -> value, of those classifiers.
+        two_heads: Whether both classifiers of GLMC are at hand.
 
     Raises:
-        InputError: If a name, a field or the type of a value is wrong.
+        InputError: If a name, a field or the type of a value is wrong, or a classifier needs what is not at hand.
     """
-    chosen = list(CLASSIFIERS) if names == 'all' else list(dict.fromkeys(names.split(',')))
+    possible = [name for name in CLASSIFIERS if two_heads or name != 'average']
+    chosen = possible if names == 'all' else list(dict.fromkeys(names.split(',')))
+    if 'average' in chosen and not two_heads:
+        raise InputError('--stage2 average: needs both classifiers of GLMC; expected a run of --method glmc, or one of its '
+                         'checkpoints as --model (an export has the rebalanced one alone)')
     for name in chosen:
         if name not in CLASSIFIERS:
             raise InputError(f"--stage2: expected all, or some of {', '.join(CLASSIFIERS)}; found {name!r}"
