@@ -97,6 +97,13 @@ def test_the_base_is_the_recipe():
     assert {name: getattr(args, name) for name in paper.BASE} == paper.BASE
 
 
+def test_published_numbers_are_those_of_the_recipes():
+    for setting in (*TABLES['main'].settings, *TABLES['narrow'].settings):
+        text = (ROOT / 'hparams' / f'{setting.recipe}.yaml').read_text(encoding='utf-8')
+        assert all(number.split()[0] in text for number in setting.published)
+    assert [setting.published for setting in TABLES['ablation'].settings] == [('38.3',), ('44.63',), ('50.11',), ('55.88',)]
+
+
 @pytest.mark.parametrize('text', ['no marker', '<!-- table: main -->\n', '<!-- table: man -->\n<!-- end -->',
                                   '<!-- table: main -->\n<!-- table: levers -->\n<!-- end -->'])
 def test_a_page_without_its_markers_is_left_alone(tmp_path, text):
