@@ -14,7 +14,7 @@ from pathlib import Path
 from glmc.config import DEMONSTRATION, finetune_parser
 from glmc.data.sources import TrainingData, open_training_data
 from glmc.hub import push_or_tell, warn_without_token
-from glmc.launch import create_accelerator, is_main_process
+from glmc.launch import create_accelerator, device_name, is_main_process
 from glmc.parsing import InputError, parse_args, pick, run_script
 from glmc.report import write_comparison
 from glmc.results import open_run_folder
@@ -120,7 +120,7 @@ def describe(args: argparse.Namespace, trained: TrainedModel, data: TrainingData
         'epochs': trained.facts.get('recipe', {}).get('epochs'),
         'evaluated_on': 'holdout' if data.validation is None else args.val_list or args.val_split,
         'fingerprint': data.profile['fingerprint'], 'train_images': data.profile['num_images'], 'seed': args.seed,
-        'processes': 1, 'precision': accelerator.mixed_precision, 'device': accelerator.device.type,
+        'processes': 1, 'precision': accelerator.mixed_precision, 'device': device_name(accelerator.device),
     }
 
 

@@ -35,7 +35,7 @@ from glmc.engine import Meter, NotFiniteError, evaluate
 from glmc.evaluation import shot_line, shot_table
 from glmc.export import export_model
 from glmc.hub import push_or_tell, warn_without_token
-from glmc.launch import create_accelerator, is_main_process
+from glmc.launch import create_accelerator, device_name, is_main_process
 from glmc.methods import METHODS
 from glmc.parsing import InputError, RunError, parse_args, pick, run_script
 from glmc.pictures import mixed_views
@@ -378,7 +378,8 @@ class Run:
             'epochs': setup.num_epochs, 'evaluated_on': evaluated_on or own, **metrics,
             'fingerprint': profile['fingerprint'], 'train_images': profile['num_images'], 'seed': self.args.seed,
             'seconds': round(self._seconds(), 1), 'processes': self.accelerator.num_processes,
-            'precision': self.accelerator.mixed_precision, 'device': setup.device_name(), **provenance(),
+            'precision': self.accelerator.mixed_precision, 'device': device_name(self.accelerator.device),
+            'threads': torch.get_num_threads(), **provenance(),
         }
 
     def _seconds(self) -> float:

@@ -186,10 +186,6 @@ class Setup:
     def data_name(self) -> str:
         return self.args.train_list or self.args.dataset or self.args.data_dir or 'digits'
 
-    def device_name(self) -> str:
-        device = self.accelerator.device
-        return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-
     def description(self) -> dict:
         """What it takes to build and export the model again."""
         model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}

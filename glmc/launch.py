@@ -1,6 +1,7 @@
 """The launcher's side of a run: processes, device, precision, threads and logging."""
 import logging
 import os
+import platform
 
 import torch
 from accelerate import Accelerator
@@ -56,3 +57,14 @@ def _use_all_cores() -> None:
     if launched and os.environ.get('OMP_NUM_THREADS') == '1':
         local_processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local_processes, 1))
+
+
+def device_name(device: torch.device) -> str:
+    """Of the graphics card, or on a CPU the processor's model name."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            return next(line.split(':')[1].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

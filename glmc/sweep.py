@@ -2,64 +2,41 @@
 
     python -m glmc.sweep --recipes hparams/a.yaml hparams/b.yaml --seeds 0 1 2 --jobs 6 -- --data-dir data
     python -m glmc.sweep --vary method=ce,glmc --vary lr=0.01,0.1 -- --epochs 30
+    timeout 580 python -m glmc.sweep --each joint_forward=true mix_beta=0.2,0.5 --csv results/runs.csv --logs results/logs
 
-What follows `--` goes to every run. The same command, given again, skips finished runs and goes on with the others.
+What follows `--` goes to every run. When the sweep is stopped, the runs save where they are; the same command, given
+again, skips finished runs and goes on with the others.
 """
 import argparse
-import csv
 import itertools
-import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
-from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from glmc.config import DEMONSTRATION, count, positive_int, train_parser
 from glmc.methods import METHODS
+from glmc.parallel import run_all
 from glmc.parsing import InputError, Parser, parse_args, run_script
 from glmc.report import write_comparison
 from glmc.results import aligned, mean_std
+from glmc.runs import FIGURES, Experiment, check_table, keep_log, line_of, write_runs
 
-SCRIPT = Path(__file__).resolve().parent.parent / 'train_glmc.py'
 OWN = ('-c', '--config', '--seed', '--output', '--experiment', '--resume')  # the sweep gives these to each run
-FIGURES = ('top1', 'many', 'medium', 'few', 'class_mean')
-COLUMNS = ('model', 'method', 'parameters', 'epochs', *FIGURES, 'evaluated_on', 'fingerprint', 'seconds', 'commit')
 INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One run: what it is called with, and where it leaves its result."""
-    name: str  # without the seed: what is averaged over
-    seed: int
-    options: tuple[str, ...]
-    folder: Path
-
-    @property
-    def log(self) -> Path:
-        return self.folder / 'train.log'
-
-    def metrics(self) -> dict | None:
-        """The result, or None of an unfinished run."""
-        path = self.folder / 'export' / 'metrics.json'
-        return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
 
 def main() -> None:
     args, passed_on = parse_sweep(sys.argv[1:])
-    experiments = plan(args, passed_on)
+    experiments, csv = plan(args, passed_on), Path(args.csv or Path(args.output) / 'sweep.csv')
     for experiment in experiments:
         check(experiment)
+    check_table(csv, experiments)
     interrupted = run_all([e for e in experiments if e.metrics() is None], args.jobs)
     finished = [(experiment, metrics) for experiment in experiments if (metrics := experiment.metrics())]
-    write_csv(Path(args.csv or Path(args.output) / 'sweep.csv'), finished)
+    logs = {e: keep_log(e, Path(args.logs)) for e, _ in finished if e.log.exists()} if args.logs else {}
+    write_runs(csv, [line_of(experiment, metrics, logs.get(experiment)) for experiment, metrics in finished])
     print(f'\n{table(finished)}', flush=True)
     compare(Path(args.output) / 'comparison', finished)
     if len(finished) < len(experiments):
@@ -86,9 +63,11 @@ def parse_sweep(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add('--seeds', nargs='+', type=count, default=[0], metavar='N', help='seeds of each recipe; default: 0')
     add('--vary', action='append', default=[], metavar='OPTION=VALUE,…', help='cross with these values; true and false '
         'for a switch, blanks inside a value for an option that takes several')
+    add('--each', nargs='+', default=[], metavar='OPTION=VALUE,…', help='one of these values at a time')
     add('--jobs', type=positive_int, default=1, metavar='N', help='runs at a time; they share the device and the cores')
     add('--output', default='output', metavar='DIR', help='parent folder of all runs')
-    add('--csv', metavar='FILE', help='the summary, one line a run; default: sweep.csv in --output')
+    add('--csv', metavar='FILE', help='the table of runs, a line each, beside those it has; default: sweep.csv in --output')
+    add('--logs', metavar='DIR', help='copy the log of each finished run here, for the table to point at')
     return parser.parse_args(argv[:split]), argv[split + 1:]
 
 
@@ -96,9 +75,8 @@ def plan(args: argparse.Namespace, passed_on: list[str]) -> list[Experiment]:
     """All runs of the sweep, recipe by recipe."""
     for flag in {word.split('=')[0] for word in passed_on} & set(OWN):
         raise InputError(f'{flag}: is set by --recipes, --seeds or --output of the sweep; expected other options after --')
-    varied = [[(option, value) for value in values] for option, values in map(_split_vary, args.vary)]
     experiments = {}
-    for recipe, *settings in itertools.product(args.recipes or [None], *varied):
+    for recipe, settings in itertools.product(args.recipes or [None], settings_of(args.vary, args.each)):
         words = [Path(recipe).stem] if recipe else []
         name = '-'.join([*words, *(f'{option}={value}' for option, value in settings)]) or 'default'
         name = re.sub(r'[^\w.=+-]+', '_', name)
@@ -106,18 +84,24 @@ def plan(args: argparse.Namespace, passed_on: list[str]) -> list[Experiment]:
         options += [word for setting in settings for word in as_flags(*setting)]
         for seed in args.seeds:
             folder = Path(args.output) / f'{name}-seed{seed}'
-            own = ('--seed', str(seed), '--output', args.output, '--experiment', folder.name, '--resume', 'auto')
             if folder in experiments:
                 raise InputError(f'{folder}: two runs would share this folder; expected recipes, values and seeds to differ')
-            experiments[folder] = Experiment(name, seed, (*options, *own), folder)
+            experiments[folder] = Experiment(name, seed, recipe, tuple(options), folder)
     return list(experiments.values())
 
 
-def _split_vary(text: str) -> tuple[str, list[str]]:
+def settings_of(vary: list[str], each: list[str]) -> list[tuple[tuple[str, str], ...]]:
+    """(option, value) of each setting: what is varied, crossed, and with it one of `each`, if there are any."""
+    crossed = itertools.product(*(_split('--vary', text) for text in vary))
+    alone = [(setting,) for text in each for setting in _split('--each', text)] or [()]
+    return [(*settings, *setting) for settings, setting in itertools.product(crossed, alone)]
+
+
+def _split(flag: str, text: str) -> list[tuple[str, str]]:
     option, _, values = text.partition('=')
     if not option or not all(values.split(',')):
-        raise InputError(f'--vary {text}: expected OPTION=VALUE,VALUE')
-    return option.removeprefix('--').replace('_', '-'), values.split(',')
+        raise InputError(f'{flag} {text}: expected OPTION=VALUE,VALUE')
+    return [(option.removeprefix('--').replace('_', '-'), value) for value in values.split(',')]
 
 
 def as_flags(option: str, value: str) -> list[str]:
@@ -138,7 +122,7 @@ def check(experiment: Experiment) -> None:
     Raises:
         InputError: If so.
     """
-    options, given = parse_args(train_parser(METHODS), list(experiment.options))
+    options, given = parse_args(train_parser(METHODS), experiment.argv)
     path = experiment.folder / 'args.yaml'
     if not path.exists():
         return
@@ -149,65 +133,6 @@ def check(experiment: Experiment) -> None:
         if name not in ignored and name in earlier and earlier[name] != value:
             raise InputError(f"{experiment.folder}: holds a run with --{name.replace('_', '-')} {earlier[name]}, this sweep "
                              f'has {value}; expected the same options, or another --output')
-
-
-def run_all(experiments: list[Experiment], jobs: int) -> bool:
-    """Run them, so many at a time. A failure stops no other run; Ctrl-C stops all, and True is returned."""
-    waiting, running = deque(experiments), {}
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                experiment = waiting.popleft()
-                running[experiment] = start(experiment, jobs)
-            time.sleep(0.2)
-            for experiment in [e for e, process in running.items() if process.poll() is not None]:
-                if running.pop(experiment).returncode or experiment.metrics() is None:
-                    print(f'failed    {experiment.folder}: {last_line(experiment.log)}', file=sys.stderr, flush=True)
-                else:
-                    print(f'finished  {experiment.folder}', flush=True)
-    except KeyboardInterrupt:
-        print('interrupted; the same command goes on from the last checkpoints', file=sys.stderr)
-        return True
-    finally:
-        for process in running.values():
-            os.killpg(process.pid, signal.SIGTERM)  # with its loader workers
-        for process in running.values():
-            process.wait()
-    return False
-
-
-def start(experiment: Experiment, jobs: int) -> subprocess.Popen:
-    """A run in a process group of its own, with its share of the cores and everything it says in its log."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    threads = os.environ.get('OMP_NUM_THREADS', str(max(cores // jobs, 1)))
-    experiment.folder.mkdir(parents=True, exist_ok=True)
-    print(f'started   {experiment.folder}', flush=True)
-    with open(experiment.log, 'a', encoding='utf-8') as log:
-        return subprocess.Popen(
-            [sys.executable, str(SCRIPT), *experiment.options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': threads})
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()
-    return f'{lines[-1]} (see {log})' if lines else 'it said nothing'
-
-
-def write_csv(path: Path, finished: list[tuple[Experiment, dict]]) -> None:
-    """One line a finished run; lines of other runs, from an earlier sweep, stay."""
-    rows = {}
-    if path.exists():
-        with open(path, newline='', encoding='utf-8') as file:
-            rows = {(row['run'], row['seed']): row for row in csv.DictReader(file)}
-    for experiment, metrics in finished:
-        facts = {name: metrics.get(name) for name in COLUMNS}
-        rows[experiment.name, str(experiment.seed)] = dict(run=experiment.name, seed=experiment.seed, **facts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, ['run', 'seed', *COLUMNS], extrasaction='ignore')
-        writer.writeheader()
-        writer.writerows(rows.values())
 
 
 def table(finished: list[tuple[Experiment, dict]]) -> str:

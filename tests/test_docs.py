@@ -18,7 +18,7 @@ LAUNCHERS = {'--multi_gpu', '--num_processes', '--num_machines', '--machine_rank
              '--main_process_port', '--mixed_precision', '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal',
              '--requeue'}
 HUBS = {'--private', '--revision'}
-SWEEPS = {'--vary', '--seeds', '--jobs'}
+SWEEPS = {'--recipes', '--vary', '--each', '--seeds', '--jobs', '--csv', '--logs'}
 
 
 def blocks(page: Path, language: str, runnable: bool) -> list[str]:

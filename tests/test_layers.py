@@ -14,7 +14,8 @@ LAYERS = [
     'mixing', 'cifar_resnet', 'models', 'folded', 'losses', 'tasks', 'methods', 'optim',
     'evaluation', 'priors', 'engine', 'checkpoint', 'state', 'preemption', 'card', 'export', 'trained', 'results',
     'stage2.features', 'stage2.classifiers', 'stage2.select', 'stage2.tables', 'stage2.finetune',
-    'pictures', 'plots', 'page', 'report', 'trackers', 'hub', 'launch', 'build', 'sweep',
+    'pictures', 'plots', 'page', 'report', 'trackers', 'hub', 'launch', 'build', 'runs', 'parallel', 'sweep',
+    'paper', 'groups', 'sweep_plots', 'tables',
     'benchmark.plain', 'benchmark.measure', 'benchmark.agreement',
 ]
 

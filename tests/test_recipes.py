@@ -17,15 +17,19 @@ from glmc.parsing import parse_args
 HPARAMS = Path(__file__).parents[1] / 'hparams'
 RECIPES = sorted(path.stem for path in HPARAMS.glob('*.yaml'))
 
-R32X4, R50, X50, SWIN = 'resnet32x4_cifar', 'resnet50', 'resnext50_32x4d', 'swin_small_patch4_window7_224'
+R32X4, R32 = 'resnet32x4_cifar', 'resnet32_cifar'
+R50, X50, SWIN = 'resnet50', 'resnext50_32x4d', 'swin_small_patch4_window7_224'
 
-# The published rows; the balanced ones and Swin-S carry over what was not published, as their headers say.
+# The published rows; the balanced ones, Swin-S and the narrow net carry over what was not published, as their headers say.
 COLUMNS = ('model', 'all_epochs', 'batch_size', 'lr', 'weight_decay', 'resample_power', 'reweight_power',
            'consistency_weight', 'projection_dim', 'imbalance_factor')
 TABLE = {
     'cifar100_lt_if100': (R32X4, 200, 64, 0.01, 5e-3, 0.0, 1.2, 4, 128, 100),
     'cifar100_lt_if50': (R32X4, 200, 64, 0.01, 5e-3, 0.2, 1.2, 6, 128, 50),
     'cifar100_lt_if10': (R32X4, 200, 64, 0.01, 5e-3, 0.2, 1.2, 4, 128, 10),
+    'cifar100_lt_if100_resnet32': (R32, 200, 64, 0.01, 5e-4, 0.0, 1.2, 4, 128, 100),
+    'cifar100_lt_if50_resnet32': (R32, 200, 64, 0.01, 5e-4, 0.2, 1.2, 6, 128, 50),
+    'cifar100_lt_if10_resnet32': (R32, 200, 64, 0.01, 5e-4, 0.2, 1.2, 4, 128, 10),
     'cifar10_lt_if100': (R32X4, 200, 64, 0.01, 5e-3, 0.0, 1.2, 1, 128, 100),
     'cifar10_lt_if50': (R32X4, 200, 64, 0.01, 5e-3, 0.0, 1.2, 1, 128, 50),
     'cifar10_lt_if10': (R32X4, 200, 64, 0.01, 5e-3, 0.2, 1.0, 2, 128, 10),
@@ -40,13 +44,14 @@ TABLE = {
 
 PUBLISHED = {
     'cifar100_lt_if100': ('55.88', '57.97'), 'cifar100_lt_if50': ('61.08', '63.78'), 'cifar100_lt_if10': ('70.74', '73.40'),
+    'cifar100_lt_if100_resnet32': ('54.2',), 'cifar100_lt_if50_resnet32': ('57.1',), 'cifar100_lt_if10_resnet32': ('65.5',),
     'cifar10_lt_if100': ('87.75', '88.50'), 'cifar10_lt_if50': ('90.18', '91.04'), 'cifar10_lt_if10': ('94.04', '94.87'),
     'imagenet_lt_resnet50': ('56.3',), 'imagenet_lt_resnext50': ('56.3', '70.1', '52.4', '30.4'),
     'imagenet_lt_swin_small': ('56.3',), 'inat18_resnext50': ('72.21',), 'cifar10_balanced_resnet50': ('97.23',),
     'cifar100_balanced_resnet50': ('83.05',), 'imagenet_balanced_resnet50': ('80.2',),
 }
 
-MILLIONS = {R32X4: 7.4, R50: 25.6, X50: 25.0, SWIN: 49.6}  # with 1,000 classes; R32x4 with 100
+MILLIONS = {R32X4: 7.4, R32: 0.47, R50: 25.6, X50: 25.0, SWIN: 49.6}  # with 1,000 classes; R32 and R32x4 with 100
 
 
 def read(name):
@@ -124,7 +129,7 @@ def test_recipe_builds_its_model(name):
                                    **args.model_kwargs)
         features = backbone.eval().forward_features(torch.zeros(2, 3, args.img_size, args.img_size))
         assert backbone.forward_head(features).shape == (2, num_classes)
-    reference = MILLIONS[args.model] * 1e6 - (100 if args.model == R32X4 else 1000) * (backbone.head_hidden_size + 1)
+    reference = MILLIONS[args.model] * 1e6 - (100 if args.model in (R32X4, R32) else 1000) * (backbone.head_hidden_size + 1)
     parameters = sum(p.numel() for p in backbone.parameters()) - num_classes * (backbone.head_hidden_size + 1)
     assert parameters == pytest.approx(reference, abs=0.06e6)
     if args.model_kwargs:

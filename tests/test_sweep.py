@@ -1,18 +1,15 @@
 """Sweeps: runs side by side, resumed run by run, failures told, one table and one CSV."""
 import csv
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
-import time
 
 import pytest
-from conftest import ROOT, TINY, Outcome
+from conftest import TINY, Outcome
 
 from glmc.parsing import InputError, run_script
-from glmc.sweep import Experiment, as_flags, check, main, mean_std, parse_sweep, plan, table, write_csv
+from glmc.runs import Experiment
+from glmc.sweep import as_flags, check, main, mean_std, parse_sweep, plan, table
 
 
 @pytest.fixture
@@ -26,9 +23,7 @@ def sweep(monkeypatch, capfd):
         except SystemExit as stop:
             code = stop.code
         return Outcome(code, *capfd.readouterr())
-    handler = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 def planned(output, *options) -> list[Experiment]:
@@ -75,24 +70,6 @@ def test_other_options_do_not_pass_for_a_finished_run(tmp_path):
     check(experiment)  # the demonstration sets its own size; workers change no result
 
 
-def test_interrupt_stops_the_runs(tmp_path):
-    command = [sys.executable, '-m', 'glmc.sweep', '--output', str(tmp_path), '--seeds', '0', '1', '--jobs', '2', '--',
-               *TINY, '--epochs', '1000']
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's `&` ignores it
-    children = []
-    deadline = time.monotonic() + 60
-    while len(children) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
-        with open(f'/proc/{process.pid}/task/{process.pid}/children') as file:
-            children = file.read().split()
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 and 'the same command goes on' in out and '2 of 2 runs have no result' in out
-    assert not any(os.path.exists(f'/proc/{child}') for child in children)
-
-
 def test_recipes_cross_options_cross_seeds(tmp_path):
     experiments = planned(tmp_path, '--recipes', 'a/one.yaml', 'two.yaml', '--vary', 'method=ce,glmc', '--vary',
                           'shot_thresholds=5 50', '--seeds', '3', '4', '--', '--lr', '0.1')
@@ -100,9 +77,16 @@ def test_recipes_cross_options_cross_seeds(tmp_path):
         'one-method=ce-shot-thresholds=5_50-seed3', 'one-method=ce-shot-thresholds=5_50-seed4',
         'one-method=glmc-shot-thresholds=5_50-seed3']
     assert len({e.folder for e in experiments}) == 8
-    assert experiments[-1].options == (
+    assert experiments[-1].argv == [
         '--config', 'two.yaml', '--lr', '0.1', '--method', 'glmc', '--shot-thresholds', '5', '50', '--seed', '4',
-        '--output', str(tmp_path), '--experiment', experiments[-1].folder.name, '--resume', 'auto')
+        '--output', str(tmp_path), '--experiment', experiments[-1].folder.name, '--resume', 'auto']
+
+
+def test_each_is_varied_alone(tmp_path):
+    experiments = planned(tmp_path, '--vary', 'method=ce,glmc', '--each', 'joint_forward=true', 'lr=0.1,0.2')
+    assert [e.name.removeprefix('method=') for e in experiments] == [
+        'ce-joint-forward=true', 'ce-lr=0.1', 'ce-lr=0.2', 'glmc-joint-forward=true', 'glmc-lr=0.1', 'glmc-lr=0.2']
+    assert experiments[0].options == ('--method', 'ce', '--joint-forward')
 
 
 @pytest.mark.parametrize('option, value, flags', [
@@ -114,6 +98,7 @@ def test_switches_are_varied_by_true_and_false(option, value, flags):
 
 @pytest.mark.parametrize('options, match', [
     (['--vary', 'lr'], '--vary lr: expected OPTION=VALUE,VALUE'),
+    (['--each', 'lr'], '--each lr: expected OPTION=VALUE,VALUE'),
     (['--vary', 'lr=1,,2'], 'expected OPTION=VALUE,VALUE'),
     (['--vary', 'joint-forward=yes'], 'a switch, expected true or false'),
     (['--recipes', 'a/x.yaml', 'b/x.yaml'], 'two runs would share this folder'),
@@ -136,16 +121,17 @@ def test_mean_and_standard_deviation():
     assert mean_std([1.0, 2.0, 4.0]) == '2.33 ± 1.53' and mean_std([5.0]) == '5.00' and mean_std([None, 1.0]) == '–'
 
 
-def test_table_and_csv_of_made_up_results(tmp_path):
+def test_table_of_made_up_results(tmp_path):
     def result(name, seed, top1):
         metrics = dict(method='ce', top1=top1, many=1.0, medium=None, few=0.5, class_mean=2.0)
-        return Experiment(name, seed, (), tmp_path), metrics
-    results = [result('a', 0, 10.0), result('a', 1, 20.0), result('b', 0, 7.0)]
-    head, a, b = table(results).splitlines()
+        return Experiment(name, seed, None, (), tmp_path), metrics
+    head, a, b = table([result('a', 0, 10.0), result('a', 1, 20.0), result('b', 0, 7.0)]).splitlines()
     assert head.split() == ['run', 'method', 'seeds', 'top-1', 'many', 'medium', 'few', 'class', 'mean']
     assert a.split('  ')[0] == 'a' and '15.00 ± 7.07' in a and '–' in a and b.split()[2:4] == ['1', '7.00']
-    write_csv(tmp_path / 'sub' / 'x.csv', results[:2])
-    write_csv(tmp_path / 'sub' / 'x.csv', [result('a', 1, 30.0), results[2]])
-    with open(tmp_path / 'sub' / 'x.csv', newline='', encoding='utf-8') as file:
-        rows = [(row['run'], row['seed'], row['top1']) for row in csv.DictReader(file)]
-    assert rows == [('a', '0', '10.0'), ('a', '1', '30.0'), ('b', '0', '7.0')]
+
+
+def test_a_table_in_the_way_is_told_before_any_run(tmp_path, sweep):
+    (tmp_path / 'kills.csv').write_text('configuration,kills\na,1\n')
+    outcome = sweep(tmp_path / 'runs', '--csv', tmp_path / 'kills.csv')
+    assert outcome.code == 2 and 'kills.csv: expected a table of runs, with columns run and seed' in outcome.err
+    assert not (tmp_path / 'runs').exists() and (tmp_path / 'kills.csv').read_text() == 'configuration,kills\na,1\n'

@@ -1,7 +1,6 @@
 """Timing of training and input in turns, in one process."""
 import itertools
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from glmc.data.datasets import ImageSet
 from glmc.data.loaders import image_mode
 from glmc.data.resident import ResidentTrainLoader
 from glmc.engine import step_generator
+from glmc.launch import device_name
 from glmc.parsing import InputError
 from glmc.results import provenance
 
@@ -223,16 +223,6 @@ class ShortLoader:
 
 def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as file:
-            return next(line.split(':')[1].strip() for line in file if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def bound(rows: dict) -> str | None:
