@@ -210,7 +210,7 @@ def _method(parser: Parser) -> None:
         'default of ce_resample and cmo: 1, of bbn: 2')
     add('--partner', choices=('sampler', 'batch'), default='sampler',
         help='draw the second image from all (as the paper) or inside the batch (half the decoding)')
-    add('--mix-beta', type=positive, default=1.0, metavar='BETA', help='β of λ ~ Beta(β, β)')
+    add('--mix-beta', type=positive, default=1.0, metavar='BETA', help='β of λ ~ Beta(β, β); default of the glmc rows: 0.2')
     add('--mixup-prob', type=fraction, default=1.0, metavar='P',
         help='probability that a batch is mixed; default of cmo: 0.5')
     add('--cutmix-lambda', choices=('nominal', 'area'), default='nominal',
@@ -221,7 +221,7 @@ def _method(parser: Parser) -> None:
         help='α = 1 - (T/T_max)^P; 2 in the paper, the larger, the longer the conventional classifier leads')
     add('--alpha-scope', choices=('losses', 'encoder'), default='losses',
         help='what α moves from the conventional to the rebalanced classifier: the weight of their losses, as the paper, or '
-        'only of what reaches the encoder, so that both learn in full all along')
+        'only of what reaches the encoder, so that both learn in full all along; default of glmc: encoder')
     add('--projection-dim', type=positive_int, default=256, metavar='D', help='width d of projection and prediction')
     add('--joint-forward', action='store_true', help='encode both views as one batch; BatchNorm sees them together')
     add('--balanced', action='store_true', help='balanced data: no rebalanced classifier, L = L_c + γ·L_sim')

@@ -42,7 +42,7 @@ class Method:
         module: Backbone -> what is trained.
         mixer: Views and labels -> input and target of the task.
         task_options, module_options, mixer_options: Names of the options each takes.
-        defaults: Published values of options that are not those of other methods.
+        defaults: Values of options that are not those of other methods; published, but for GLMC's own.
         paired: Whether an image comes with a partner.
         num_views: Views of each image.
         rebalanced: Whether the classifier is fitted to a uniform class prior instead of the training set's.
@@ -69,6 +69,9 @@ SoftLabels = partial(PlainTask, criterion_kwargs=dict(soft_targets=True))
 DEFERRED = ('effective_beta', 'drw_start')
 PARTNER = ('partner', 'resample_power')
 MIXTURE = ('mix_beta', 'cutmix_lambda', *PARTNER)
+CUMULATIVE = ('reweight_power', 'alpha_power', 'alpha_scope')
+# Ours, for runs of 15 to 60 epochs (results/README.md); the recipes of hparams/ have the published values.
+SHORT_RUN = dict(mix_beta=0.2, alpha_scope='encoder')
 
 METHODS = {
     'ce': Method(
@@ -119,21 +122,23 @@ METHODS = {
     'glmc': Method(
         summary='global and local mixture consistency cumulative learning (arXiv 2305.08661)',
         task=GLMCTask, module=GLMCModule, mixer=GLMCMixer, paired=True, num_views=2, rebalanced=True,
-        task_options=('reweight_power', 'consistency_weight', 'alpha_power', 'alpha_scope'),
-        module_options=('projection_dim', 'balanced', 'joint_forward'), mixer_options=MIXTURE),
+        task_options=('consistency_weight', *CUMULATIVE), module_options=('projection_dim', 'balanced', 'joint_forward'),
+        mixer_options=MIXTURE, defaults=SHORT_RUN),
     'glmc_no_consistency': Method(
         summary='GLMC without the consistency loss',
         task=partial(GLMCTask, consistency_weight=0.0), module=partial(GLMCModule, projection_dim=1), mixer=GLMCMixer,
-        paired=True, num_views=2, rebalanced=True, task_options=('reweight_power', 'alpha_power', 'alpha_scope'),
-        module_options=('joint_forward',), mixer_options=MIXTURE),
+        paired=True, num_views=2, rebalanced=True, task_options=CUMULATIVE,
+        module_options=('joint_forward',), mixer_options=MIXTURE, defaults=SHORT_RUN),
     'glmc_no_rebalance': Method(
         summary='GLMC without the rebalanced classifier: mixture consistency alone',
         task=GLMCTask, module=partial(GLMCModule, balanced=True), mixer=GLMCMixer, paired=True, num_views=2,
-        task_options=('consistency_weight',), module_options=('projection_dim', 'joint_forward'), mixer_options=MIXTURE),
+        task_options=('consistency_weight',), module_options=('projection_dim', 'joint_forward'), mixer_options=MIXTURE,
+        defaults=dict(mix_beta=0.2)),
     'glmc_balanced': Method(
         summary='GLMC for balanced data, the same as glmc_no_rebalance and as glmc --balanced',
         task=GLMCTask, module=partial(GLMCModule, balanced=True), mixer=GLMCMixer, paired=True, num_views=2,
-        task_options=('consistency_weight',), module_options=('projection_dim', 'joint_forward'), mixer_options=MIXTURE),
+        task_options=('consistency_weight',), module_options=('projection_dim', 'joint_forward'), mixer_options=MIXTURE,
+        defaults=dict(mix_beta=0.2)),
 }
 
 
