@@ -3,10 +3,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glmc.models import linear_classifier
+from glmc.models import GLMCModule, linear_classifier, scale_gradient
 
 
-class FoldedModule(nn.Module):
+class Folding:
+    """A module whose classifier folds into that of its `backbone`."""
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(C, D) weight and (C,) bias of the linear classifier."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Set the backbone's own classifier."""
+        set_classifier(self.backbone, *self.folded())
+
+
+class FoldedModule(Folding, nn.Module):
     """A backbone trained with a classifier of another form, which folds into the backbone's own linear one.
 
     The backbone's classifier is not trained, only set by `fold`; so the backbone alone is what is evaluated and exported.
@@ -27,15 +40,6 @@ class FoldedModule(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Pooled features r (B, D)."""
         return self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
-
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """(C, D) weight and (C,) bias of the linear classifier."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Set the backbone's own classifier."""
-        set_classifier(self.backbone, *self.folded())
 
 
 class CosineClassifier(nn.Module):
@@ -70,12 +74,39 @@ class CosineModule(FoldedModule):
     def forward(self, images: Tensor) -> Tensor:
         features = self.encode(images)
         if self.training:
-            with torch.no_grad():
-                self.feature_norm.lerp_(features.float().norm(dim=1).mean(), 0.1)
+            follow_norm(self.feature_norm, features)
         return self.classifier(features)
 
     def folded(self) -> tuple[Tensor, Tensor]:
         return fold_cosine(self.classifier.weight, self.classifier.scale, self.feature_norm)
+
+
+class CosineGLMCModule(Folding, GLMCModule):
+    """GLMC with cosine classifiers, of which the rebalanced one folds into the backbone's as that of `CosineModule` does.
+
+    Args:
+        backbone: As of `FoldedModule`.
+        cosine_scale: s of both.
+        projection_dim, joint_forward: As of `GLMCModule`.
+    """
+
+    def __init__(self, backbone: nn.Module, cosine_scale: float = 30.0, projection_dim: int = 256,
+                 joint_forward: bool = False):
+        super().__init__(backbone, projection_dim, joint_forward=joint_forward)
+        linear_classifier(backbone).requires_grad_(False)
+        width, num_classes = backbone.head_hidden_size, backbone.num_classes
+        self.classifier = CosineClassifier(width, num_classes, cosine_scale)
+        self.rebalancer = CosineClassifier(width, num_classes, cosine_scale)
+        self.register_buffer('feature_norm', torch.ones(()))
+        self.fold()
+
+    def rebalanced_logits(self, features: Tensor, pre_logits: Tensor, factor: Tensor | None) -> Tensor:
+        if self.training:
+            follow_norm(self.feature_norm, pre_logits)
+        return self.rebalancer(scale_gradient(pre_logits, factor))
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        return fold_cosine(self.rebalancer.weight, self.rebalancer.scale, self.feature_norm)
 
 
 class BilateralModule(FoldedModule):
@@ -101,6 +132,12 @@ class BilateralModule(FoldedModule):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         return self.classifier.weight + self.rebalancer.weight, self.classifier.bias
+
+
+@torch.no_grad()
+def follow_norm(norm: Tensor, features: Tensor) -> None:
+    """Move a scalar a tenth of the way to the mean norm of (B, D) features, in place."""
+    norm.lerp_(features.float().norm(dim=1).mean(), 0.1)
 
 
 def fold_cosine(weight: Tensor, scale: float, feature_norm: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,11 @@ import numpy as np
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from glmc.folded import BilateralModule, CosineModule
+from glmc.folded import BilateralModule, CosineGLMCModule, CosineModule
 from glmc.losses import ClassBalancedFocalLoss, DeferredReweighting, FocalLoss, LDAMLoss, LogitAdjustedLoss
 from glmc.mixing import CMOMixer, FlippedCutmix, FlippedMixup, GLMCMixer, PairMixer, PartnerOnly
 from glmc.models import GLMCModule
-from glmc.tasks import BilateralTask, CosineTask, GLMCTask, PlainTask, WeightBalancingTask
+from glmc.tasks import BilateralTask, CosineGLMCTask, CosineTask, GLMCTask, PlainTask, WeightBalancingTask
 
 
 class NoMixer:
@@ -123,6 +123,11 @@ METHODS = {
         summary='global and local mixture consistency cumulative learning (arXiv 2305.08661)',
         task=GLMCTask, module=GLMCModule, mixer=GLMCMixer, paired=True, num_views=2, rebalanced=True,
         task_options=('consistency_weight', *CUMULATIVE), module_options=('projection_dim', 'balanced', 'joint_forward'),
+        mixer_options=MIXTURE, defaults=SHORT_RUN),
+    'glmc_cosine': Method(
+        summary='GLMC with cosine classifiers',
+        task=CosineGLMCTask, module=CosineGLMCModule, mixer=GLMCMixer, paired=True, num_views=2, rebalanced=True,
+        task_options=('consistency_weight', *CUMULATIVE), module_options=('cosine_scale', 'projection_dim', 'joint_forward'),
         mixer_options=MIXTURE, defaults=SHORT_RUN),
     'glmc_no_consistency': Method(
         summary='GLMC without the consistency loss',

@@ -67,12 +67,14 @@ class GLMCModule(nn.Module):
         pre_logits = self.backbone.forward_head(features, pre_logits=True)  # (B, D)
         projection = self.projector(pre_logits)  # (B, d)
         logits = None if self.classifier is None else self.classifier(scale_gradient(pre_logits, alpha))
-        rest = None if alpha is None else 1 - alpha
-        if self.single_pass:
-            rebalanced_logits = self.backbone.get_classifier()(scale_gradient(pre_logits, rest))
-        else:
-            rebalanced_logits = self.backbone.forward_head(scale_gradient(features, rest))
+        rebalanced_logits = self.rebalanced_logits(features, pre_logits, None if alpha is None else 1 - alpha)
         return ViewOutput(logits, rebalanced_logits, projection, self.predictor(projection))
+
+    def rebalanced_logits(self, features: Tensor | Sequence[Tensor], pre_logits: Tensor, factor: Tensor | None) -> Tensor:
+        """(B, C) of the backbone's own classifier, whose gradient to the features is multiplied by `factor`."""
+        if self.single_pass:
+            return self.backbone.get_classifier()(scale_gradient(pre_logits, factor))
+        return self.backbone.forward_head(scale_gradient(features, factor))
 
 
 def scale_gradient(features: Tensor | Sequence[Tensor], factor: Tensor | None) -> Tensor | Sequence[Tensor]:

@@ -191,6 +191,13 @@ class FoldedTask(HeadsTask):
             unwrap_model(self.get_trainable_module(ema=True)).fold()
 
 
+class CosineGLMCTask(FoldedTask, GLMCTask):
+    """GLMC on a `CosineGLMCModule`; arguments as of `GLMCTask`."""
+
+    def conventional_classifier(self, ema: bool = False) -> None:
+        """None: it is not linear."""
+
+
 class CosineTask(FoldedTask):
     """One view, a cosine classifier, and a loss on its logits.
 

@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from glmc.folded import BilateralModule, CosineModule, cap_norms, norm_radius
+from glmc.folded import BilateralModule, CosineGLMCModule, CosineModule, cap_norms, norm_radius
 from glmc.models import create_backbone
 
 
@@ -36,6 +37,24 @@ def test_folded_cosine_ranks_alike_and_equals_it_at_the_mean_norm():
 
 
 @torch.no_grad()
+def test_both_cosine_classifiers_of_glmc_and_what_the_rebalanced_one_folds_into():
+    torch.manual_seed(0)
+    module = CosineGLMCModule(create_backbone('resnet32_cifar', 5, channels=(4, 6, 8), depth=1), 7.0, projection_dim=6)
+    images = torch.randn(16, 3, 16, 16)
+    for _ in range(100):
+        module(images, images)
+    module.eval().fold()
+    output, features = module.forward_view(images), module.backbone.forward_head(
+        module.backbone.forward_features(images), pre_logits=True)
+    for logits, head in ((output.logits, module.classifier), (output.rebalanced_logits, module.rebalancer)):
+        torch.testing.assert_close(logits, 7 * F.cosine_similarity(features[:, None], head.weight[None], dim=2))
+    linear = module.backbone(images)
+    assert torch.equal(output.rebalanced_logits.argsort(1), linear.argsort(1))
+    norms = features.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(linear, output.rebalanced_logits * norms / module.feature_norm, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_folded_branches_are_the_half_and_half_of_the_paper():
     torch.manual_seed(0)
     module = BilateralModule(create_backbone('resnet32_cifar', 5, channels=(4, 6, 8), depth=1)).eval()
@@ -47,12 +66,16 @@ def test_folded_branches_are_the_half_and_half_of_the_paper():
     torch.testing.assert_close(module((images, others), torch.tensor(0.3)), expected)
 
 
-@pytest.mark.parametrize('module', [CosineModule, BilateralModule])
+@pytest.mark.parametrize('module', [CosineModule, CosineGLMCModule, BilateralModule])
 def test_only_the_backbones_own_classifier_rests(module):
     module = module(create_backbone('test_vit', 5, img_size=32))
     images = torch.randn(2, 3, 32, 32)
-    output = module(images) if isinstance(module, CosineModule) else module((images, images), torch.tensor(0.4))
-    output.square().sum().backward()
+    if isinstance(module, CosineGLMCModule):
+        sum(value.square().sum() for output in module(images, images) for value in output).backward()
+    elif isinstance(module, CosineModule):
+        module(images).square().sum().backward()
+    else:
+        module((images, images), torch.tensor(0.4)).square().sum().backward()
     resting = {name for name, p in module.named_parameters() if p.grad is None}
     assert resting == {'backbone.head.weight', 'backbone.head.bias'}
 

@@ -32,6 +32,7 @@ GOLDEN = {  # loss of the second of two steps, with the options' defaults
     'bbn': 1.200810,
     'cmo': 1.645652,
     'glmc': 3.529987,
+    'glmc_cosine': 84.317390,
     'glmc_no_consistency': 4.737161,
     'glmc_no_rebalance': 1.694715,
     'glmc_balanced': 1.694715,
@@ -192,7 +193,7 @@ def test_a_row_trains_resumes_and_exports_a_plain_model(name, script, folders, t
     assert config['prior'] == ('uniform' if METHODS[name].rebalanced else 'train')
 
 
-@pytest.mark.parametrize('name', ['ce', 'ldam_drw', 'bbn', 'weight_balancing'])
+@pytest.mark.parametrize('name', ['ce', 'ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine'])
 def test_the_best_average_is_what_is_exported_and_reported(name, script, folders, tmp_path):
     outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run', '--report',
                      '--holdout', '1', '--model-ema', '--model-ema-decay', '0.5')
@@ -214,7 +215,7 @@ def test_a_row_runs_in_two_processes(name, folders, tmp_path):
     assert metrics['processes'] == 2 and metrics['num_images'] == 13
 
 
-@pytest.mark.parametrize('name', ['ldam_drw', 'bbn', 'weight_balancing'])
+@pytest.mark.parametrize('name', ['ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine'])
 def test_a_row_that_needs_a_linear_classifier_says_so(name, script, folders, tmp_path):
     outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--model', 'levit_128s',
                      '--img-size', '64')

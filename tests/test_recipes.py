@@ -15,7 +15,8 @@ from glmc.models import create_backbone
 from glmc.parsing import parse_args
 
 HPARAMS = Path(__file__).parents[1] / 'hparams'
-RECIPES = sorted(path.stem for path in HPARAMS.glob('*.yaml'))
+CUSTOM = 'custom'  # ours, for data of one's own
+RECIPES = sorted(path.stem for path in HPARAMS.glob('*.yaml') if path.stem != CUSTOM)
 
 R32X4, R32 = 'resnet32x4_cifar', 'resnet32_cifar'
 R50, X50, SWIN = 'resnet50', 'resnext50_32x4d', 'swin_small_patch4_window7_224'
@@ -93,6 +94,7 @@ def test_recipe_holds_the_values_of_the_table(name):
     assert args.method == 'glmc' and not ignored_options('glmc', given)
     assert args.balanced == ('balanced' in name)
     assert (args.mix_beta, args.cutmix_lambda, args.partner) == (1.0, 'nominal', 'sampler')
+    assert args.balanced or (args.alpha_power, args.alpha_scope) == (2.0, 'losses')
     assert (args.sched, args.min_lr, args.amp, args.pretrained) == ('cosine', 0.0, False, False)
     if 'swin' not in name:
         assert (args.opt, args.momentum, args.filter_bias_and_bn) == ('momentum', 0.9, False)  # timm's sgd is Nesterov's
@@ -160,6 +162,15 @@ def test_commands_of_the_header_parse(name, monkeypatch):
         words = header(name)[key].split(' (')[0].split()
         args, _ = parse_args(train_parser(METHODS), words[words.index('train_glmc.py') + 1:])
         assert args.data_dir or args.dataset.startswith('hfds/')
+
+
+def test_custom_spells_the_defaults_out():
+    """So that whoever trains without the file trains the same."""
+    args, given = read(CUSTOM)
+    defaults, _ = parse_args(train_parser(METHODS), [])
+    assert {**vars(args), 'config': None} == vars(defaults)
+    assert METHODS['glmc'].options - given == {'balanced', 'cutmix_lambda', 'joint_forward', 'partner'}
+    assert {'command', 'batch', 'chosen', 'published', 'change'} == set(header(CUSTOM))
 
 
 @pytest.mark.parametrize('name', RECIPES)
