@@ -2,6 +2,7 @@
 import argparse
 import logging
 from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from glmc.methods import METHODS, ignored_options
 from glmc.models import create_backbone
 from glmc.optim import create_optimizer, scaled_learning_rate
 from glmc.parsing import InputError, pick
+from glmc.sam import sam_batch
 
 _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
@@ -43,6 +45,7 @@ class Setup:
     def __init__(self, args: argparse.Namespace, given: set[str], accelerator: Accelerator):
         self.args, self.method, self.accelerator = args, METHODS[args.method], accelerator
         self._announce(given)
+        self._refuse()
         set_seed(args.seed)
         self._build_data()
         self._build_task()
@@ -60,6 +63,16 @@ class Setup:
                     setattr(args, name, value)
             _logger.info("No data given: this is a demonstration on scikit-learn's handwritten digits, made long-tailed. "
                          'Train on your own with --data-dir, --dataset or --train-list.')
+
+    def _refuse(self) -> None:
+        """Options that do not go together."""
+        args = self.args
+        if args.sam_rho and args.grad_accum_steps > 1:
+            raise InputError(f'--sam-rho {args.sam_rho:g}: an update is one batch, expected --grad-accum-steps 1, found '
+                             f'{args.grad_accum_steps}')
+        if args.sam_rho and self.accelerator.mixed_precision == 'fp16':
+            raise InputError(f'--sam-rho {args.sam_rho:g}: not with the loss scaling of float16, expected --amp-dtype '
+                             'bfloat16 or no mixed precision')
 
     def _build_data(self) -> None:
         args = self.args
@@ -172,7 +185,8 @@ class Setup:
         self.task.set_progress(epoch / self.num_epochs)
         return train_one_epoch(
             self.accelerator, self.train_step, self.train_loader, self.optimizer, self.scheduler, epoch=epoch,
-            accum_steps=args.grad_accum_steps, **where,
+            accum_steps=args.grad_accum_steps, run_batch=partial(sam_batch, rho=args.sam_rho) if args.sam_rho else None,
+            **where,
             **pick(args, ('seed', 'clip_grad', 'clip_mode', 'log_interval', 'max_skipped_steps')))
 
     def readable_data(self) -> TrainingData:

@@ -246,6 +246,8 @@ def _optimizer(parser: Parser) -> None:
     add('--opt-betas', type=fraction, nargs='+', metavar='BETA', help='optimizer betas')
     add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='more for the optimizer')
     add('--layer-decay', type=fraction, help='learning rate decay from the head down to the stem')
+    add('--sam-rho', type=non_negative, default=0.0, metavar='RHO',
+        help='ρ of sharpness-aware minimisation, usually 0.05; 0 is without; a step takes two passes')
     add('--clip-grad', type=positive, metavar='NORM', help='clip gradients')
     add('--clip-mode', choices=('norm', 'value', 'agc'), default='norm', help='how')
 

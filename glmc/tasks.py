@@ -23,6 +23,10 @@ class Scheduled:
     def after_step(self) -> None:
         """Called after each update of the weights."""
 
+    def ascent_loss(self, losses: dict[str, Tensor]) -> Tensor:
+        """What SAM climbs, of the losses of a batch: all of it."""
+        return losses['loss']
+
     def update_ema(self, step: int | None = None) -> None:
         """timm's call after each update."""
         self.after_step()
@@ -166,6 +170,10 @@ class GLMCTask(HeadsTask):
                           for o, p in zip(outputs, targets, strict=True))
         loss = self.alpha * loss_c + (1 - self.alpha) * loss_cb + self.consistency_weight * loss_sim
         return dict(loss=loss, loss_c=loss_c, loss_cb=loss_cb, loss_sim=loss_sim, output=global_out.rebalanced_logits)
+
+    def ascent_loss(self, losses: dict[str, Tensor]) -> Tensor:
+        """What SAM climbs: α·L_c + (1-α)·L_cb, the classification alone."""
+        return self.alpha * losses['loss_c'] + (1 - self.alpha) * losses['loss_cb']
 
 
 class FoldedTask(HeadsTask):

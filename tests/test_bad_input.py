@@ -58,6 +58,9 @@ OPTIONS = {  # command line -> what the line says
     '--report-to nonsense': '--report-to: expected names of tensorboard, wandb, trackio; found',
     '--checkpoint-interval 10s': '--checkpoint-interval: expected steps as 500 or minutes as 10m, found 10s',
     '--model hf-hub:nowhere/nothing': '--model hf-hub:nowhere/nothing: timm cannot create it with these options: ',
+    '--sam-rho -1': '--sam-rho: expected a number >= 0, found -1',
+    '--sam-rho 0.05 --grad-accum-steps 2': '--sam-rho 0.05: an update is one batch, expected --grad-accum-steps 1, found 2',
+    '--sam-rho 0.05 --amp': '--sam-rho 0.05: not with the loss scaling of float16, expected --amp-dtype bfloat16',
     '--resident on': '--resident on: needs an indexable source and --augmentation cifar',
 }
 
