@@ -213,6 +213,8 @@ def _method(parser: Parser) -> None:
     add('--mix-beta', type=positive, default=1.0, metavar='BETA', help='β of λ ~ Beta(β, β)')
     add('--mixup-prob', type=fraction, default=1.0, metavar='P',
         help='probability that a batch is mixed; default of cmo: 0.5')
+    add('--mix-lambda', choices=('shared', 'per_view'), default='shared',
+        help='one λ for the global and the local view (as the paper), or one drawn for each')
     add('--cutmix-lambda', choices=('nominal', 'area'), default='nominal',
         help='label weight of a patch: λ, or corrected for clipping at the border; default of cutmix and cmo: area')
     add('--reweight-power', type=finite, default=1.0, metavar='K', help='k: class weights ∝ n^-k')

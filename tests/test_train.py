@@ -103,6 +103,7 @@ def test_second_run_gets_its_own_folder(script, folders, tmp_path):
     '--clip-grad 1.0', '--clip-grad 0.01 --clip-mode agc', '--sched-on-updates --warmup-epochs 1 --epochs 2',
     '--model test_vit --layer-decay 0.7', '--layer-decay 0.7', '--drop 0.3', '--drop-path 0.1', '--grad-checkpointing',
     '--channels-last', '--partner batch --resample-power 1', '--balanced', '--cutmix-lambda area', '--mix-beta 0.5',
+    '--mix-lambda per_view --cutmix-lambda area', '--sam-rho 0.05',
     '--resample-power 0.2 --reweight-power 1.2', '--augmentation imagenet_lt', '--augmentation cifar', '--no-aug',
     '--augmentation cifar --resident off', '--aa rand-m9-mstd0.5', '--reprob 1.0 --remode pixel', '--in-chans 1',
     '--in-chans 1 --augmentation imagenet_lt', '--opt adamw --lr-base 0.001 --opt-betas 0.9 0.99', '--workers 2',
@@ -116,7 +117,8 @@ def test_options_train(options, train):
 
 
 @pytest.mark.parametrize('options', [
-    '--mix-beta 0.3', '--consistency-weight 5', '--resample-power 1', '--cutmix-lambda area', '--model-ema', '--drop 0.5',
+    '--mix-lambda per_view', '--mix-beta 0.3',
+    '--consistency-weight 5', '--resample-power 1', '--cutmix-lambda area', '--model-ema', '--drop 0.5',
     '--grad-accum-steps 2', '--clip-grad 0.001', '--weight-decay 0.5', '--augmentation imagenet_lt', '--hflip 0',
     '--reprob 1', '--partner batch', '--momentum 0.5', '--mean 0.1', '--projection-dim 8', '--balanced', '--method ce',
     '--train-interpolation nearest', '--reweight-power 3'])
