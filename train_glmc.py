@@ -101,7 +101,7 @@ class Run:
     def __init__(self, setup: Setup, folder: Path):
         self.setup, self.args = setup, setup.args
         self.accelerator, self.task = setup.accelerator, setup.task
-        self.state = TrainingState(setup.accelerator, setup.task, setup.optimizer, setup.args.model_ema)
+        self.state = TrainingState(setup.accelerator, setup.task, setup.optimizer, setup.task.has_ema())
         self.folder = folder
         self.position = Position(global_batch=setup.global_batch, accum_steps=self.args.grad_accum_steps)
         self.meter, self.restored_meter = None, None
@@ -217,7 +217,7 @@ class Run:
 
     @property
     def eval_model(self) -> torch.nn.Module:
-        return self.task.get_eval_model(ema=self.args.model_ema)
+        return self.task.get_eval_model(ema=self.task.has_ema())
 
     def evaluates(self, epoch: int) -> bool:
         return (epoch + 1) % self.args.val_interval == 0 or epoch + 1 == self.setup.num_epochs
@@ -359,7 +359,7 @@ class Run:
     def _load_best(self) -> None:
         state = load_checkpoint(self.folder / 'checkpoints' / BEST)
         self.predictions = None  # those at hand are of the last epoch
-        weights = state['ema']['state_dict_ema'] if self.args.model_ema else state['model']['state_dict']
+        weights = state['ema']['state_dict_ema'] if self.task.has_ema() else state['model']['state_dict']
         self.eval_model.load_state_dict(weights)
         self.metrics = state['metrics']
         _logger.info(f"Best on held-out images: epoch {self.metrics['epoch'] + 1}, class mean {state['best']:.2f}")

@@ -22,7 +22,7 @@ from glmc.engine import TrainStep, train_one_epoch
 from glmc.evaluation import LongTailEvaluator
 from glmc.methods import METHODS, ignored_options
 from glmc.models import create_backbone
-from glmc.optim import create_optimizer, scaled_learning_rate
+from glmc.optim import averaging_epoch, create_optimizer, equal_weights, scaled_learning_rate
 from glmc.parsing import InputError, pick
 from glmc.sam import sam_batch
 
@@ -73,6 +73,9 @@ class Setup:
         if args.sam_rho and self.accelerator.mixed_precision == 'fp16':
             raise InputError(f'--sam-rho {args.sam_rho:g}: not with the loss scaling of float16, expected --amp-dtype '
                              'bfloat16 or no mixed precision')
+        if args.swa_start is not None and args.model_ema:
+            raise InputError(f'--swa-start {args.swa_start:g}: one average of the weights at a time, expected no '
+                             '--model-ema')
 
     def _build_data(self) -> None:
         args = self.args
@@ -172,12 +175,15 @@ class Setup:
         self.updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
         self.scheduler, self.num_epochs = create_scheduler_v2(
             optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
+        self.swa_epoch = averaging_epoch(args.swa_start, self.num_epochs)
         train_step = TrainStep(self.task, self.mixer, self.train_loader.normalize)
         if args.torchcompile:
             train_step.compile(fullgraph=True, mode=None if args.torchcompile == 'default' else args.torchcompile)
         self.train_step, self.optimizer = self.accelerator.prepare(train_step, optimizer)
         if args.model_ema:
             self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        if self.swa_epoch is not None:
+            self.task.setup_ema(**equal_weights(self.swa_epoch * self.updates_per_epoch))
 
     def train_epoch(self, epoch: int, **where) -> dict:
         """`engine.train_one_epoch` with the options; `where` says what an interrupted epoch has done."""
@@ -208,6 +214,7 @@ class Setup:
         """What it takes to build and export the model again."""
         model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}
         training = pick(self.args, ('opt', 'filter_bias_and_bn', 'layer_decay', *self.method.module_options))
+        training['swa_first_epoch'] = self.swa_epoch  # what the mean holds is of that epoch on
         return {'model': model, 'training': training, 'export': dict(
             data_config=self.data_config, class_names=list(self.data.class_names),
             source=self._source())}

@@ -279,6 +279,9 @@ def _running(parser: Parser) -> None:
     add('--model-ema', action='store_true', help='keep, evaluate and export a moving average of the weights')
     add('--model-ema-decay', type=fraction, default=0.9998, help='its decay')
     add('--model-ema-warmup', action='store_true', help='a decay that grows to that')
+    add('--swa-start', type=fraction, metavar='PART',
+        help='keep, evaluate and export the plain mean of the weights after each update from this part of the epochs on '
+        '(SWA), e.g. 0.6')
     add('--sync-bn', action='store_true', help='BatchNorm over all processes (GPU)')
     add('--dist-bn', choices=('reduce', 'broadcast'), default='reduce',
         help='make BatchNorm statistics of all processes equal before evaluation: mean, or those of the first')
