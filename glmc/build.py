@@ -12,7 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
-from glmc.config import DEMONSTRATION
+from glmc.config import DEMONSTRATION, VIEWS
 from glmc.data.check import readable
 from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_loader
@@ -29,6 +29,8 @@ from glmc.sam import sam_batch
 _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
           'warmup_epochs', 'imbalance_factor')  # on the model card, with the method's own
+
+ERASING = ('remode', 'recount', 'rearea', 'reaspect')
 
 
 class Setup:
@@ -57,6 +59,10 @@ class Setup:
         args = self.args
         for name in sorted(ignored_options(args.method, given)):
             _logger.warning(f"--{name.replace('_', '-')} has no effect with --method {args.method}")
+        if args.aa and args.no_aug:
+            _logger.warning('--aa has no effect with --no-aug')
+        for name in sorted(given & set(ERASING)) if not args.reprob else ():
+            _logger.warning(f'--{name} has no effect without --reprob')
         if not (args.data_dir or args.dataset or args.train_list):
             for name, value in DEMONSTRATION.items():
                 if name not in given:
@@ -138,6 +144,7 @@ class Setup:
         self.augmentation = augmentation = dict(auto_augment=args.aa, interpolation=args.train_interpolation, **pick(args, (
             'augmentation', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter',
             'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')))
+        aug_views = self._aug_views()
         resident = is_resident(args.resident, self.data.train, augmentation, self.data_config['input_size'])
         create_train = create_resident_train_loader if resident else create_train_loader
         create_eval = create_resident_eval_loader if resident else create_eval_loader
@@ -146,8 +153,8 @@ class Setup:
             raise InputError(f'--dataset {args.dataset}: has no index to draw partners by, expected --partner batch')
         try:
             self.train_loader = create_train(
-                self.data.train, augmentation, num_views=self.method.num_views, seed=args.seed, bad=self.bad_images,
-                resample_power=args.resample_power if pairs else None, **common)
+                self.data.train, {**augmentation, 'aug_views': aug_views}, num_views=self.method.num_views, seed=args.seed,
+                bad=self.bad_images, resample_power=args.resample_power if pairs else None, **common)
         except InputError:
             raise
         except AssertionError as error:
@@ -155,12 +162,26 @@ class Setup:
         except ValueError as error:
             raise InputError(f'--batch-size {args.batch_size}, {accelerator.num_processes} processes: {error}') from error
         if args.reprob:
-            erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=accelerator.device)
-            self.train_loader = ErasingLoader(self.train_loader, erasing)
+            erasing = RandomErasing(args.reprob, *args.rearea, args.reaspect, mode=args.remode, max_count=args.recount,
+                                    device=accelerator.device)
+            chosen = slice(None) if aug_views == 'both' else slice(VIEWS.index(aug_views), None, len(VIEWS))
+            self.train_loader = ErasingLoader(self.train_loader, erasing, chosen)
         self.val_loader = self.data.validation and create_eval(self.data.validation, **common)
         self.epoch_loader = create_eval(self.data.holdout, **common) if self.data.holdout else self.val_loader
         self.evaluator = LongTailEvaluator(
             self.data.profile['class_counts'], args.shot_thresholds, device=accelerator.device)
+
+    def _aug_views(self) -> str:
+        """`--aug-views`, or `both` where it has no effect."""
+        args = self.args
+        if args.aug_views == 'both':
+            return 'both'
+        if not args.reprob and (args.no_aug or not args.aa):
+            _logger.warning('--aug-views has no effect without --aa or --reprob')
+        elif self.method.num_views != len(VIEWS):
+            _logger.warning(f'--aug-views has no effect with --method {args.method}')
+            return 'both'
+        return args.aug_views
 
     def _build_optimizer(self) -> None:
         args, processes = self.args, self.accelerator.num_processes

@@ -65,6 +65,10 @@ OPTIONS = {  # command line -> what the line says
     '--swa-start 0.6': '--swa-start 0.6: leaves none of 1 epochs, expected 0 or less',
     '--swa-start 0 --model-ema': '--swa-start 0: one average of the weights at a time, expected no --model-ema',
     '--resident on': '--resident on: needs an indexable source and --augmentation cifar',
+    '--resident on --augmentation cifar --aa v0': '--resident on: .* and no --aa',
+    '--augmentation cifar --aa nonsense': '--aa.*nonsense',
+    '--aug-views all': "--aug-views: invalid choice: '?all",
+    '--rearea 0.5 2': '--rearea: expected a number >= 0 and <= 1, found 2',
 }
 
 
