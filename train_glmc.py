@@ -102,7 +102,7 @@ class Run:
     def __init__(self, setup: Setup, folder: Path):
         self.setup, self.args = setup, setup.args
         self.accelerator, self.task = setup.accelerator, setup.task
-        self.state = TrainingState(setup.accelerator, setup.task, setup.optimizer, setup.args.model_ema)
+        self.state = TrainingState(setup.accelerator, setup.task, setup.optimizer, setup.task.has_ema())
         self.folder = folder
         self.position = Position(global_batch=setup.global_batch, accum_steps=self.args.grad_accum_steps)
         self.meter, self.restored_meter = None, None
@@ -218,11 +218,11 @@ class Run:
 
     @property
     def eval_model(self) -> torch.nn.Module:
-        return self.task.get_eval_model(ema=self.args.model_ema)
+        return self.task.get_eval_model(ema=self.task.has_ema())
 
     @property
     def conventional(self) -> torch.nn.Linear | None:
-        return self.task.conventional_classifier(ema=self.args.model_ema)
+        return self.task.conventional_classifier(ema=self.task.has_ema())
 
     def evaluates(self, epoch: int) -> bool:
         return (epoch + 1) % self.args.val_interval == 0 or epoch + 1 == self.setup.num_epochs
@@ -364,7 +364,7 @@ class Run:
     def _load_best(self) -> None:
         state = load_checkpoint(self.folder / 'checkpoints' / BEST)
         self.predictions = None  # those at hand are of the last epoch
-        self.task.load_checkpoint_state(*trained_weights(state, self.args.model_ema), ema=self.args.model_ema)
+        self.task.load_checkpoint_state(*trained_weights(state, self.task.has_ema()), ema=self.task.has_ema())
         self.metrics = state['metrics']
         _logger.info(f"Best on held-out images: epoch {self.metrics['epoch'] + 1}, class mean {state['best']:.2f}")
 

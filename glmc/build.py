@@ -2,6 +2,7 @@
 import argparse
 import logging
 from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
-from glmc.config import DEMONSTRATION
+from glmc.config import DEMONSTRATION, VIEWS
 from glmc.data.check import readable
 from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_loader
@@ -21,12 +22,15 @@ from glmc.engine import TrainStep, train_one_epoch
 from glmc.evaluation import LongTailEvaluator
 from glmc.methods import METHODS, ignored_options
 from glmc.models import create_backbone
-from glmc.optim import create_optimizer, scaled_learning_rate
+from glmc.optim import averaging_epoch, create_optimizer, equal_weights, scaled_learning_rate
 from glmc.parsing import InputError, pick
+from glmc.sam import sam_batch
 
 _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
           'warmup_epochs', 'imbalance_factor')  # on the model card, with the method's own
+
+ERASING = ('remode', 'recount', 'rearea', 'reaspect')
 
 
 class Setup:
@@ -43,6 +47,7 @@ class Setup:
     def __init__(self, args: argparse.Namespace, given: set[str], accelerator: Accelerator):
         self.args, self.method, self.accelerator = args, METHODS[args.method], accelerator
         self._announce(given)
+        self._refuse()
         set_seed(args.seed)
         self._build_data()
         self._build_task()
@@ -54,12 +59,29 @@ class Setup:
         args = self.args
         for name in sorted(ignored_options(args.method, given)):
             _logger.warning(f"--{name.replace('_', '-')} has no effect with --method {args.method}")
+        if args.aa and args.no_aug:
+            _logger.warning('--aa has no effect with --no-aug')
+        for name in sorted(given & set(ERASING)) if not args.reprob else ():
+            _logger.warning(f'--{name} has no effect without --reprob')
         if not (args.data_dir or args.dataset or args.train_list):
             for name, value in DEMONSTRATION.items():
                 if name not in given:
                     setattr(args, name, value)
             _logger.info("No data given: this is a demonstration on scikit-learn's handwritten digits, made long-tailed. "
                          'Train on your own with --data-dir, --dataset or --train-list.')
+
+    def _refuse(self) -> None:
+        """Options that do not go together."""
+        args = self.args
+        if args.sam_rho and args.grad_accum_steps > 1:
+            raise InputError(f'--sam-rho {args.sam_rho:g}: an update is one batch, expected --grad-accum-steps 1, found '
+                             f'{args.grad_accum_steps}')
+        if args.sam_rho and self.accelerator.mixed_precision == 'fp16':
+            raise InputError(f'--sam-rho {args.sam_rho:g}: not with the loss scaling of float16, expected --amp-dtype '
+                             'bfloat16 or no mixed precision')
+        if args.swa_start is not None and args.model_ema:
+            raise InputError(f'--swa-start {args.swa_start:g}: one average of the weights at a time, expected no '
+                             '--model-ema')
 
     def _build_data(self) -> None:
         args = self.args
@@ -122,6 +144,7 @@ class Setup:
         self.augmentation = augmentation = dict(auto_augment=args.aa, interpolation=args.train_interpolation, **pick(args, (
             'augmentation', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter',
             'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')))
+        aug_views = self._aug_views()
         resident = is_resident(args.resident, self.data.train, augmentation, self.data_config['input_size'])
         create_train = create_resident_train_loader if resident else create_train_loader
         create_eval = create_resident_eval_loader if resident else create_eval_loader
@@ -130,8 +153,8 @@ class Setup:
             raise InputError(f'--dataset {args.dataset}: has no index to draw partners by, expected --partner batch')
         try:
             self.train_loader = create_train(
-                self.data.train, augmentation, num_views=self.method.num_views, seed=args.seed, bad=self.bad_images,
-                resample_power=args.resample_power if pairs else None, **common)
+                self.data.train, {**augmentation, 'aug_views': aug_views}, num_views=self.method.num_views, seed=args.seed,
+                bad=self.bad_images, resample_power=args.resample_power if pairs else None, **common)
         except InputError:
             raise
         except AssertionError as error:
@@ -139,12 +162,26 @@ class Setup:
         except ValueError as error:
             raise InputError(f'--batch-size {args.batch_size}, {accelerator.num_processes} processes: {error}') from error
         if args.reprob:
-            erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=accelerator.device)
-            self.train_loader = ErasingLoader(self.train_loader, erasing)
+            erasing = RandomErasing(args.reprob, *args.rearea, args.reaspect, mode=args.remode, max_count=args.recount,
+                                    device=accelerator.device)
+            chosen = slice(None) if aug_views == 'both' else slice(VIEWS.index(aug_views), None, len(VIEWS))
+            self.train_loader = ErasingLoader(self.train_loader, erasing, chosen)
         self.val_loader = self.data.validation and create_eval(self.data.validation, **common)
         self.epoch_loader = create_eval(self.data.holdout, **common) if self.data.holdout else self.val_loader
         self.evaluator = LongTailEvaluator(
             self.data.profile['class_counts'], args.shot_thresholds, device=accelerator.device)
+
+    def _aug_views(self) -> str:
+        """`--aug-views`, or `both` where it has no effect."""
+        args = self.args
+        if args.aug_views == 'both':
+            return 'both'
+        if not args.reprob and (args.no_aug or not args.aa):
+            _logger.warning('--aug-views has no effect without --aa or --reprob')
+        elif self.method.num_views != len(VIEWS):
+            _logger.warning(f'--aug-views has no effect with --method {args.method}')
+            return 'both'
+        return args.aug_views
 
     def _build_optimizer(self) -> None:
         args, processes = self.args, self.accelerator.num_processes
@@ -159,12 +196,15 @@ class Setup:
         self.updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
         self.scheduler, self.num_epochs = create_scheduler_v2(
             optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
+        self.swa_epoch = averaging_epoch(args.swa_start, self.num_epochs)
         train_step = TrainStep(self.task, self.mixer, self.train_loader.normalize)
         if args.torchcompile:
             train_step.compile(fullgraph=True, mode=None if args.torchcompile == 'default' else args.torchcompile)
         self.train_step, self.optimizer = self.accelerator.prepare(train_step, optimizer)
         if args.model_ema:
             self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        if self.swa_epoch is not None:
+            self.task.setup_ema(**equal_weights(self.swa_epoch * self.updates_per_epoch))
 
     def train_epoch(self, epoch: int, **where) -> dict:
         """`engine.train_one_epoch` with the options; `where` says what an interrupted epoch has done."""
@@ -172,7 +212,8 @@ class Setup:
         self.task.set_progress(epoch / self.num_epochs)
         return train_one_epoch(
             self.accelerator, self.train_step, self.train_loader, self.optimizer, self.scheduler, epoch=epoch,
-            accum_steps=args.grad_accum_steps, **where,
+            accum_steps=args.grad_accum_steps, run_batch=partial(sam_batch, rho=args.sam_rho) if args.sam_rho else None,
+            **where,
             **pick(args, ('seed', 'clip_grad', 'clip_mode', 'log_interval', 'max_skipped_steps')))
 
     def readable_data(self) -> TrainingData:
@@ -190,6 +231,7 @@ class Setup:
         """What it takes to build and export the model again."""
         model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}
         training = pick(self.args, ('opt', 'filter_bias_and_bn', 'layer_decay', *self.method.module_options))
+        training['swa_first_epoch'] = self.swa_epoch  # what the mean holds is of that epoch on
         return {'model': model, 'training': training, 'export': dict(
             data_config=self.data_config, class_names=list(self.data.class_names),
             source=self._source())}

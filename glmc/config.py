@@ -12,6 +12,7 @@ positive = number(float, 0, open_low=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
 below_one = number(float, 0, 1 - 1e-9, open_low=True)
+part = number(float, 0, 1, open_low=True)
 finite = number(float, float('-inf'))
 
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
@@ -41,6 +42,8 @@ def repo_id(text: str) -> str:
     return text
 
 
+VIEWS = ('global', 'local')  # of each image, in their order in a batch
+
 # Without any data, the embedded digits are trained on; these stand in for what the user did not say.
 DEMONSTRATION = dict(epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
 
@@ -55,7 +58,7 @@ def train_parser(methods: dict) -> Parser:
         prog='train_glmc.py', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Train a timm model on long-tailed images with GLMC. Without data: a demonstration on digits.')
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
-    for add_group in (data_group, training_data_group, long_tail_group, _augmentation, _model, input_group, _method,
+    for add_group in (data_group, training_data_group, long_tail_group, _augmentation, _views, _model, input_group, _method,
                       _optimizer, _schedule, _running, _output, share_group, stage2_group):
         add_group(parser)
     methods_help = '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
@@ -172,6 +175,9 @@ def _augmentation(parser: Parser) -> None:
     add('--reprob', type=fraction, default=0.0, metavar='P', help='probability of random erasing')
     add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='what an erased box is filled with')
     add('--recount', type=positive_int, default=1, help='erased boxes')
+    add('--rearea', type=fraction, nargs=2, default=[0.02, 1 / 3], metavar=('MIN', 'MAX'),
+        help='their part of the image; 0.25 0.25 with --reaspect 1 --remode const is a Cutout of 16 in 32 pixels')
+    add('--reaspect', type=part, default=0.3, metavar='MIN', help='their aspect ratio, MIN to 1 / MIN')
 
 
 def _model(parser: Parser) -> None:
@@ -201,6 +207,12 @@ def input_group(parser: Parser) -> None:
         help='memory layout that convolutions like')
 
 
+def _views(parser: Parser) -> None:
+    group = parser.add_argument_group('views')
+    group.add_argument('--aug-views', choices=('both', *VIEWS), default='both',
+        help='which view of each image gets --aa and --reprob, of methods with a global and a local one')
+
+
 def _method(parser: Parser) -> None:
     group = parser.add_argument_group('method')
     add = group.add_argument
@@ -213,6 +225,8 @@ def _method(parser: Parser) -> None:
     add('--mix-beta', type=positive, default=1.0, metavar='BETA', help='β of λ ~ Beta(β, β); default of the glmc rows: 0.2')
     add('--mixup-prob', type=fraction, default=1.0, metavar='P',
         help='probability that a batch is mixed; default of cmo: 0.5')
+    add('--mix-lambda', choices=('shared', 'per_view'), default='shared',
+        help='one λ for the global and the local view (as the paper), or one drawn for each')
     add('--cutmix-lambda', choices=('nominal', 'area'), default='nominal',
         help='label weight of a patch: λ, or corrected for clipping at the border; default of cutmix and cmo: area')
     add('--reweight-power', type=finite, default=1.0, metavar='K', help='k: class weights ∝ n^-k')
@@ -251,6 +265,8 @@ def _optimizer(parser: Parser) -> None:
     add('--opt-betas', type=fraction, nargs='+', metavar='BETA', help='optimizer betas')
     add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='more for the optimizer')
     add('--layer-decay', type=fraction, help='learning rate decay from the head down to the stem')
+    add('--sam-rho', type=non_negative, default=0.0, metavar='RHO',
+        help='ρ of sharpness-aware minimisation, usually 0.05; 0 is without; a step takes two passes')
     add('--clip-grad', type=positive, metavar='NORM', help='clip gradients')
     add('--clip-mode', choices=('norm', 'value', 'agc'), default='norm', help='how')
 
@@ -280,6 +296,9 @@ def _running(parser: Parser) -> None:
     add('--model-ema', action='store_true', help='keep, evaluate and export a moving average of the weights')
     add('--model-ema-decay', type=fraction, default=0.9998, help='its decay')
     add('--model-ema-warmup', action='store_true', help='a decay that grows to that')
+    add('--swa-start', type=fraction, metavar='PART',
+        help='keep, evaluate and export the plain mean of the weights after each update from this part of the epochs on '
+        '(SWA), e.g. 0.6')
     add('--sync-bn', action='store_true', help='BatchNorm over all processes (GPU)')
     add('--dist-bn', choices=('reduce', 'broadcast'), default='reduce',
         help='make BatchNorm statistics of all processes equal before evaluation: mean, or those of the first')

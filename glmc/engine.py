@@ -51,7 +51,8 @@ def train_one_epoch(
         accelerator: Accelerator, train_step: nn.Module, loader, optimizer, scheduler, *, epoch: int, seed: int,
         accum_steps: int = 1, clip_grad: float | None = None, clip_mode: str = 'norm', log_interval: int = 50,
         max_skipped_steps: int = 10, start_step: int = 0, meter: 'Meter | None' = None,
-        after_update: Callable[[int], None] = lambda step: None) -> dict[str, float]:
+        after_update: Callable[[int], None] = lambda step: None,
+        run_batch: Callable[..., dict[str, Tensor]] | None = None) -> dict[str, float]:
     """Train on every image once, or on those that an interrupted epoch has left.
 
     An update with a loss or gradient that is not finite changes no weight. (In float16 a gradient that overflows is the
@@ -72,6 +73,7 @@ def train_one_epoch(
         start_step: Steps of this epoch that are done, a multiple of `accum_steps`.
         meter: What was counted in them; it counts on.
         after_update: Called with the steps done; what it raises ends the epoch there.
+        run_batch: In place of `train_batch`, such as `sam.sam_batch`.
 
     Returns:
         Mean of each loss over the epoch, `lr`, `images`, `skipped_steps`, and `images_per_second`, over all processes.
@@ -79,6 +81,7 @@ def train_one_epoch(
     Raises:
         NotFiniteError: If more updates than `max_skipped_steps` were skipped.
     """
+    run_batch = run_batch or train_batch
     alone = accelerator.unwrap_model(train_step)
     meter = meter or Meter(('loss', *alone.task.loss_names), accelerator.device)
     meter.watch(alone.task)
@@ -92,8 +95,8 @@ def train_one_epoch(
     for step, (views, labels) in enumerate(bar, start_step):
         group = min(accum_steps, num_steps - step // accum_steps * accum_steps)  # the last group may be shorter
         updates = (step + 1) % accum_steps == 0 or step + 1 == num_steps
-        losses = train_batch(accelerator, train_step, views, labels, step_generator(seed, epoch, step), sync=updates,
-                             divisor=group / loader.share(step))
+        losses = run_batch(accelerator, train_step, views, labels, step_generator(seed, epoch, step), sync=updates,
+                           divisor=group / loader.share(step))
         meter.update(losses, len(views))
         if updates:
             skipped = update(accelerator, alone.task, optimizer, clip_grad, clip_mode)
@@ -129,14 +132,27 @@ def train_batch(
     Returns:
         The task's losses, on the device.
     """
+    mixture = step_mixture(train_step, views, rng)
+    with nullcontext() if sync else accelerator.no_sync(train_step):
+        losses = train_step(views, labels, mixture)
+        backward(accelerator, losses['loss'] / divisor)
+    return losses
+
+
+def step_mixture(train_step: nn.Module, views: Tensor, rng: np.random.Generator):
+    """The random numbers of a step's mixture, on the device of the views; None where nothing is mixed."""
     mixer = getattr(train_step, 'module', train_step).mixer
     mixture = mixer.draw(len(views), views.shape[-2:], rng)
-    with nullcontext() if sync else accelerator.no_sync(train_step):
-        losses = train_step(views, labels, mixture if mixture is None else mixture.to(views.device))
-        loss = losses['loss'] / divisor
-        # A loss that is not finite spoils every gradient, so that after the exchange all processes see it in theirs.
-        accelerator.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
-    return losses
+    return mixture if mixture is None else mixture.to(views.device)
+
+
+def backward(accelerator: Accelerator, loss: Tensor, *others: Tensor) -> None:
+    """Backward pass. A loss that is not finite, or another scalar that is not, spoils every gradient, so that after the
+    exchange all processes see it in theirs."""
+    finite = loss.isfinite()
+    for other in others:
+        finite = finite & other.isfinite()
+    accelerator.backward(loss * torch.where(finite, 1.0, torch.nan))
 
 
 def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:

@@ -69,6 +69,7 @@ SoftLabels = partial(PlainTask, criterion_kwargs=dict(soft_targets=True))
 DEFERRED = ('effective_beta', 'drw_start')
 PARTNER = ('partner', 'resample_power')
 MIXTURE = ('mix_beta', 'cutmix_lambda', *PARTNER)
+TWO_VIEWS = (*MIXTURE, 'mix_lambda')
 CUMULATIVE = ('reweight_power', 'alpha_power', 'alpha_scope')
 # Ours, for runs of 15 to 60 epochs (results/README.md); the recipes of hparams/ have the published values.
 SHORT_RUN = dict(mix_beta=0.2, alpha_scope='encoder')
@@ -123,26 +124,26 @@ METHODS = {
         summary='global and local mixture consistency cumulative learning (arXiv 2305.08661)',
         task=GLMCTask, module=GLMCModule, mixer=GLMCMixer, paired=True, num_views=2, rebalanced=True,
         task_options=('consistency_weight', *CUMULATIVE), module_options=('projection_dim', 'balanced', 'joint_forward'),
-        mixer_options=MIXTURE, defaults=SHORT_RUN),
+        mixer_options=TWO_VIEWS, defaults=SHORT_RUN),
     'glmc_cosine': Method(
         summary='GLMC with cosine classifiers',
         task=CosineGLMCTask, module=CosineGLMCModule, mixer=GLMCMixer, paired=True, num_views=2, rebalanced=True,
         task_options=('consistency_weight', *CUMULATIVE), module_options=('cosine_scale', 'projection_dim', 'joint_forward'),
-        mixer_options=MIXTURE, defaults=SHORT_RUN),
+        mixer_options=TWO_VIEWS, defaults=SHORT_RUN),
     'glmc_no_consistency': Method(
         summary='GLMC without the consistency loss',
         task=partial(GLMCTask, consistency_weight=0.0), module=partial(GLMCModule, projection_dim=1), mixer=GLMCMixer,
         paired=True, num_views=2, rebalanced=True, task_options=CUMULATIVE,
-        module_options=('joint_forward',), mixer_options=MIXTURE, defaults=SHORT_RUN),
+        module_options=('joint_forward',), mixer_options=TWO_VIEWS, defaults=SHORT_RUN),
     'glmc_no_rebalance': Method(
         summary='GLMC without the rebalanced classifier: mixture consistency alone',
         task=GLMCTask, module=partial(GLMCModule, balanced=True), mixer=GLMCMixer, paired=True, num_views=2,
-        task_options=('consistency_weight',), module_options=('projection_dim', 'joint_forward'), mixer_options=MIXTURE,
+        task_options=('consistency_weight',), module_options=('projection_dim', 'joint_forward'), mixer_options=TWO_VIEWS,
         defaults=dict(mix_beta=0.2)),
     'glmc_balanced': Method(
         summary='GLMC for balanced data, the same as glmc_no_rebalance and as glmc --balanced',
         task=GLMCTask, module=partial(GLMCModule, balanced=True), mixer=GLMCMixer, paired=True, num_views=2,
-        task_options=('consistency_weight',), module_options=('projection_dim', 'joint_forward'), mixer_options=MIXTURE,
+        task_options=('consistency_weight',), module_options=('projection_dim', 'joint_forward'), mixer_options=TWO_VIEWS,
         defaults=dict(mix_beta=0.2)),
 }
 

@@ -221,16 +221,20 @@ class GLMCMixer(PairMixer):
         counts, partner, resample_power: As those of `PairMixer`.
         mix_beta: β of Beta(β, β).
         cutmix_lambda: `nominal` or `area`, see `draw_mixture`.
+        mix_lambda: `shared`: one λ for both views; `per_view`: a second λ for the box and the label of the local view.
     """
 
     def __init__(
             self, counts: Sequence[int], mix_beta: float = 1.0, cutmix_lambda: str = 'nominal',
-            partner: str = 'sampler', resample_power: float = 0.0):
+            partner: str = 'sampler', resample_power: float = 0.0, mix_lambda: str = 'shared'):
         super().__init__(counts, partner, resample_power)
-        self.mix_beta, self.cutmix_lambda = mix_beta, cutmix_lambda
+        self.mix_beta, self.cutmix_lambda, self.mix_lambda = mix_beta, cutmix_lambda, mix_lambda
 
     def draw_mixture(self, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture:
-        return draw_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng)
+        if self.mix_lambda == 'shared':
+            return draw_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng)
+        lam = float(rng.beta(self.mix_beta, self.mix_beta))
+        return draw_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng)._replace(lam=torch.tensor(lam))
 
     def __call__(self, views: Tensor, labels: Tensor, mixture: Mixture) -> tuple[tuple[Tensor, Tensor], ...]:
         """Mix image i with its partner j.

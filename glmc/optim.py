@@ -1,4 +1,4 @@
-"""timm's optimizers for a task: parameter groups and the learning rate rule."""
+"""timm's optimizers for a task: parameter groups, the learning rate rule, and the mean of the weights (SWA)."""
 from inspect import signature
 
 import torch
@@ -58,3 +58,27 @@ def create_optimizer(
             groups, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **{**extra, **(opt_kwargs or {})})
     except (ValueError, TypeError, AssertionError) as error:
         raise InputError(f'--opt {opt}: {str(error).splitlines()[0]}') from error
+
+
+def averaging_epoch(swa_start: float | None, num_epochs: int) -> int | None:
+    """The first epoch whose weights the mean of SWA takes in: the first e with e / num_epochs >= swa_start; None without.
+
+    Raises:
+        InputError: If no epoch is left.
+    """
+    if swa_start is None:
+        return None
+    epoch = next((epoch for epoch in range(num_epochs) if epoch / num_epochs >= swa_start), None)
+    if epoch is None:
+        raise InputError(f'--swa-start {swa_start:g}: leaves none of {num_epochs} epochs, expected '
+                         f'{(num_epochs - 1) / num_epochs:.3g} or less')
+    return epoch
+
+
+def equal_weights(first_update: int) -> dict:
+    """Options of timm's moving average that make it the plain mean of the weights after this update (0-based) and after
+    each one since (SWA; Izmailov et al., arXiv 1803.05407): its warm-up with γ = power = 1 decays by (n - 1) / n at the nth.
+
+    Up to there it is a copy of the weights. The running statistics of BatchNorm are averaged alike.
+    """
+    return dict(decay=1.0, use_warmup=True, warmup_gamma=1.0, warmup_power=1.0, update_after_step=first_update)

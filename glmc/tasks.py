@@ -26,6 +26,10 @@ class Scheduled:
     def after_step(self) -> None:
         """Called after each update of the weights."""
 
+    def ascent_loss(self, losses: dict[str, Tensor]) -> Tensor:
+        """What SAM climbs, of the losses of a batch: all of it."""
+        return losses['loss']
+
     def update_ema(self, step: int | None = None) -> None:
         """timm's call after each update."""
         self.after_step()
@@ -123,19 +127,23 @@ class GLMCTask(HeadsTask):
     the latter with class weights; L_sim is the sum of the two negative cosines. With a balanced model,
     L = L_c + γ·L_sim on the backbone's classifier.
 
+    α may part the encoder's gradient alone, which is then that of Eq. 11, while L = L_c + L_cb + γ·L_sim and each
+    classifier learns from all of its own loss (ours).
+
     Args:
         model: The backbone with its training heads.
         counts: (C,) training images per class.
         reweight_power: k of the class weights (Eq. 7).
         consistency_weight: γ.
+        alpha_power: P of α = 1 - (T/T_max)^P.
+        alpha_scope: What α parts: `losses` as in Eq. 11, or what the `encoder` hears of them.
     """
 
     loss_names = ('loss_c', 'loss_cb', 'loss_sim')
 
     def __init__(
             self, model: GLMCModule, counts: Sequence[int], reweight_power: float = 1.0,
-            consistency_weight: float = 1.0, alpha_power: float = 2.0, alpha_scope: str = 'losses',
-            **kwargs):
+            consistency_weight: float = 1.0, alpha_power: float = 2.0, alpha_scope: str = 'losses', **kwargs):
         super().__init__(verbose=False, **kwargs)
         self.trainable_module = model
         self.consistency_weight = consistency_weight
@@ -173,9 +181,15 @@ class GLMCTask(HeadsTask):
             loss_c = sum(soft_cross_entropy(o.logits, p) for o, p in zip(outputs, targets, strict=True))
             loss_cb = sum(soft_cross_entropy(o.rebalanced_logits, p, self.class_weight)
                           for o, p in zip(outputs, targets, strict=True))
-        loss_both = loss_c + loss_cb if self.alpha_on_encoder else self.alpha * loss_c + (1 - self.alpha) * loss_cb
-        loss = loss_both + self.consistency_weight * loss_sim
-        return dict(loss=loss, loss_c=loss_c, loss_cb=loss_cb, loss_sim=loss_sim, output=global_out.rebalanced_logits)
+        losses = dict(loss_c=loss_c, loss_cb=loss_cb, loss_sim=loss_sim)
+        loss = self.ascent_loss(losses) + self.consistency_weight * loss_sim
+        return dict(loss=loss, **losses, output=global_out.rebalanced_logits)
+
+    def ascent_loss(self, losses: dict[str, Tensor]) -> Tensor:
+        """What SAM climbs: α·L_c + (1-α)·L_cb, the classification alone; L_c + L_cb where α is the encoder's."""
+        if self.alpha_on_encoder:
+            return losses['loss_c'] + losses['loss_cb']
+        return self.alpha * losses['loss_c'] + (1 - self.alpha) * losses['loss_cb']
 
 
 class FoldedTask(HeadsTask):

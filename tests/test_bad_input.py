@@ -58,7 +58,17 @@ OPTIONS = {  # command line -> what the line says
     '--report-to nonsense': '--report-to: expected names of tensorboard, wandb, trackio; found',
     '--checkpoint-interval 10s': '--checkpoint-interval: expected steps as 500 or minutes as 10m, found 10s',
     '--model hf-hub:nowhere/nothing': '--model hf-hub:nowhere/nothing: timm cannot create it with these options: ',
+    '--sam-rho -1': '--sam-rho: expected a number >= 0, found -1',
+    '--sam-rho 0.05 --grad-accum-steps 2': '--sam-rho 0.05: an update is one batch, expected --grad-accum-steps 1, found 2',
+    '--sam-rho 0.05 --amp': '--sam-rho 0.05: not with the loss scaling of float16, expected --amp-dtype bfloat16',
+    '--swa-start 1.5': '--swa-start: expected a number >= 0 and <= 1, found 1.5',
+    '--swa-start 0.6': '--swa-start 0.6: leaves none of 1 epochs, expected 0 or less',
+    '--swa-start 0 --model-ema': '--swa-start 0: one average of the weights at a time, expected no --model-ema',
     '--resident on': '--resident on: needs an indexable source and --augmentation cifar',
+    '--resident on --augmentation cifar --aa v0': '--resident on: .* and no --aa',
+    '--augmentation cifar --aa nonsense': '--aa.*nonsense',
+    '--aug-views all': "--aug-views: invalid choice: '?all",
+    '--rearea 0.5 2': '--rearea: expected a number >= 0 and <= 1, found 2',
 }
 
 
@@ -264,7 +274,8 @@ def checkpoint(finished_run):
     ('--method ce', 'holds test_resnet with 3 classes by glmc, .* by ce'),
     ('--projection-dim 8', '.*projection_dim'),
     ('--opt adamw', '.*opt'),
-    ('--gp max', '.*(gp|global_pool)')])
+    ('--gp max', '.*(gp|global_pool)'),
+    ('--swa-start 0.5', 'was trained with swa_first_epoch None, this run has 2')])
 def test_resume_from_another_run(options, expected, script, checkpoint, folders):
     files = {path: path.stat().st_mtime_ns for path in checkpoint.parent.parent.rglob('*') if path.is_file()}
     outcome = script(*TINY, '--data-dir', folders, '--resume', checkpoint, '--epochs', '3', *options.split())

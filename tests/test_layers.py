@@ -12,7 +12,7 @@ LAYERS = [
     'data.profiles', 'data.datasets', 'data.sources', 'data.check', 'data.sampling', 'data.transforms',
     'data.loaders', 'data.resident',
     'mixing', 'cifar_resnet', 'models', 'folded', 'losses', 'tasks', 'methods', 'optim',
-    'evaluation', 'priors', 'engine', 'checkpoint', 'state', 'preemption', 'card', 'export', 'trained', 'results',
+    'evaluation', 'priors', 'engine', 'sam', 'checkpoint', 'state', 'preemption', 'card', 'export', 'trained', 'results',
     'stage2.features', 'stage2.classifiers', 'stage2.select', 'stage2.tables', 'stage2.finetune',
     'pictures', 'plots', 'page', 'report', 'trackers', 'hub', 'launch', 'build', 'runs', 'parallel', 'sweep',
     'paper', 'groups', 'sweep_plots', 'tables',

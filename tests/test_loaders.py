@@ -204,6 +204,36 @@ def test_erasing_comes_after_normalisation():
     assert changed.flatten(2).any(2).all() and (erased[changed] == 0).all() and changed.float().mean() < 0.5
 
 
+@pytest.mark.parametrize('create', [create for create, _ in LOADERS])
+@pytest.mark.parametrize('views, chosen', [
+    (slice(0, None, 2), (0, 2)), (slice(1, None, 2), (1, 3)), (slice(None), (0, 1, 2, 3))])
+def test_a_cutout_of_16_pixels_on_the_chosen_views(create, views, chosen):
+    """Global views stand at 0 and 2, of an image and its partner."""
+    erasing = RandomErasing(1.0, 0.25, 0.25, 1.0, mode='const', device='cpu')
+    erased, _ = epoch_of(ErasingLoader(train_loader(image_set(), CIFAR, create), erasing, views))
+    plain = train_loader(image_set(), CIFAR, create)
+    expected = plain.normalize(epoch_of(plain)[0])
+    for number, view in np.ndindex(21, 4):
+        if view not in chosen:
+            assert torch.equal(erased[number, view], expected[number, view])
+            continue
+        box = (erased[number, view] == 0).all(0)
+        rows, columns = box.nonzero().T
+        assert box.sum() == 256 and rows.max() - rows.min() == columns.max() - columns.min() == 15
+        assert torch.equal(erased[number, view][:, ~box], expected[number, view][:, ~box])
+
+
+@pytest.mark.parametrize('create', [create for create, _ in LOADERS])
+def test_erasing_all_views_is_timms_on_the_flat_batch(create):
+    random.seed(0)
+    found = [views for views, _ in ErasingLoader(train_loader(image_set(), CIFAR, create), RandomErasing(0.5, device='cpu'))]
+    random.seed(0)
+    plain, erasing = train_loader(image_set(), CIFAR, create), RandomErasing(0.5, device='cpu')
+    for views, (images, _) in zip(found, plain, strict=True):
+        expected = erasing(plain.normalize(images).flatten(0, 1)).view_as(images)
+        assert torch.equal(views, expected) and views.stride() == expected.stride()
+
+
 @pytest.mark.parametrize('create, _', LOADERS)
 def test_batch_larger_than_the_set(create, _):
     with pytest.raises(ValueError, match='a batch of 22 is larger than the set of 21 images'):

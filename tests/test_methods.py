@@ -120,8 +120,8 @@ def test_a_row_repeats(name):
 
 OTHER_VALUES = dict(
     reweight_power=0.5, consistency_weight=3.0, alpha_power=3.0, alpha_scope='losses', projection_dim=7, balanced=True,
-    mix_beta=0.3, cutmix_lambda='area', partner='batch', joint_forward=True, mixup_prob=0.1, focal_gamma=0.5,
-    effective_beta=0.9, drw_start=0.9, adjustment_tau=0.5, ldam_margin=0.1, cosine_scale=10.0)
+    mix_beta=0.3, cutmix_lambda='area', mix_lambda='per_view', partner='batch', joint_forward=True, mixup_prob=0.1,
+    focal_gamma=0.5, effective_beta=0.9, drw_start=0.9, adjustment_tau=0.5, ldam_margin=0.1, cosine_scale=10.0)
 
 
 @pytest.mark.parametrize('name, option', [

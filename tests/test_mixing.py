@@ -208,6 +208,33 @@ def test_mixer_draws_what_it_uses(partner, cutmix_lambda):
         np.testing.assert_allclose(target.sum(1).numpy(), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize('partner', ['sampler', 'batch'])
+@pytest.mark.parametrize('cutmix_lambda', ['nominal', 'area'])
+def test_a_lambda_per_view_is_two_draws(partner, cutmix_lambda):
+    """The global view has the first, as with a shared one; box and label of the local view follow from the second."""
+    for seed in range(20):
+        mixture = GLMCMixer([9, 5, 2], 0.5, cutmix_lambda, partner, mix_lambda='per_view').draw(
+            6, (8, 7), np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        lam, local = rng.beta(0.5, 0.5), rng.beta(0.5, 0.5)
+        y0, y1, x0, x1 = random_box(8, 7, local, rng)
+        assert mixture.lam.item() == pytest.approx(lam) and lam != local
+        assert mixture.box.tolist() == [y0, y1, x0, x1]
+        expected = local if cutmix_lambda == 'nominal' else 1 - (y1 - y0) * (x1 - x0) / 56
+        assert mixture.local_lam.item() == pytest.approx(expected)
+        if partner == 'batch':
+            assert mixture.uniform.tolist() == rng.random(6).tolist()
+        shared = GLMCMixer([9, 5, 2], 0.5, cutmix_lambda, partner).draw(6, (8, 7), np.random.default_rng(seed))
+        assert torch.equal(shared.lam, mixture.lam)
+
+
+def test_lambdas_per_view_are_independent_and_follow_their_distribution():
+    mixer, rng = GLMCMixer([9, 5, 2], 2.0, mix_lambda='per_view'), np.random.default_rng(0)
+    lams = np.array([[mixture.lam, mixture.local_lam] for mixture in (mixer.draw(4, (8, 8), rng) for _ in range(2000))])
+    assert all(kstest(column, beta_distribution(2, 2).cdf).pvalue > 0.001 for column in lams.T)
+    assert abs(np.corrcoef(lams.T)[0, 1]) < 0.08
+
+
 def fixed(lam: float, box=(0, 0, 0, 0), local_lam: float = 1.0, **kwargs) -> Mixture:
     return Mixture(torch.tensor(lam), torch.tensor(box), torch.tensor(local_lam), **kwargs)
 

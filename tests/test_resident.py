@@ -191,7 +191,8 @@ def test_views_lie_in_channels_last():
 
 @pytest.mark.parametrize('choice, augmentation, max_bytes, expected', [
     ('auto', CIFAR, 23 * 720, True), ('auto', CIFAR, 23 * 720 - 1, False), ('on', CIFAR, 1, True),
-    ('off', CIFAR, 2 ** 30, False), ('auto', NO_AUG, 2 ** 30, True), ('on', NO_AUG, 1, True),
+    ('off', CIFAR, 2 ** 30, False), ('auto', {**CIFAR, 'auto_augment': 'v0'}, 2 ** 30, False),
+    ('on', {**NO_AUG, 'auto_augment': 'v0'}, 1, True), ('auto', NO_AUG, 2 ** 30, True), ('on', NO_AUG, 1, True),
     ('auto', {**CIFAR, 'augmentation': 'timm'}, 2 ** 30, False), ('off', {**CIFAR, 'augmentation': 'timm'}, 2 ** 30, False)])
 def test_when_images_stay_on_the_device(monkeypatch, choice, augmentation, max_bytes, expected):
     monkeypatch.setattr(resident, 'MAX_BYTES', max_bytes)
@@ -199,7 +200,8 @@ def test_when_images_stay_on_the_device(monkeypatch, choice, augmentation, max_b
 
 
 @pytest.mark.parametrize('images, augmentation', [
-    (image_set(), {**CIFAR, 'augmentation': 'imagenet_lt'}), (IterableImageDataset.__new__(IterableImageDataset), CIFAR)])
+    (image_set(), {**CIFAR, 'augmentation': 'imagenet_lt'}), (image_set(), {**CIFAR, 'auto_augment': 'v0'}),
+    (IterableImageDataset.__new__(IterableImageDataset), CIFAR)])
 def test_on_is_an_error_where_it_cannot_be(images, augmentation):
     with pytest.raises(InputError, match='--resident on: needs an indexable source and --augmentation cifar or --no-aug'):
         is_resident('on', images, augmentation, CONFIG['input_size'])

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from timm.data import create_transform
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from glmc.data.transforms import CroppedViews, Views, view_transform
@@ -177,3 +178,69 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
 def test_grey_mode(form):
     view, other = view_transform((16, 16), **FLIP)(as_file(photo(120, 120), form), 2, 'L')
     assert view.shape == other.shape == (1, 16, 16)
+
+
+# --- policies on CIFAR's crop, and a view of its own for them ---
+
+
+def pil(view: torch.Tensor) -> Image.Image:
+    return Image.fromarray(view.permute(1, 2, 0).numpy())
+
+
+POLICIES = ['v0r', 'original-mstd0.5', 'rand-m9-mstd0.5', 'augmix-m5-w4-d2']
+
+
+@pytest.mark.parametrize('interpolation', ['random', 'bicubic'])
+@pytest.mark.parametrize('policy', POLICIES)
+def test_a_policy_comes_after_cifars_crop_and_flip(policy, interpolation):
+    """The same draws without the policy, then timm's own with what its ImageNet transform gives it."""
+    fill, changed = dict(translate_const=14, img_mean=(128, 102, 76)), 0  # 0.45 of 32 pixels, 255 of the mean
+    if interpolation == 'bicubic':
+        fill['interpolation'] = Image.BICUBIC
+    if policy.startswith('augmix'):
+        fill['translate_pct'] = 0.3
+    create = {'rand': rand_augment_transform, 'augm': augment_and_mix_transform}.get(policy[:4], auto_augment_transform)
+    plain = view_transform((32, 32), 'cifar')
+    augmented = view_transform((32, 32), 'cifar', auto_augment=policy, mean=(0.5, 0.4, 0.3), interpolation=interpolation)
+    for number in range(12):
+        seed(number)
+        found, = augmented(photo(32, 32), 1, 'RGB')
+        seed(number)
+        before, = plain(photo(32, 32), 1, 'RGB')
+        expected = create(policy, fill)(pil(before))
+        assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+        changed += not torch.equal(found, before)
+    assert changed > 6
+
+
+@pytest.mark.parametrize('augmentation', ['cifar', 'timm', 'imagenet_lt'])
+@pytest.mark.parametrize('aug_views, chosen', [('global', 0), ('local', 1)])
+def test_one_view_alone_has_the_policy(augmentation, aug_views, chosen):
+    policy = dict(auto_augment='rand-m9-mstd0.5', hflip=0.5, mean=(0.5, 0.4, 0.3))
+    make_views = view_transform((32, 32), augmentation, aug_views=aug_views, **policy)
+    order = [view_transform((32, 32), augmentation, **{**policy, **other}) for other in (
+        {}, dict(auto_augment=None))][::1 if chosen == 0 else -1]
+    for number in range(6):
+        seed(number)
+        views = make_views(as_file(photo(300, 200)), 2, 'RGB')
+        seed(number)
+        image = as_file(photo(300, 200)).convert('RGB')
+        expected = [transform(image, 1, 'RGB')[0] for transform in order]
+        assert all(torch.equal(one, other) for one, other in zip(views, expected, strict=True))
+
+
+@pytest.mark.parametrize('options', [dict(aug_views='both', auto_augment='v0r'), dict(aug_views='local')])
+@pytest.mark.parametrize('augmentation', ['cifar', 'timm'])
+def test_both_views_or_no_policy_is_one_transform(augmentation, options):
+    for number in range(4):
+        seed(number)
+        found = view_transform((32, 32), augmentation, **options)(photo(40, 40), 2, 'RGB')
+        seed(number)
+        del_views = {name: value for name, value in options.items() if name != 'aug_views'}
+        expected = view_transform((32, 32), augmentation, **del_views)(photo(40, 40), 2, 'RGB')
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_policy_for_one_view_of_two_needs_two():
+    with pytest.raises(ValueError, match='2 views of an image, got 1'):
+        view_transform((32, 32), 'cifar', aug_views='local', auto_augment='v0r')(photo(32, 32), 1, 'RGB')

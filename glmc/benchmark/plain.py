@@ -15,7 +15,7 @@ from torchvision import transforms
 
 from glmc.build import Setup
 from glmc.data.datasets import ImageSet
-from glmc.data.transforms import CIFAR_PADDING, IMAGENET_LT
+from glmc.data.transforms import CIFAR_PADDING, IMAGENET_LT, policy_transforms
 from glmc.losses import class_weights
 from glmc.mixing import random_box
 from glmc.models import GLMCModule
@@ -158,7 +158,8 @@ def cifar_crop(setup: Setup) -> list[Callable] | None:
     if args.augmentation != 'cifar' or args.no_aug:
         return None
     return [transforms.Resize(size), transforms.RandomCrop(size, padding=CIFAR_PADDING),
-            transforms.RandomHorizontalFlip(args.hflip)]
+            transforms.RandomHorizontalFlip(args.hflip),
+            *policy_transforms(size, args.aa, mean=setup.data_config['mean'], interpolation=args.train_interpolation)]
 
 
 def pil_transform(setup: Setup) -> Callable:

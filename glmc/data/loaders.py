@@ -156,10 +156,11 @@ class ErasingLoader:
     Args:
         loader: Yields (B, V, c, H, W) uint8 views and labels.
         erasing: timm's.
+        views: Which of the V it is for.
     """
 
-    def __init__(self, loader, erasing: RandomErasing):
-        self.loader, self.erasing, self.normalize = loader, erasing, nn.Identity()
+    def __init__(self, loader, erasing: RandomErasing, views: slice = slice(None)):
+        self.loader, self.erasing, self.views, self.normalize = loader, erasing, views, nn.Identity()
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         self.loader.set_epoch(epoch, start_step)
@@ -172,7 +173,10 @@ class ErasingLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.loader:
-            yield self.erasing(self.loader.normalize(images).flatten(0, 1)).view_as(images), labels
+            images = self.loader.normalize(images)
+            chosen = images[:, self.views]
+            images[:, self.views] = self.erasing(chosen.flatten(0, 1)).view_as(chosen)
+            yield images, labels
 
 
 def create_train_loader(

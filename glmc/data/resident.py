@@ -25,9 +25,10 @@ def is_resident(
     Raises:
         InputError: If `on` is asked of a source or an augmentation that only the worker loader can do.
     """
-    able = isinstance(images, ImageSet) and (augmentation['no_aug'] or augmentation['augmentation'] == 'cifar')
+    cifar = augmentation['augmentation'] == 'cifar' and not augmentation.get('auto_augment')  # a policy needs PIL
+    able = isinstance(images, ImageSet) and (augmentation['no_aug'] or cifar)
     if choice == 'on' and not able:
-        raise InputError('--resident on: needs an indexable source and --augmentation cifar or --no-aug')
+        raise InputError('--resident on: needs an indexable source and --augmentation cifar or --no-aug, and no --aa')
     return able and (choice == 'on' or choice == 'auto' and len(images) * int(np.prod(input_size)) <= MAX_BYTES)
 
 

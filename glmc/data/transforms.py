@@ -13,6 +13,7 @@ from timm.data.transforms import (
 from torch import Tensor
 from torchvision import transforms
 
+from glmc.config import VIEWS
 from glmc.data.datasets import to_mode
 
 CIFAR_PADDING = 4
@@ -26,20 +27,25 @@ COLOUR = (transforms.ColorJitter, transforms.RandomGrayscale, transforms.RandomH
 
 def view_transform(
         img_size: tuple[int, int], augmentation: str = 'timm', hflip: float = 0.5, no_aug: bool = False,
-        **kwargs) -> Callable[[Image.Image, int, str], list[Tensor]]:
+        aug_views: str = 'both', **kwargs) -> Callable[[Image.Image, int, str], list[Tensor]]:
     """Opened image, number of views, PIL mode -> that many uint8 tensors (c, H, W).
 
     Args:
         img_size: (H, W) in pixels.
-        augmentation: `timm` by `kwargs` of `timm.data.create_transform`; `cifar`: random crop with padding 4 and
-            flip, after a resize where the image has another size; `imagenet_lt`.
+        augmentation: `timm` by `kwargs` of `timm.data.create_transform`; `cifar`: random crop with padding 4, flip and
+            `auto_augment`, after a resize where the image has another size; `imagenet_lt`.
         hflip: Probability of a horizontal flip.
         no_aug: Resize and centre crop only.
+        aug_views: Which of two views `auto_augment` is for: `both`, or one of VIEWS.
     """
+    if aug_views != 'both' and kwargs.get('auto_augment') and not no_aug:
+        policies = [kwargs['auto_augment'] if view == aug_views else None for view in VIEWS]
+        return EachView([view_transform(img_size, augmentation, hflip, **{**kwargs, 'auto_augment': policy})
+                         for policy in policies])
     if augmentation == 'cifar' and not no_aug:
         return Views(transforms.Compose([
             transforms.Resize(img_size), transforms.RandomCrop(img_size, padding=CIFAR_PADDING),
-            transforms.RandomHorizontalFlip(hflip), MaybePILToTensor()]))
+            transforms.RandomHorizontalFlip(hflip), *policy_transforms(img_size, **kwargs), MaybePILToTensor()]))
     if augmentation == 'imagenet_lt':
         kwargs = {**kwargs, **IMAGENET_LT}
     transform = create_transform(img_size, is_training=True, hflip=hflip, no_aug=no_aug, use_prefetcher=True, **kwargs)
@@ -47,6 +53,33 @@ def view_transform(
     if isinstance(crop, RandomResizedCropAndInterpolation) and isinstance(last, MaybePILToTensor):
         return CroppedViews(crop, others)
     return Views(transform)
+
+
+def policy_transforms(img_size: tuple[int, int], auto_augment: str | None = None, **kwargs) -> list[Callable]:
+    """timm's AutoAugment, RandAugment or AugMix, PIL image -> PIL image, as `create_transform` sets it up; or nothing."""
+    if not auto_augment:
+        return []
+    known = {name: kwargs[name] for name in ('mean', 'interpolation') if name in kwargs}
+    _, policy, _ = create_transform(
+        img_size, is_training=True, separate=True, color_jitter=None, auto_augment=auto_augment, **known)
+    return policy.transforms
+
+
+class EachView:
+    """A transform of its own for each view, on the decoded image.
+
+    Args:
+        makers: As of `view_transform`, in the order of VIEWS.
+    """
+
+    def __init__(self, makers: Sequence[Callable]):
+        self.makers = makers
+
+    def __call__(self, image: Image.Image, num_views: int, mode: str) -> list[Tensor]:
+        if num_views != len(self.makers):
+            raise ValueError(f'aug_views needs {len(self.makers)} views of an image, got {num_views}')
+        image = to_mode(image, mode)  # whole: what one view can do with fewer pixels, the next may not
+        return [view for make_views in self.makers for view in make_views(image, 1, mode)]
 
 
 class Views:
