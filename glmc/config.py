@@ -118,7 +118,7 @@ def data_group(parser: Parser) -> None:
     add = group.add_argument
     add('--data-dir', metavar='DIR', help='image folders (or a tar), root of a list, or download folder')
     add('--dataset', default='', metavar='NAME', help="timm's source: empty for folders, torch/…, hfds/…, wds/…, tfds/…")
-    add('--val-split', default='validation', help='name of the split to evaluate on')
+    add('--val-split', default='validation', help='name of the split to evaluate on; with --holdout it may be none')
     add('--val-list', metavar='FILE', help='`path label` lines (may be .gz) to evaluate on, paths relative to --data-dir')
     add('--num-classes', type=positive_int, help='number of classes; default: as found in the training data')
     add('--class-map', metavar='FILE', help="timm's class-to-index file")

@@ -48,7 +48,7 @@ def make_tables(runs: Sequence[dict], stem: str) -> dict[str, str]:
 
 def listings(runs: Sequence[dict]) -> dict[str, Listing]:
     """The tables; what else was run of the recipe for IF = 100 is a lever."""
-    known = [s for listing in TABLES.values() for s in listing.settings] + list(POWERS.values())
+    known = [setting for listing in TABLES.values() for setting in listing.rows] + list(POWERS.values())
     more = {}
     for run in runs:
         options = options_of(run)
@@ -60,20 +60,19 @@ def listings(runs: Sequence[dict]) -> dict[str, Listing]:
 
 
 def is_shown(run: dict, runs: Sequence[dict]) -> bool:
-    settings = [setting for listing in listings(runs).values() for setting in listing.settings]
+    settings = [setting for listing in listings(runs).values() for setting in listing.rows]
     in_powers = [member for group in fullest(runs, POWERS).values() for member in group.runs.values()]
     return run in in_powers or any(is_run_of(run, setting) for setting in settings)
 
 
 def listing_table(listing: Listing, runs: Sequence[dict]) -> str:
     """A row for each setting, or for each of its conditions if there are several."""
-    settings = (*([listing.base] if listing.base else []), *listing.settings)
     if not any(find_groups(runs, setting) for setting in listing.settings):
         return NOTHING
     more = [*([GAIN] if listing.base else []), *([PEEK] if listing.best else [])]
     head = [listing.what, *listing.published, *FIGURES.values(), *more, 'seeds', 'how']
     rows = []
-    for setting in settings:
+    for setting in listing.rows:
         left = [setting.label, *setting.published]
         groups = find_groups(runs, setting)
         rows += [[*left, *group_cells(group, listing, runs)] for group in groups]

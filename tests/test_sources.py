@@ -274,3 +274,10 @@ def test_holdout_stands_in_for_a_missing_validation_split(tmp_path):
     data = open_training_data(**hub_set(tmp_path, values=(0, 1) * 3), val_split='test', holdout=1)
     assert data.validation is None and data.holdout.counts().tolist() == [1, 1]
     assert data.profile['class_counts'] == [2, 2]
+
+
+def test_no_validation_split_beside_held_out_images():
+    data = open_training_data(val_split='none', holdout=5, imbalance_factor=10)
+    assert data.validation is None and len(data.holdout) == 50
+    with pytest.raises(InputError, match='--val-split none: expected --holdout'):
+        open_training_data(val_split='none')

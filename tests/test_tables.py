@@ -72,13 +72,14 @@ def test_a_seed_counts_once():
 
 
 def test_gain_is_seed_by_seed_against_the_same_conditions(tables_of):
-    lines = [run(seed=0, top1=50.0), run(seed=1, top1=54.0), run(seed=2, top1=90.0),
-             run(options='joint_forward=true', seed=0, top1=51.0), run(options='joint_forward=true', seed=1, top1=53.0),
-             {**run(options='partner=batch', seed=0, top1=51.0), 'epochs': 100}, run(options='lr=0.1', seed=1, top1=52.5)]
-    rows = {row[0]: row for row in tables_of(*lines)['levers']}
-    assert rows['`--joint-forward`'][5] == f'0.00 ± {statistics.stdev([1.0, -1.0]):.2f}'
-    assert rows['`--partner batch`'][5] == '–' and rows['the recipe'][5] == '–'
-    assert rows['`lr=0.1`'][5] == '-1.50' and rows['`--opt sgd`'][1] == 'not yet run'
+    runs = (('', 0, 50.0, 200), ('', 1, 54.0, 200), ('', 2, 90.0, 200), (' sam_rho=0.05', 0, 51.0, 200),
+            (' sam_rho=0.05', 1, 53.0, 200), (' swa_start=0.6', 0, 51.0, 100), (' lr=0.1', 1, 52.5, 200))
+    held = [{**run(options=f'holdout=50{options}', seed=seed, top1=top1), 'epochs': epochs}
+            for options, seed, top1, epochs in runs]
+    rows = {row[0]: row for row in tables_of(*held)['levers']}
+    assert rows['`--sam-rho 0.05`'][5] == f'0.00 ± {statistics.stdev([1.0, -1.0]):.2f}'
+    assert rows['`--swa-start 0.6`'][5] == '–' and rows['the recipe'][5] == '–'
+    assert rows['`holdout=50 lr=0.1`'][5] == '-1.50' and rows['`--lr 0.02`'][1] == 'not yet run'
 
 
 def test_the_base_stands_in_every_table_it_belongs_to(tables_of):
@@ -171,7 +172,7 @@ def test_every_row_of_every_table_is_run_by_a_command(planned, root):
     for _, experiments, _ in planned.values():
         for experiment in experiments:
             lines.setdefault(experiment.name, what_is_run(experiment))
-    settings = [s for listing in TABLES.values() for s in listing.settings] + list(POWERS.values())
+    settings = [s for listing in TABLES.values() for s in listing.rows] + list(POWERS.values())
     missing = [setting for setting in settings if not any(is_run_of(line, setting) for line in lines.values())]
     assert not missing
     idle = [name for name, line in lines.items() if not any(is_run_of(line, setting) for setting in settings)]

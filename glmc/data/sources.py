@@ -20,6 +20,7 @@ from glmc.parsing import InputError
 
 _logger = logging.getLogger(__name__)
 _PREFIXES = ('torch', 'hfds', 'hfids', 'wds', 'tfds')  # timm's
+NO_SPLIT = 'none'  # what is chosen is chosen without a look at it
 _FOLDERS = ('', 'torch/image_folder', 'torch/folder')  # sources that are a folder for each split
 
 
@@ -82,6 +83,10 @@ def open_validation(
     Raises:
         InputError: If there is none, unless `optional`, or it has a class that training has not.
     """
+    if split == NO_SPLIT and not list_path:
+        if not optional:
+            raise InputError(f'--val-split {split}: expected --holdout, else there is nothing to evaluate on')
+        return None
     root = source['root']
     try:
         if source['name'] in _FOLDERS and not list_path and root and _search_split(root, split) == root:
