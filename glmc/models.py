@@ -48,26 +48,28 @@ class GLMCModule(nn.Module):
         self.predictor = nn.Linear(projection_dim, projection_dim)
 
     def forward(
-            self, global_view: Tensor, local_view: Tensor, alpha: Tensor | None = None) -> tuple[ViewOutput, ViewOutput]:
+            self, global_view: Tensor, local_view: Tensor,
+            shares: tuple[Tensor, Tensor] | None = None) -> tuple[ViewOutput, ViewOutput]:
         """Both views, each (B, c, H, W); each in a forward pass of its own, as in the paper, unless `joint_forward`.
 
-        With a scalar `alpha`, that part of the conventional classifier's gradient reaches the encoder, and 1 - alpha of the
-        rebalanced one's; the outputs are the same.
+        Two scalars multiply what reaches the encoder of the gradients of the conventional and of the rebalanced classifier;
+        the outputs are the same.
         """
         if self.joint_forward:
-            both = self.forward_view(torch.cat([global_view, local_view]), alpha)
+            both = self.forward_view(torch.cat([global_view, local_view]), shares)
             halves = [(None, None) if output is None else output.chunk(2) for output in both]
             return tuple(ViewOutput(*half) for half in zip(*halves, strict=True))
-        return self.forward_view(global_view, alpha), self.forward_view(local_view, alpha)
+        return self.forward_view(global_view, shares), self.forward_view(local_view, shares)
 
-    def forward_view(self, images: Tensor, alpha: Tensor | None = None) -> ViewOutput:
+    def forward_view(self, images: Tensor, shares: tuple[Tensor, Tensor] | None = None) -> ViewOutput:
         """One view; where the backbone's classifier takes more than the pooled features, its head runs twice, and head
         drop-out draws two masks."""
         features = self.backbone.forward_features(images)
         pre_logits = self.backbone.forward_head(features, pre_logits=True)  # (B, D)
         projection = self.projector(pre_logits)  # (B, d)
-        logits = None if self.classifier is None else self.classifier(scale_gradient(pre_logits, alpha))
-        rebalanced_logits = self.rebalanced_logits(features, pre_logits, None if alpha is None else 1 - alpha)
+        conventional, rebalanced = shares or (None, None)
+        logits = None if self.classifier is None else self.classifier(scale_gradient(pre_logits, conventional))
+        rebalanced_logits = self.rebalanced_logits(features, pre_logits, rebalanced)
         return ViewOutput(logits, rebalanced_logits, projection, self.predictor(projection))
 
     def rebalanced_logits(self, features: Tensor | Sequence[Tensor], pre_logits: Tensor, factor: Tensor | None) -> Tensor:

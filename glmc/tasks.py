@@ -1,6 +1,7 @@
 """Training tasks in timm's sense: a model and its loss, batch in, dict of losses out."""
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.task import ClassificationTask, TrainingTask
@@ -127,8 +128,9 @@ class GLMCTask(HeadsTask):
     the latter with class weights; L_sim is the sum of the two negative cosines. With a balanced model,
     L = L_c + γ·L_sim on the backbone's classifier.
 
-    α may part the encoder's gradient alone, which is then that of Eq. 11, while L = L_c + L_cb + γ·L_sim and each
-    classifier learns from all of its own loss (ours).
+    α may part the encoder's gradient alone, which is then that of Eq. 11, while L = L_c + L_cb / m + γ·L_sim and each
+    classifier learns from all of its own loss (ours). m = Σ n_c·w_c / Σ n_c is the mean weight of a training image, far
+    below 1 on a long tail; divided by it, L_cb is a weighted mean as torch's cross-entropy with class weights is.
 
     Args:
         model: The backbone with its training heads.
@@ -149,8 +151,10 @@ class GLMCTask(HeadsTask):
         self.consistency_weight = consistency_weight
         self.alpha_power = alpha_power
         self.balanced = model.classifier is None
-        self.alpha_on_encoder = alpha_scope == 'encoder' and not self.balanced
         self.register_buffer('class_weight', class_weights(counts, reweight_power), persistent=False)
+        self.mean_weight = None  # m, where α is the encoder's
+        if alpha_scope == 'encoder' and not self.balanced:
+            self.mean_weight = float(np.average(self.class_weight, weights=counts))
         self.register_buffer('alpha', torch.tensor(1.0), persistent=False)  # a tensor: its schedule recompiles nothing
 
     def conventional_classifier(self, ema: bool = False) -> nn.Linear | None:
@@ -170,7 +174,7 @@ class GLMCTask(HeadsTask):
         Returns:
             Scalars `loss`, `loss_c`, `loss_cb`, `loss_sim`, and `output`: (B, C) rebalanced logits of the global view.
         """
-        global_out, local_out = self.trainable_module(*views, *([self.alpha] if self.alpha_on_encoder else []))
+        global_out, local_out = self.trainable_module(*views, *self.encoder_shares())
         outputs = (global_out, local_out)
         loss_sim = (negative_cosine(global_out.prediction, local_out.projection)
                     + negative_cosine(local_out.prediction, global_out.projection))
@@ -185,10 +189,14 @@ class GLMCTask(HeadsTask):
         loss = self.ascent_loss(losses) + self.consistency_weight * loss_sim
         return dict(loss=loss, **losses, output=global_out.rebalanced_logits)
 
+    def encoder_shares(self) -> list[tuple[Tensor, Tensor]]:
+        """What `GLMCModule` takes beside the views: factors that make the encoder's gradient that of Eq. 11."""
+        return [(self.alpha, self.mean_weight * (1 - self.alpha))] if self.mean_weight else []
+
     def ascent_loss(self, losses: dict[str, Tensor]) -> Tensor:
-        """What SAM climbs: α·L_c + (1-α)·L_cb, the classification alone; L_c + L_cb where α is the encoder's."""
-        if self.alpha_on_encoder:
-            return losses['loss_c'] + losses['loss_cb']
+        """What SAM climbs: α·L_c + (1-α)·L_cb, the classification alone; L_c + L_cb / m where α is the encoder's."""
+        if self.mean_weight:
+            return losses['loss_c'] + losses['loss_cb'] / self.mean_weight
         return self.alpha * losses['loss_c'] + (1 - self.alpha) * losses['loss_cb']
 
 

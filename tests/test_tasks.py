@@ -72,7 +72,7 @@ def test_alpha_by_its_power(power, alpha):
 
 @pytest.mark.parametrize('progress', [0.0, 0.6])
 def test_alpha_on_the_encoder_alone(progress):
-    """The encoder's gradient is that of Eq. 11, the classifiers' that of their losses in full."""
+    """The encoder's gradient is that of Eq. 11, the classifiers' that of their losses in full, L_cb as a weighted mean."""
     gradients = {}
     for scope in ('losses', 'encoder'):
         task = glmc_task(alpha_scope=scope, consistency_weight=0.5)
@@ -80,11 +80,11 @@ def test_alpha_on_the_encoder_alone(progress):
         losses = task(*batch())
         losses['loss'].backward()
         gradients[scope] = {name: p.grad for name, p in task.trainable_module.named_parameters()}
-    alpha = 1 - progress ** 2
+    alpha, mean = 1 - progress ** 2, np.average(weights_by_hand(1.0), weights=COUNTS)
     assert losses['loss'].item() == pytest.approx(
-        (losses['loss_c'] + losses['loss_cb'] + 0.5 * losses['loss_sim']).item(), rel=1e-5)
+        (losses['loss_c'] + losses['loss_cb'] / mean + 0.5 * losses['loss_sim']).item(), rel=1e-5)
     for name, gradient in gradients['encoder'].items():
-        share = {'classifier': alpha, 'backbone.fc': 1 - alpha}.get(name.rpartition('.')[0], 1)
+        share = {'classifier': alpha, 'backbone.fc': mean * (1 - alpha)}.get(name.rpartition('.')[0], 1)
         torch.testing.assert_close(share * gradient, gradients['losses'][name], rtol=1e-4, atol=1e-6)
     assert gradients['encoder']['backbone.fc.weight'].abs().max() > 1e-4
 

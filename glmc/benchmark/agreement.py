@@ -58,7 +58,7 @@ def _plain_losses(bench: Benchmark) -> dict:
     with _reproducible(model, bench):
         return _with_gradient(
             lambda: plain_loss(model, views, labels.unbind(1), mixture, weight, setup.task.alpha.item(),
-                               bench.args.consistency_weight, setup.task.alpha_on_encoder), model)
+                               bench.args.consistency_weight, setup.task.mean_weight), model)
 
 
 def _run_losses(bench: Benchmark, train_step: Callable) -> dict:

@@ -75,7 +75,7 @@ def plain_model(setup: Setup) -> GLMCModule:
 
 def plain_loss(
         model: GLMCModule, views: list[Tensor], labels: tuple[Tensor, Tensor], mixture: tuple, weight: Tensor,
-        alpha: float, gamma: float, on_encoder: bool = False) -> dict[str, Tensor]:
+        alpha: float, gamma: float, mean: float | None = None) -> dict[str, Tensor]:
     """The loss of a batch (GLMC Eq. 1-11), step by step, with a weighted copy of the labels.
 
     Args:
@@ -86,7 +86,7 @@ def plain_loss(
         weight: (C,) class weights.
         alpha: α.
         gamma: γ.
-        on_encoder: Whether α is that of `--alpha-scope encoder`.
+        mean: Weight of the mean training image, with `--alpha-scope encoder`; None with `losses`.
     """
     (i1, i2, j1, j2), (lam, local_lam, (y0, y1, x0, x1)) = views, mixture
     i, j = (F.one_hot(label, len(weight)).float() for label in labels)
@@ -94,10 +94,11 @@ def plain_loss(
     global_view = lam * i1 + (1 - lam) * j1
     local_view = i2.clone()
     local_view[:, :, y0:y1, x0:x1] = j2[:, :, y0:y1, x0:x1]
+    shares = mean and tuple(torch.tensor(share, device=i1.device) for share in (alpha, mean * (1 - alpha)))
     loss_c = loss_cb = 0
     outputs = []
     for view, part in ((global_view, lam), (local_view, local_lam)):
-        output = model.forward_view(view, torch.tensor(alpha, device=view.device) if on_encoder else None)
+        output = model.forward_view(view, shares)
         outputs.append(output)
         target, weighted = part * i + (1 - part) * j, part * i_weighted + (1 - part) * j_weighted
         loss_c = loss_c - (F.log_softmax(output.logits, 1) * target).sum(1).mean()
@@ -105,7 +106,7 @@ def plain_loss(
     (_, _, h1, u1), (_, _, h2, u2) = outputs
     u1, h1, u2, h2 = (F.normalize(vector, dim=1) for vector in (u1, h1.detach(), u2, h2.detach()))
     loss_sim = -(u1 * h2).sum(1).mean() - (u2 * h1).sum(1).mean()
-    loss = (loss_c + loss_cb if on_encoder else alpha * loss_c + (1 - alpha) * loss_cb) + gamma * loss_sim
+    loss = (loss_c + loss_cb / mean if mean else alpha * loss_c + (1 - alpha) * loss_cb) + gamma * loss_sim
     return dict(loss=loss, loss_c=loss_c, loss_cb=loss_cb, loss_sim=loss_sim)
 
 
