@@ -152,7 +152,7 @@ def test_levers_of_augmentation_have_an_effect_and_resume_inside_an_epoch(train)
     for number, options in enumerate((
             '--augmentation cifar', '--augmentation cifar --aa v0r', '--augmentation cifar --aa v0r --aug-views local',
             '--augmentation cifar --aa v0r --aug-views global', cutout, f'{cutout} --aug-views global',
-            f'{cutout} --rearea 0.25 0.25 --reaspect 1')):
+            f'{cutout} --aug-views local', f'{cutout} --rearea 0.25 0.25 --reaspect 1')):
         _, runs[options] = train(*steps, *options.split(), experiment=f'run{number}')
     named = list(runs.values())
     assert not any(same_weights(one, two) for k, one in enumerate(named) for two in named[k + 1:])
