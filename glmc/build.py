@@ -30,6 +30,7 @@ _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
           'warmup_epochs', 'imbalance_factor')  # on the model card, with the method's own
 
+LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0, aug_views='both')  # there too, unless off
 ERASING = ('remode', 'recount', 'rearea', 'reaspect')
 
 
@@ -239,7 +240,8 @@ class Setup:
     def _source(self) -> dict:
         """What an export says about its training."""
         args = self.args
-        options = {**pick(args, RECIPE), **pick(args, sorted(self.method.options))}
+        levers = {name: value for name, value in pick(args, LEVERS).items() if value != LEVERS[name]}
+        options = {**pick(args, RECIPE), **pick(args, sorted(self.method.options)), **levers}
         return dict(
             method=args.method, profile=self.data.profile, precision=self.accelerator.mixed_precision,
             prior='uniform' if self.method.rebalanced else 'train', recipe=options,

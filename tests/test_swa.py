@@ -69,6 +69,8 @@ def test_the_mean_is_what_is_evaluated(train):
     run, plain = train('run', '--swa-start', '0.4'), train('plain')
     losses = [json.loads((folder / 'export' / 'metrics.json').read_text())['loss'] for folder in (run, plain)]
     assert losses[0] != losses[1]
+    recipes = [json.loads((folder / 'export' / 'config.json').read_text())['glmc']['recipe'] for folder in (run, plain)]
+    assert recipes[0] == {**recipes[1], 'swa_start': 0.4} and 'swa_start' not in recipes[1]
 
 
 @pytest.mark.parametrize('options', ['', '--sam-rho 0.05', '--method bbn', '--method weight_balancing --drw-start 0.5'])
