@@ -29,9 +29,8 @@ from glmc.sam import sam_batch
 _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
           'warmup_epochs', 'imbalance_factor')  # on the model card, with the method's own
-
 LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0, aug_views='both')  # there too, unless off
-ERASING = ('remode', 'recount', 'rearea', 'reaspect')
+ERASING = ('remode', 'recount', 'rearea', 'reaspect')  # without effect where --reprob is 0
 
 
 class Setup:
