@@ -80,10 +80,13 @@ def what_is_run(experiment: Experiment) -> dict:
 
 
 def changed_options(experiment: Experiment) -> str:
-    """`name=value` of each option that trains something other than the recipe, or the defaults, would."""
-    recipe = _options(['--config', experiment.recipe] if experiment.recipe else [])
-    changed = {name: value for name, value in vars(_options(experiment.options)).items()
-               if name not in PLACES and value != getattr(recipe, name)}
+    """`name=value` of each option that trains something other than the recipe, or the defaults, would.
+
+    What a method has by default is said by its name.
+    """
+    recipe, options = ['--config', experiment.recipe] if experiment.recipe else [], vars(_options(experiment.options))
+    same_method = {**vars(_options([*recipe, '--method', options['method']])), 'method': _options(recipe).method}
+    changed = {name: value for name, value in options.items() if name not in PLACES and value != same_method[name]}
     return ' '.join(f'{name}={as_text(value)}' for name, value in sorted(changed.items()))
 
 

@@ -76,7 +76,7 @@ def test_a_line_without_a_long_tail_names_no_split(finished):
     (('--method', 'ce', '--lr', '.1'), 'lr=0.1 method=ce'),
     (('--joint-forward', '--mean', '.5', '1'), 'joint_forward=true mean=0.5,1'),
     (('--method', 'cmo', '--model-kwargs', 'a=1', 'b=x'),
-     'cutmix_lambda=area method=cmo mixup_prob=0.5 model_kwargs=a:1,b:x resample_power=1')])
+     'method=cmo model_kwargs=a:1,b:x')])
 def test_options_are_those_that_train_something_else(finished, options, expected):
     assert changed_options(finished(options=options)[0]) == expected
 

@@ -313,7 +313,7 @@ def test_each_process_climbs_alone_and_the_descents_are_averaged(tmp_path):
         sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--mixed_precision', 'no',
         '--main_process_port', free_port(), tmp_path / 'two.py', ACCELERATE_USE_CPU='1', GLOO_SOCKET_IFNAME='lo')
     assert outcome.code == 0, outcome.err
-    assert {'alike 0', 'alike 1'} <= set(outcome.out.splitlines())
+    assert outcome.out.count('alike') == 2  # whose lines may run into each other
 
 
 def test_two_processes_train(folders, tmp_path):
