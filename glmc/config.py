@@ -235,7 +235,8 @@ def _method(parser: Parser) -> None:
         help='α = 1 - (T/T_max)^P; 2 in the paper, the larger, the longer the conventional classifier leads')
     add('--alpha-scope', choices=('losses', 'encoder'), default='losses',
         help='what α moves from the conventional to the rebalanced classifier: the weight of their losses, as the paper, or '
-        'only of what reaches the encoder, so that both learn in full all along; default of glmc: encoder')
+        'only of what reaches the encoder, so that both learn in full all along, L_cb as a weighted mean; default of glmc: '
+        'encoder')
     add('--projection-dim', type=positive_int, default=256, metavar='D', help='width d of projection and prediction')
     add('--joint-forward', action='store_true', help='encode both views as one batch; BatchNorm sees them together')
     add('--balanced', action='store_true', help='balanced data: no rebalanced classifier, L = L_c + γ·L_sim')

@@ -71,7 +71,7 @@ PARTNER = ('partner', 'resample_power')
 MIXTURE = ('mix_beta', 'cutmix_lambda', *PARTNER)
 TWO_VIEWS = (*MIXTURE, 'mix_lambda')
 CUMULATIVE = ('reweight_power', 'alpha_power', 'alpha_scope')
-# Ours, for runs of 15 to 60 epochs (results/README.md); the recipes of hparams/ have the published values.
+# Ours, for short runs, chosen at 15 epochs (results/README.md); the recipes of hparams/ have the published values.
 SHORT_RUN = dict(mix_beta=0.2, alpha_scope='encoder')
 
 METHODS = {
