@@ -357,8 +357,7 @@ class Run:
         names = list(map(str, data.class_names))
         views = mixed_views(self.setup.train_loader, self.setup.mixer, names, self.args.seed, last)
         log_pictures(self.accelerator, 'mixed_views', views, last)
-        norms = classifier_norms(
-            c=getattr(self.task.trainable_module, 'classifier', None), cb=self.eval_model.get_classifier())
+        norms = classifier_norms(c=self.conventional, cb=self.eval_model.get_classifier())
         return Evidence(names, self.predictions, data.validation or data.holdout, norms, read_summary(self.folder), views)
 
     def _load_best(self) -> None:

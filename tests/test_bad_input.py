@@ -42,6 +42,7 @@ OPTIONS = {  # command line -> what the line says
     '--shot-thresholds 100 20': '--shot-thresholds.*100',
     '--aa nonsense': '--aa.*nonsense',
     '--val-split test': '--data-dir .*: no folder for --val-split test',
+    '--val-split none': '--val-split none: expected --holdout',
     '--train-split training2': "--data-dir .*: no folder for split 'training2', found train, validation",
     '--class-map nowhere.txt': '--data-dir .*nowhere.txt',
     '--initial-checkpoint nowhere.pth': '--initial-checkpoint nowhere.pth: .*',
@@ -68,6 +69,9 @@ OPTIONS = {  # command line -> what the line says
     '--resident on --augmentation cifar --aa v0': '--resident on: .* and no --aa',
     '--augmentation cifar --aa nonsense': '--aa.*nonsense',
     '--aug-views all': "--aug-views: invalid choice: '?all",
+    '--stage2 nonsense': "--stage2: expected all, or some of maxnorm, .*; found 'nonsense'",
+    '--stage2 average --method ce': '--stage2 average: needs both classifiers of GLMC',
+    '--stage2 maxnorm --stage2-kwargs maxnorm.radios=1': '--stage2-kwargs maxnorm.radios: expected one of lr, .*radius',
     '--rearea 0.5 2': '--rearea: expected a number >= 0 and <= 1, found 2',
 }
 

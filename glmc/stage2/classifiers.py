@@ -91,8 +91,19 @@ def _result(linear: Linear) -> Linear:
     return Linear(*(tensor.detach() for tensor in linear))
 
 
+class Classifier:
+    """A rule for a linear layer, a dataclass of its hyper-parameters."""
+
+    grid: ClassVar[dict] = {}  # field -> values to search
+    two_heads: ClassVar[bool] = False  # whether it needs `Stage1.conventional`
+
+    def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
+        """The linear layer that these features call for; the same for the same generator."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class MaxNorm:
+class MaxNorm(Classifier):
     """Class-balanced loss under strong weight decay, rows capped at δ = min + radius·(max - min) of their first norms.
 
     Weight Balancing (arXiv 2203.14197); as GLMC has it (arXiv 2305.08661, Eq. 13), projected after every step as its paper
@@ -131,7 +142,7 @@ class MaxNorm:
 
 
 @dataclass(frozen=True)
-class BalancedSoftmax:
+class BalancedSoftmax(Classifier):
     """Softmax weighted by the class counts, which the exported classifier goes without (arXiv 2007.10740)."""
     lr: float = 0.01
     epochs: int = 10
@@ -147,7 +158,7 @@ class BalancedSoftmax:
 
 
 @dataclass(frozen=True)
-class LogitAdjust:
+class LogitAdjust(Classifier):
     """Bias less τ·log prior, after training (arXiv 2007.07314).
 
     τ is 1 where stage 1 has learnt the prior of its training set, 0 where it is fitted to a uniform one already.
@@ -165,7 +176,7 @@ class LogitAdjust:
 
 
 @dataclass(frozen=True)
-class CRT:
+class CRT(Classifier):
     """A new classifier, trained on class-balanced sampling (cRT; arXiv 1910.09217; its lr 0.2 is for a batch of 512)."""
     lr: float = 0.025
     epochs: int = 10
@@ -182,7 +193,7 @@ class CRT:
 
 
 @dataclass(frozen=True)
-class LWS:
+class LWS(Classifier):
     """A scale for each class's logit, trained on class-balanced sampling (arXiv 1910.09217; its lr 0.2 is for 512)."""
     lr: float = 0.025
     epochs: int = 5
@@ -198,7 +209,7 @@ class LWS:
 
 
 @dataclass(frozen=True)
-class TauNorm:
+class TauNorm(Classifier):
     """Logits divided by ‖w_c‖^τ (arXiv 1910.09217; there without bias), times the geometric mean of it to stay as sure."""
     tau: float = 0.7
     grid: ClassVar[dict] = dict(tau=tuple(k / 10 for k in range(21)))
@@ -209,7 +220,7 @@ class TauNorm:
 
 
 @dataclass(frozen=True)
-class LabelOverSmoothing:
+class LabelOverSmoothing(Classifier):
     """Cross-entropy with nearly uniform labels (LOS, ICLR 2025; arXiv 2403.00250)."""
     lr: float = 5e-4
     epochs: int = 20
@@ -226,10 +237,9 @@ class LabelOverSmoothing:
 
 
 @dataclass(frozen=True)
-class NearestClassMean:
+class NearestClassMean(Classifier):
     """Cosine to the mean of the class's normalised features, of plain views (NCM; arXiv 1910.09217)."""
     scale: float = 30.0
-    grid: ClassVar[dict] = {}
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
         device = stage1.linear.bias.device
@@ -239,11 +249,12 @@ class NearestClassMean:
 
 
 @dataclass(frozen=True)
-class HeadAverage:
+class HeadAverage(Classifier):
     """w·cb + (1-w)·(c - τ·log π): both classifiers of GLMC, averaged as logits, which is one linear layer exactly."""
     weight: float = 0.5
     tau: float = 0.0
     grid: ClassVar[dict] = dict(weight=tuple(k / 10 for k in range(11)), tau=(0.0, 0.5, 1.0))
+    two_heads: ClassVar[bool] = True
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
         weight, bias = stage1.conventional
@@ -253,5 +264,4 @@ class HeadAverage:
 
 CLASSIFIERS = {
     'maxnorm': MaxNorm, 'balanced_softmax': BalancedSoftmax, 'logit_adjust': LogitAdjust, 'crt': CRT, 'lws': LWS,
-    'tau_norm': TauNorm, 'los': LabelOverSmoothing, 'ncm': NearestClassMean,
-    'average': HeadAverage}
+    'tau_norm': TauNorm, 'los': LabelOverSmoothing, 'ncm': NearestClassMean, 'average': HeadAverage}

@@ -27,15 +27,15 @@ def parse_classifiers(names: str, settings: dict, two_heads: bool = True) -> dic
     Raises:
         InputError: If a name, a field or the type of a value is wrong, or a classifier needs what is not at hand.
     """
-    possible = [name for name in CLASSIFIERS if two_heads or name != 'average']
+    possible = [name for name, classifier in CLASSIFIERS.items() if two_heads or not classifier.two_heads]
     chosen = possible if names == 'all' else list(dict.fromkeys(names.split(',')))
-    if 'average' in chosen and not two_heads:
-        raise InputError('--stage2 average: needs both classifiers of GLMC; expected a run of --method glmc, or one of its '
-                         'checkpoints as --model (an export has the rebalanced one alone)')
     for name in chosen:
         if name not in CLASSIFIERS:
             raise InputError(f"--stage2: expected all, or some of {', '.join(CLASSIFIERS)}; found {name!r}"
                              f'{nearest(name, CLASSIFIERS)}')
+        if name not in possible:
+            raise InputError(f'--stage2 {name}: needs both classifiers of GLMC; expected a run of --method glmc, or one of '
+                             'its checkpoints as --model (an export has the rebalanced one alone)')
     found = {name: CLASSIFIERS[name]() for name in chosen}
     for key, value in settings.items():
         name, _, field = key.partition('.')
