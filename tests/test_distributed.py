@@ -64,10 +64,11 @@ def test_same_numbers_given_the_same_weights(script, launch, folders, tmp_path):
     assert one['loss'] == pytest.approx(two['loss'], rel=1e-5) and one['ece'] == pytest.approx(two['ece'], rel=1e-4)
 
 
-def test_two_processes_of_half_the_batch_train_the_same_weights(launch, script, folders, tmp_path):
+@pytest.mark.parametrize('average', [(), ('--swa-start', '0.4')], ids=['last', 'swa'])
+def test_two_processes_of_half_the_batch_train_the_same_weights(launch, script, folders, tmp_path, average):
     """Without BatchNorm; 25 images in steps of 8, the last of 9, of which one process has 5 and the other 4."""
-    options = ('--model', 'test_vit', '--data-dir', folders, '--epochs', '3', '--lr', '0.05')
-    _, two = launch('halves', *options, '--batch-size', '4')
+    options = ('--model', 'test_vit', '--data-dir', folders, '--epochs', '3', '--lr', '0.05', *average)
+    _, two = launch(f'halves{len(average)}', *options, '--batch-size', '4')
     assert script(*TINY, *options, '--output', tmp_path, '--experiment', 'whole', '--batch-size', '8').code == 0
     one, two = (load_file(run / 'export' / 'model.safetensors') for run in (tmp_path / 'whole', two))
     for name, weight in one.items():
