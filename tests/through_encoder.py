@@ -1,0 +1,91 @@
+"""A classifier of stage 2 on stored features, beside the same trained on images that pass the encoder anew, each epoch
+augmented afresh.
+
+    python tests/through_encoder.py --model output/RUN --dataset hfds/PATH/TO/cifar100 --val-split test --stage2 maxnorm \
+        --feature-views 4
+
+Takes the options of finetune_glmc.py; writes OUTPUT/through_encoder.csv.
+"""
+import copy
+import csv
+import logging
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from finetune_glmc import prepare  # noqa: E402
+from glmc.config import finetune_parser  # noqa: E402
+from glmc.data.datasets import ImageSet  # noqa: E402
+from glmc.launch import create_accelerator  # noqa: E402
+from glmc.models import linear_classifier  # noqa: E402
+from glmc.parsing import parse_args, run_script  # noqa: E402
+from glmc.results import aligned, provenance  # noqa: E402
+from glmc.stage2.classifiers import Linear, Stage1  # noqa: E402
+from glmc.stage2.features import Extractor, Features  # noqa: E402
+from glmc.stage2.select import fit, measure, parse_classifiers  # noqa: E402
+from glmc.trained import open_trained  # noqa: E402
+from validate_glmc import trained_precision  # noqa: E402
+
+FIGURES = ('top1', 'many', 'medium', 'few', 'class_mean')
+
+
+class FreshViews:
+    """In place of the views of `Features`: whoever takes some has the images augmented and encoded for it.
+
+    Args:
+        extract: Of the encoder.
+        images: Of which.
+    """
+
+    def __init__(self, extract: Extractor, images: ImageSet):
+        self.extract, self.images = copy.copy(extract), images
+        self.extract.cache, self.extract.workers = None, 0
+        self.shape = (1, len(images), extract.model.head_hidden_size)
+
+    def __getitem__(self, place: tuple[Tensor, Tensor]) -> Tensor:
+        _, chosen = place
+        self.extract.seed += 1
+        return self.extract(self.images.subset(chosen.numpy()), num_views=1).views[1]
+
+
+def main() -> None:
+    args, given = parse_args(finetune_parser())
+    trained = open_trained(args.model[0])
+    accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
+    job = prepare(args, given, trained, accelerator)
+    data = job['data']
+    extract = Extractor(
+        trained.model, data_config=trained.data_config, augmentation=job['augmentation'], accelerator=accelerator,
+        batch_size=args.batch_size, workers=args.workers, seed=args.seed)
+    stored, unseen = extract(data.train, args.feature_views), extract(data.validation)
+    logging.getLogger('glmc.stage2.features').setLevel(logging.WARNING)  # else a line for every batch
+    sources = {f'stored, {views} augmented views': Features(stored.views[:1 + views], stored.labels)
+               for views in sorted({0, 1, 2, args.feature_views})}
+    sources['through the encoder'] = Features(FreshViews(extract, data.train), stored.labels)
+    own = linear_classifier(trained.model)
+    stage1 = Stage1(Linear(own.weight.detach(), own.bias.detach()), data.profile['class_counts'],
+                    trained.facts.get('prior') == 'uniform')
+    rows = []
+    for name, classifier in parse_classifiers(args.stage2, args.stage2_kwargs, two_heads=False).items():
+        for source, features in sources.items():
+            start = time.perf_counter()
+            metrics, _ = measure(fit(classifier, stage1, features, args.seed), unseen, stage1.counts)
+            rows.append(dict(classifier=name, features=source, seconds=f'{time.perf_counter() - start:.1f}',
+                             **{figure: f'{metrics[figure]:.2f}' for figure in FIGURES}))
+    print(aligned([list(rows[0]), *(list(row.values()) for row in rows)], left=2))
+    path = Path(args.output) / 'through_encoder.csv'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        facts = {key: provenance()[key] for key in ('command', 'commit')}
+        writer = csv.DictWriter(file, [*rows[0], 'threads', *facts])
+        writer.writeheader()
+        writer.writerows({**row, 'threads': torch.get_num_threads(), **facts} for row in rows)
+
+
+if __name__ == '__main__':
+    sys.exit(run_script(main, debug='--debug' in sys.argv))
