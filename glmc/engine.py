@@ -14,6 +14,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from glmc.evaluation import LongTailEvaluator
+from glmc.models import float32_classifier
 from glmc.parsing import RunError
 
 _logger = logging.getLogger(__name__)
@@ -288,13 +289,14 @@ def _log_step(
 def evaluate(
         accelerator: Accelerator, model: nn.Module, loader, evaluator: LongTailEvaluator,
         between: Callable[[], None] = lambda: None) -> dict:
-    """Metrics of a bare model, each image counted once over all processes, in the run's precision.
+    """Metrics of a bare model, each image counted once over all processes.
 
-    `between` is called before each batch; what it raises ends the evaluation.
+    The encoder computes in the run's precision, the classifier in float32. `between` is called before each batch; what it
+    raises ends the evaluation.
     """
     model.eval()
     evaluator.reset()
-    with torch.inference_mode(), accelerator.autocast():
+    with torch.inference_mode(), accelerator.autocast(), float32_classifier(model):
         for images, labels in loader:
             between()
             evaluator.update(model(loader.normalize(images)), labels)

@@ -79,6 +79,7 @@ class LongTailEvaluator(ClassificationEvaluator):
         metrics.update({name: _mean(accuracy[classes][seen[classes]]) for name, classes in self.groups.items()})
         metrics.update(
             loss=metrics['loss'] if math.isfinite(metrics['loss']) else None,  # JSON has no other word for it
+            top1=100 * (hits.sum() / images.sum().clamp(min=1)).item(),  # of equal logits the first, as for each class
             class_mean=_mean(accuracy[seen]),
             worst_class=accuracy[seen].min().item() if seen.any() else None,
             worst_tenth=_worst_mean(accuracy[seen], WORST_PART),

@@ -1,6 +1,6 @@
 """Backbone, training-only heads, and the record of what they give for one view."""
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -193,6 +193,33 @@ def _random_classifier(backbone: nn.Module, generator: torch.Generator):
         backbone.train(was_training)
         for parameter, value in zip(parameters, saved, strict=True):
             parameter.copy_(value)
+
+
+@contextmanager
+def float32_classifier(model: nn.Module):
+    """The model with a classifier that computes in float32 whatever autocast says, as long as the block lasts.
+
+    Logits in bfloat16 have 8 bits, and in many an image two classes share the highest one.
+
+    Args:
+        model: timm's, or one that passes `get_classifier` on.
+    """
+    classifier = model.get_classifier()
+    parts = classifier if isinstance(classifier, (tuple, nn.ModuleList)) else [classifier]  # some have several heads
+    try:
+        for part in parts:
+            part.forward = _without_autocast(part.forward)
+        yield
+    finally:
+        for part in parts:
+            vars(part).pop('forward', None)
+
+
+def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def in_float32(features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return forward(features.float())
+    return in_float32
 
 
 def _encoder_error(backbone: nn.Module) -> InputError:

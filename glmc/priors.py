@@ -112,6 +112,9 @@ class AdjustedModel(nn.Module):
         self.model, self.flip = model, flip
         self.register_buffer('shift', shift)
 
+    def get_classifier(self) -> nn.Module:
+        return self.model.get_classifier()
+
     def forward(self, images: Tensor) -> Tensor:
         logits = self.model(images).float()
         if self.flip:

@@ -13,9 +13,20 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glmc.data.loaders import Normalize
-from glmc.engine import Meter, NotFiniteError, TrainStep, step_generator, train_batch, train_one_epoch, update
+from glmc.engine import (
+    Meter,
+    NotFiniteError,
+    TrainStep,
+    evaluate,
+    step_generator,
+    train_batch,
+    train_one_epoch,
+    update,
+)
+from glmc.evaluation import LongTailEvaluator
 from glmc.methods import METHODS
 from glmc.models import create_backbone
+from glmc.priors import AdjustedModel
 
 COUNTS = [50, 12, 3]
 WITHOUT_BATCHNORM = {
@@ -347,3 +358,24 @@ class Rest(Batches):
 
     def __iter__(self):
         return iter(list.__getitem__(self, slice(self.start, None)))
+
+
+@pytest.mark.parametrize('flip', [False, True])
+def test_evaluation_has_logits_in_float32_of_an_encoder_in_bfloat16(flip):
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, mixed_precision='bf16')
+    model = create_backbone('resnet18', num_classes=3, **MODELS['resnet18']).eval()
+    dtypes, found = [], []
+
+    class Evaluator(LongTailEvaluator):
+        def update(self, output, target):
+            found.append(output)
+            super().update(output, target)
+
+    model.global_pool.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    loader = Batches([(images[:, 0], labels[:, 0]) for images, labels in map(batch, range(3))])
+    loader.normalize = Normalize((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    metrics = evaluate(accelerator, AdjustedModel(model, flip=True) if flip else model, loader, Evaluator(COUNTS))
+    AcceleratorState._reset_state(True)
+    assert set(dtypes) == {torch.bfloat16} and metrics['num_images'] == 24
+    assert all(logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float()) for logits in found)

@@ -69,6 +69,15 @@ def test_accuracies_are_scikit_learns():
     assert metrics['top1'] != pytest.approx(metrics['class_mean'], abs=0.1)
 
 
+def test_top1_is_the_class_mean_of_as_many_images_of_each_class():
+    """With equal logits too, where the first class counts as predicted: few logits are all different in low precision."""
+    labels = np.repeat(np.arange(7), 50)
+    logits = np.random.default_rng(0).integers(3, size=(350, 7))
+    metrics = measure(logits, labels)
+    assert metrics['top1'] == pytest.approx(100 * (logits.argmax(1) == labels).mean())
+    assert metrics['top1'] == pytest.approx(metrics['class_mean'])
+
+
 def test_shot_groups_are_means_over_their_classes():
     logits, labels = predictions()
     accuracies, metrics = class_accuracies(logits, labels), measure(logits, labels)

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from timm.models import get_model_input_config
 
 from glmc.cifar_resnet import BasicBlock
-from glmc.models import GLMCModule, classifies_pre_logits, create_backbone, linear_classifier, scale_gradient
+from glmc.models import (
+    GLMCModule,
+    classifies_pre_logits,
+    create_backbone,
+    float32_classifier,
+    linear_classifier,
+    scale_gradient,
+)
 from glmc.parsing import InputError
 
 # Where the classifier takes the pooled features alone, one pass gives both.
@@ -76,6 +83,31 @@ def test_probe_is_not_misled_by_a_classifier_of_zeros():
     for parameter in backbone.get_classifier().parameters():
         torch.nn.init.zeros_(parameter)
     assert not classifies_pre_logits(backbone)
+
+
+@pytest.mark.parametrize('name, img_size', SINGLE_PASS + TWO_PASSES)
+def test_classifier_computes_in_float32_where_all_else_does_not(name, img_size):
+    backbone = seeded_backbone(name, img_size).eval()
+    images = images_for(backbone)
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
+        with float32_classifier(backbone):
+            logits = backbone(images)
+        coarse = backbone(images)
+    assert logits.dtype == torch.float32 and coarse.dtype == torch.bfloat16
+    assert (logits - coarse).norm() <= 0.1 * logits.norm()
+    assert all('forward' not in vars(module) for module in backbone.modules())
+
+
+def test_logits_are_told_apart_in_float32():
+    """A thousand classes whose logits differ by less than bfloat16 can say."""
+    backbone = seeded_backbone('test_resnet', num_classes=1000).eval()
+    with torch.no_grad():
+        backbone.get_classifier().bias.copy_(10 + torch.rand(1000, generator=torch.Generator().manual_seed(0)) / 100)
+    images = images_for(backbone)
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
+        assert all(len(row.unique()) < 100 for row in backbone(images))
+        with float32_classifier(backbone):
+            assert all(len(row.unique()) > 900 for row in backbone(images))
 
 
 @pytest.mark.parametrize('name, img_size', [('resnet32_cifar', 32), ('levit_128s', 64)])
