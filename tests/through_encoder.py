@@ -25,13 +25,12 @@ from glmc.launch import create_accelerator  # noqa: E402
 from glmc.models import linear_classifier  # noqa: E402
 from glmc.parsing import parse_args, run_script  # noqa: E402
 from glmc.results import aligned, provenance  # noqa: E402
+from glmc.runs import FIGURES  # noqa: E402
 from glmc.stage2.classifiers import Linear, Stage1  # noqa: E402
 from glmc.stage2.features import Extractor, Features  # noqa: E402
 from glmc.stage2.select import fit, measure, parse_classifiers  # noqa: E402
 from glmc.trained import open_trained  # noqa: E402
 from validate_glmc import trained_precision  # noqa: E402
-
-FIGURES = ('top1', 'many', 'medium', 'few', 'class_mean')
 
 
 class FreshViews:
@@ -74,14 +73,16 @@ def main() -> None:
     for name, classifier in parse_classifiers(args.stage2, args.stage2_kwargs, two_heads=False).items():
         for source, features in sources.items():
             start = time.perf_counter()
-            metrics, _ = measure(fit(classifier, stage1, features, args.seed), unseen, stage1.counts)
+            metrics, _ = measure(fit(classifier, stage1, features, args.seed), unseen, stage1.counts,
+                                 data.profile['shot_thresholds'])
             rows.append(dict(classifier=name, features=source, seconds=f'{time.perf_counter() - start:.1f}',
                              **{figure: f'{metrics[figure]:.2f}' for figure in FIGURES}))
     print(aligned([list(rows[0]), *(list(row.values()) for row in rows)], left=2))
     path = Path(args.output) / 'through_encoder.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'w', newline='', encoding='utf-8') as file:
-        facts = {key: provenance()[key] for key in ('command', 'commit')}
+        known = provenance()
+        facts = dict(command=known['command'], commit=known['commit'])
         writer = csv.DictWriter(file, [*rows[0], 'threads', *facts])
         writer.writeheader()
         writer.writerows({**row, 'threads': torch.get_num_threads(), **facts} for row in rows)
