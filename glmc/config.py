@@ -93,7 +93,7 @@ def stage2_group(parser: Parser) -> None:
         help='choose hyper-parameters on training images set aside (a number of each class, or a part); with --holdout, on '
         'those; default: no choice, published values')
     add('--stage2-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME.FIELD=V',
-        help='hyper-parameters, e.g. maxnorm.project=epoch los.epochs=5')
+        help='hyper-parameters, which no choice then changes, e.g. maxnorm.project=epoch los.epochs=5')
     add('--feature-cache', metavar='DIR', help='where features are kept and found again; default: in the output')
 
 

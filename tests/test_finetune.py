@@ -272,9 +272,9 @@ def test_both_heads_are_averaged(script, finetune, folders, tmp_path):
     heads = saved['state_dict_ema']['fc.weight'], saved['task_state_ema']['classifier.weight']
     for result in (tmp_path / 'run' / 'stage2', tmp_path / 'out' / 'result'):
         metrics = metrics_of(result / 'average')
-        share = metrics['stage2']['weight']  # as given, or a better one on the held-out images
+        assert metrics['stage2']['weight'] == 0.25  # as given, while τ is chosen on the held-out images
         found = load_file(result / 'average' / 'export' / 'model.safetensors')
-        torch.testing.assert_close(found['fc.weight'], share * heads[0] + (1 - share) * heads[1])
+        torch.testing.assert_close(found['fc.weight'], 0.25 * heads[0] + 0.75 * heads[1])
         assert metrics['method'] == 'glmc+average'
 
 

@@ -320,6 +320,9 @@ def test_search_takes_the_best_of_the_grid_and_prefers_the_default():
     assert score == max(scores.values()) == scores[chosen.tau]
     assert scores[0.7] < score or chosen.tau == 0.7
     assert search(NearestClassMean(), stage1(), train, held, seed=0)[0] == NearestClassMean()
+    worst = TauNorm(min(scores, key=scores.get))
+    assert search(worst, stage1(), train, held, seed=0)[0] == chosen != worst
+    assert search(worst, stage1(), train, held, seed=0, fixed=['tau']) == (worst, scores[worst.tau])
 
 
 def test_classifiers_by_name():

@@ -49,7 +49,7 @@ def run_stage2(
         counts: (C,) images per class that stage 1 was trained on, if not those of `data`.
         conventional: The classifier beside the model's own, of GLMC, if it is at hand.
         stage2_holdout: Training images of each class, or a part of them, to choose on where none are held out.
-        stage2_kwargs: NAME.FIELD -> value of hyper-parameters.
+        stage2_kwargs: NAME.FIELD -> value of hyper-parameters, which no choice changes.
         feature_views: V augmented views of each image.
         feature_cache: Folder of the features; `folder`/features by default.
         batch_size, workers, seed: As their names say.
@@ -79,7 +79,8 @@ def run_stage2(
     thresholds = data.profile['shot_thresholds']
     results = [Trained('stage 1', stage1.linear, *measure(stage1.linear, unseen, counts, thresholds), {})]
     for name, classifier in classifiers.items():
-        results.append(_train(name, classifier, stage1, features, choice, unseen, thresholds, seed))
+        fixed = [key.partition('.')[2] for key in stage2_kwargs or () if key.startswith(f'{name}.')]
+        results.append(_train(name, classifier, stage1, features, choice, unseen, thresholds, seed, fixed))
     print(f'\nStage 2 on {len(unseen):,} images, features in {extraction} s:\n{table([results])}', flush=True)
     facts = dict(feature_views=feature_views, feature_seconds=extraction)
     for result in results[1:]:
@@ -131,12 +132,12 @@ def _choice(features: Features, heldout: Features | None, parts: tuple | None) -
 
 def _train(
         name: str, classifier, stage1: Stage1, features: Features, choice: tuple[Features, Features] | None,
-        unseen: Features, thresholds: Sequence[int], seed: int) -> Trained:
-    """Choose its hyper-parameters if there is something to choose on, train it on all features, measure it."""
+        unseen: Features, thresholds: Sequence[int], seed: int, fixed: Sequence[str]) -> Trained:
+    """Choose what is not fixed where there is something to choose on, train it on all features, measure it."""
     start, score = time.perf_counter(), None
     classifier = classifier.resolved(stage1) if isinstance(classifier, LogitAdjust) else classifier
     if choice is not None:
-        classifier, score = search(classifier, stage1, *choice, seed)
+        classifier, score = search(classifier, stage1, *choice, seed, fixed)
     linear = fit(classifier, stage1, features, seed)
     seconds = time.perf_counter() - start
     settings = asdict(classifier)

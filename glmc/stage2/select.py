@@ -1,7 +1,7 @@
 """Which classifiers, with which hyper-parameters; what is chosen is chosen on held-out training images only."""
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 
 import numpy as np
@@ -86,17 +86,17 @@ def stratified_split(
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-def search(classifier, stage1: Stage1, train: Features, heldout: Features, seed: int):
+def search(classifier, stage1: Stage1, train: Features, heldout: Features, seed: int, fixed: Collection[str] = ()):
     """The classifier with the values of its grid that have the highest class mean on the held-out images.
 
-    Of equal ones the first wins, the given values before all others.
+    Of equal ones the first wins, the given values before all others. Fields that are `fixed` keep theirs.
 
     Returns:
         The classifier, and that class mean in percent.
     """
-    names = list(classifier.grid)
-    candidates = [classifier, *(replace(classifier, **dict(zip(names, values, strict=True)))
-                                for values in itertools.product(*classifier.grid.values()) if names)]
+    grid = {name: values for name, values in classifier.grid.items() if name not in fixed}
+    candidates = [classifier, *(replace(classifier, **dict(zip(grid, values, strict=True)))
+                                for values in itertools.product(*grid.values()) if grid)]
     scores = [class_mean(fit(each, stage1, train, seed), heldout, stage1.counts) for each in candidates]
     best = int(np.argmax(scores))
     return candidates[best], scores[best]
