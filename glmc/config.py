@@ -228,7 +228,8 @@ def _method(parser: Parser) -> None:
     add('--mix-lambda', choices=('shared', 'per_view'), default='shared',
         help='one λ for the global and the local view (as the paper), or one drawn for each')
     add('--cutmix-lambda', choices=('nominal', 'area'), default='nominal',
-        help='label weight of a patch: λ, or corrected for clipping at the border; default of cutmix and cmo: area')
+        help='label weight of a patch: λ, as the released code, or its pixels, clipped at the border; default of cutmix, '
+        'cmo and the glmc rows: area')
     add('--reweight-power', type=finite, default=1.0, metavar='K', help='k: class weights ∝ n^-k')
     add('--consistency-weight', type=non_negative, default=1.0, metavar='GAMMA', help='γ of the consistency loss')
     add('--alpha-power', type=positive, default=2.0, metavar='P',

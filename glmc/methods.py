@@ -72,7 +72,8 @@ MIXTURE = ('mix_beta', 'cutmix_lambda', *PARTNER)
 TWO_VIEWS = (*MIXTURE, 'mix_lambda')
 CUMULATIVE = ('reweight_power', 'alpha_power', 'alpha_scope')
 # Ours, for short runs, chosen at 15 epochs (results/README.md); the recipes of hparams/ have the published values.
-SHORT_RUN = dict(mix_beta=0.2, alpha_scope='encoder')
+SHORT_VIEWS = dict(mix_beta=0.2, cutmix_lambda='area')
+SHORT_RUN = dict(SHORT_VIEWS, alpha_scope='encoder')
 
 METHODS = {
     'ce': Method(
@@ -139,12 +140,12 @@ METHODS = {
         summary='GLMC without the rebalanced classifier: mixture consistency alone',
         task=GLMCTask, module=partial(GLMCModule, balanced=True), mixer=GLMCMixer, paired=True, num_views=2,
         task_options=('consistency_weight',), module_options=('projection_dim', 'joint_forward'), mixer_options=TWO_VIEWS,
-        defaults=dict(mix_beta=0.2)),
+        defaults=SHORT_VIEWS),
     'glmc_balanced': Method(
         summary='GLMC for balanced data, the same as glmc_no_rebalance and as glmc --balanced',
         task=GLMCTask, module=partial(GLMCModule, balanced=True), mixer=GLMCMixer, paired=True, num_views=2,
         task_options=('consistency_weight',), module_options=('projection_dim', 'joint_forward'), mixer_options=TWO_VIEWS,
-        defaults=dict(mix_beta=0.2)),
+        defaults=SHORT_VIEWS),
 }
 
 

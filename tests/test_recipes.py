@@ -169,7 +169,7 @@ def test_custom_spells_the_defaults_out():
     args, given = read(CUSTOM)
     defaults, _ = parse_args(train_parser(METHODS), [])
     assert {**vars(args), 'config': None} == vars(defaults)
-    assert METHODS['glmc'].options - given == {'balanced', 'cutmix_lambda', 'joint_forward', 'mix_lambda', 'partner'}
+    assert METHODS['glmc'].options - given == {'balanced', 'joint_forward', 'mix_lambda', 'partner'}
     assert {'command', 'batch', 'chosen', 'published', 'change'} == set(header(CUSTOM))
 
 
