@@ -102,7 +102,7 @@ def test_second_run_gets_its_own_folder(script, folders, tmp_path):
     '--method ce', '--model-ema --model-ema-decay 0.5', '--grad-accum-steps 2', '--amp', '--amp-dtype bfloat16',
     '--clip-grad 1.0', '--clip-grad 0.01 --clip-mode agc', '--sched-on-updates --warmup-epochs 1 --epochs 2',
     '--model test_vit --layer-decay 0.7', '--layer-decay 0.7', '--drop 0.3', '--drop-path 0.1', '--grad-checkpointing',
-    '--channels-last', '--partner batch --resample-power 1', '--balanced', '--cutmix-lambda area', '--mix-beta 0.5',
+    '--channels-last', '--partner batch --resample-power 1', '--balanced', '--cutmix-lambda nominal', '--mix-beta 0.5',
     '--mix-lambda per_view --cutmix-lambda area', '--sam-rho 0.05',
     '--resample-power 0.2 --reweight-power 1.2', '--augmentation imagenet_lt', '--augmentation cifar', '--no-aug',
     '--augmentation cifar --aa v0r --aug-views global', '--augmentation cifar --reprob 1 --aug-views local',
