@@ -119,7 +119,7 @@ def test_options_train(options, train):
 
 @pytest.mark.parametrize('options', [
     '--mix-lambda per_view', '--mix-beta 0.3',
-    '--consistency-weight 5', '--resample-power 1', '--cutmix-lambda area', '--model-ema', '--drop 0.5',
+    '--consistency-weight 5', '--resample-power 1', '--cutmix-lambda nominal', '--model-ema', '--drop 0.5',
     '--grad-accum-steps 2', '--clip-grad 0.001', '--weight-decay 0.5', '--augmentation imagenet_lt', '--hflip 0',
     '--reprob 1', '--partner batch', '--momentum 0.5', '--mean 0.1', '--projection-dim 8', '--balanced', '--method ce',
     '--train-interpolation nearest', '--reweight-power 3'])
