@@ -23,7 +23,7 @@ from glmc.config import finetune_parser  # noqa: E402
 from glmc.data.datasets import ImageSet  # noqa: E402
 from glmc.launch import create_accelerator  # noqa: E402
 from glmc.models import linear_classifier  # noqa: E402
-from glmc.parsing import parse_args, run_script  # noqa: E402
+from glmc.parsing import InputError, parse_args, run_script  # noqa: E402
 from glmc.results import aligned, provenance  # noqa: E402
 from glmc.runs import FIGURES  # noqa: E402
 from glmc.stage2.classifiers import Linear, Stage1  # noqa: E402
@@ -58,6 +58,8 @@ def main() -> None:
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
     job = prepare(args, given, trained, accelerator)
     data = job['data']
+    if data.validation is None:
+        raise InputError('--val-split none: expected a split to evaluate on')
     extract = Extractor(
         trained.model, data_config=trained.data_config, augmentation=job['augmentation'], accelerator=accelerator,
         batch_size=args.batch_size, workers=args.workers, seed=args.seed)
