@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmc.evaluation import Predictions
-from glmc.results import aligned, mean_std
+from glmc.results import aligned, mean_std, provenance
 from glmc.stage2.classifiers import Linear
 
 TABLE = 'stage2.csv'
@@ -52,17 +52,18 @@ def table(runs: Sequence[Sequence[Trained]]) -> str:
 
 
 def write_table(path: Path, runs: dict[str, Sequence[Trained]]) -> None:
-    """One line for each classifier of each run.
+    """One line for each classifier of each run, with what it takes to get it again.
 
     Args:
         path: Of the CSV file.
         runs: What the user called the model of stage 1 -> results.
     """
+    facts = provenance()
     with open(path, 'w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
-        writer.writerow(('model', 'classifier', *FIGURES, 'heldout_class_mean', 'seconds', 'settings'))
+        writer.writerow(('model', 'classifier', *FIGURES, 'heldout_class_mean', 'seconds', 'settings', 'commit', 'command'))
         for name, results in runs.items():
             for result in results:
                 settings = ' '.join(f'{key}={value}' for key, value in result.settings.items())
                 writer.writerow((name, result.name, *(result.metrics[key] for key in FIGURES), result.heldout,
-                                 round(result.seconds, 2), settings))
+                                 round(result.seconds, 2), settings, facts['commit'], facts['command']))
