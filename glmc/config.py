@@ -257,7 +257,7 @@ def _optimizer(parser: Parser) -> None:
     add('--grad-accum-steps', type=positive_int, default=1, metavar='N', help='steps per update')
     add('--opt', default='momentum', metavar='NAME', help="any timm optimizer; momentum is SGD as published, sgd Nesterov's")
     add('--lr', type=positive, help='learning rate; default: --lr-base scaled by the global batch')
-    add('--lr-base', type=positive, default=0.1, help='learning rate for --lr-base-size images an update')
+    add('--lr-base', type=positive, default=0.2, help='learning rate for --lr-base-size images an update')
     add('--lr-base-size', type=positive_int, default=256, help='see --lr-base')
     add('--lr-base-scale', choices=('linear', 'sqrt'), help='default: sqrt for adaptive optimizers, else linear')
     add('--weight-decay', type=non_negative, default=5e-4, help='on every parameter, as the published recipes')
