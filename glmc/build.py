@@ -31,6 +31,7 @@ RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'mome
           'warmup_epochs', 'imbalance_factor')  # on the model card, with the method's own
 LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0, aug_views='both')  # there too, unless off
 ERASING = ('remode', 'recount', 'rearea', 'reaspect')  # without effect where --reprob is 0
+SGD = ('sgd', 'momentum', 'nesterov')  # in the names of timm's optimizers that --lr-base fits
 
 
 class Setup:
@@ -63,6 +64,8 @@ class Setup:
             _logger.warning('--aa has no effect with --no-aug')
         for name in sorted(given & set(ERASING)) if not args.reprob else ():
             _logger.warning(f'--{name} has no effect without --reprob')
+        if not given & {'lr', 'lr_base'} and not any(name in args.opt.lower() for name in SGD):
+            _logger.warning(f'--opt {args.opt}: the default --lr-base is for SGD, another optimizer wants its own --lr')
         if not (args.data_dir or args.dataset or args.train_list):
             for name, value in DEMONSTRATION.items():
                 if name not in given:

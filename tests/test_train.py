@@ -134,6 +134,15 @@ def test_ignored_options_are_warned_about(train):
         '--mix-beta has no effect with --method ce', '--resample-power has no effect with --method ce']
 
 
+@pytest.mark.parametrize('options, warned', [
+    ('--opt adamw', True), ('--opt lion', True), ('--opt adamw --lr 0.001', False), ('--opt adamw --lr-base 0.002', False),
+    ('--opt sgd', False), ('--opt nesterovw', False), ('', False)])
+def test_learning_rate_of_sgd_for_another_optimizer_is_warned_about(options, warned, script, folders, tmp_path):
+    tiny = [option for option in TINY if option not in ('--lr', '0.01')]
+    outcome = script(*tiny, '--data-dir', folders, '--output', tmp_path, *options.split())
+    assert outcome.code == 0 and ('the default --lr-base is for SGD' in outcome.err) == warned, outcome.err
+
+
 @pytest.mark.parametrize('options, told', [
     ('--aug-views local', '--aug-views has no effect without --aa or --reprob'),
     ('--aug-views local --aa v0r --no-aug',
