@@ -213,7 +213,9 @@ class Run:
         message = self._save_here()
         self.accelerator.wait_for_everyone()  # the launcher ends all processes with the first
         finish_trackers(self.accelerator)
-        _logger.info(f'Stopped by {name} in epoch {self.position.epoch + 1}, {message}')
+        epoch = self.position.epoch + 1
+        where = f'in epoch {epoch}' if epoch <= self.setup.num_epochs else 'after the last epoch'
+        _logger.info(f'Stopped by {name} {where}, {message}')
         raise Preempted
 
     @property
@@ -277,7 +279,9 @@ class Run:
             self.setup.scheduler.step(epoch + 1)
         self.position, self.meter = self.position.at(epoch + 1), None
         self._save(metrics or {})
-        if epoch + 1 < self.setup.num_epochs and self.preemption.request(False, at_once=True) is Request.STOP:
+        if epoch + 1 == self.setup.num_epochs:
+            self.writer.wait()  # before signals are no longer heard
+        if self.preemption.request(False, at_once=True) is Request.STOP:
             self._stop()
 
     # --- what stays ---

@@ -26,7 +26,10 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """Hears SIGTERM, SIGUSR1 and SIGINT while it is entered; a second SIGINT interrupts at once."""
+    """Hears SIGTERM, SIGUSR1 and SIGINT while it is entered; a second SIGINT interrupts at once.
+
+    What is heard after the last request is passed on when it is left, as if it had come then.
+    """
 
     def __init__(self):
         self.signal: signal.Signals | None = None
@@ -39,9 +42,11 @@ class Preemption:
             self.group = dist.new_group(backend='gloo')  # between the CPUs: no vote waits for the device
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.signal and kind is None:
+            signal.raise_signal(self.signal)
 
     def _hear(self, number: int, frame) -> None:
         now = time.monotonic()

@@ -13,6 +13,7 @@ import torch
 from conftest import COUNTS, ROOT, TINY, free_port, run_command, write_folders
 from safetensors.torch import load_file
 
+import train_glmc
 from glmc.checkpoint import load_newest
 from glmc.config import interval
 from glmc.parsing import InputError
@@ -142,15 +143,45 @@ def test_a_process_that_dies_ends_the_others(running, tmp_path):
     assert load_newest(tmp_path / 'run')
 
 
-def test_preemption_hears_and_puts_back(monkeypatch):
+def test_preemption_hears_and_puts_back():
     before = signal.getsignal(signal.SIGTERM)
-    with Preemption() as preemption:
+    with pytest.raises(Preempted) as stopped, Preemption() as preemption:
         assert preemption.request(False) is Request.GO_ON and preemption.request(True) is Request.SAVE
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.request(False) is Request.STOP and preemption.signal is signal.SIGUSR1  # the first
+        raise Preempted
     assert signal.getsignal(signal.SIGTERM) is before
-    assert Preempted().code == 75
+    assert stopped.value.code == 75
+
+
+def test_a_signal_after_the_last_request_is_passed_on():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with Preemption():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not heard
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_stop_in_the_last_epoch_saves_and_the_next_run_exports(train, tmp_path, monkeypatch, capsys):
+    record = train_glmc.Run.record
+
+    def record_and_stop(self, epoch, *found):
+        record(self, epoch, *found)
+        if epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_glmc.Run, 'record', record_and_stop)
+        with pytest.raises(Preempted):
+            train('--epochs', '2')
+    assert 'Stopped by SIGTERM after the last epoch, saved as' in capsys.readouterr().err
+    assert not (tmp_path / 'run' / 'export').exists()
+    outcome = train('--epochs', '2', '--resume', 'auto')
+    assert outcome.code == 0 and 'Exported to' in outcome.out and 'Train: ' not in outcome.err
 
 
 def test_interrupts_close_together_are_one(monkeypatch):
