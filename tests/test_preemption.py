@@ -181,7 +181,7 @@ def test_a_stop_in_the_last_epoch_saves_and_the_next_run_exports(train, tmp_path
     assert 'Stopped by SIGTERM after the last epoch, saved as' in capsys.readouterr().err
     assert not (tmp_path / 'run' / 'export').exists()
     outcome = train('--epochs', '2', '--resume', 'auto')
-    assert outcome.code == 0 and 'Exported to' in outcome.out and 'Train: ' not in outcome.err
+    assert outcome.code == 0 and 'Exported to' in outcome.out and 'Epoch ' not in outcome.err
 
 
 def test_interrupts_close_together_are_one(monkeypatch):
