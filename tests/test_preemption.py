@@ -187,12 +187,13 @@ def test_a_stop_in_the_last_epoch_saves_and_the_next_run_exports(train, tmp_path
 def test_interrupts_close_together_are_one(monkeypatch):
     clock = iter([10.0, 10.2, 12.0])
     monkeypatch.setattr('glmc.preemption.time.monotonic', lambda: next(clock))
-    with Preemption():
+    with pytest.raises(Preempted), Preemption():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the launcher passes on what the terminal sent to all
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0)
+        raise Preempted
 
 
 def test_checkpoint_clock(monkeypatch):
