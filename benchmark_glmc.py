@@ -23,11 +23,11 @@ from pathlib import Path
 
 from glmc.benchmark.agreement import compare_loss
 from glmc.benchmark.measure import PARTS, Benchmark
-from glmc.build import Setup
+from glmc.cli import parse_args, run_script
 from glmc.config import positive_int, train_parser
-from glmc.launch import create_accelerator, is_main_process
 from glmc.methods import METHODS
-from glmc.parsing import parse_args, run_script
+from glmc.setup import Setup
+from glmc.training.launch import create_accelerator, is_main_process
 
 FACTS = ('model', 'parameters', 'method', 'batch_size', 'views', 'precision', 'channels_last', 'torchcompile',
          'joint_forward', 'partner', 'loader', 'train_images', 'device', 'threads', 'date', 'commit', 'command')
@@ -38,8 +38,8 @@ FIGURES = ('images_per_second', 'views_per_second', 'views_per_second_per_core',
 def main() -> None:
     parser = train_parser(METHODS)
     add_benchmark_options(parser)
-    args, given = parse_args(parser)
-    bench = Benchmark(Setup(args, given, create_accelerator(args.amp, args.amp_dtype)))
+    args, explicit = parse_args(parser)
+    bench = Benchmark(Setup(args, explicit, create_accelerator(args.amp, args.amp_dtype)))
     agreement = compare_loss(bench) if args.compare_loss else None
     measured = bench.measure(args.rounds, args.steps)
     result = {'facts': bench.facts(), 'parts': bench.figures(*measured), 'agreement': agreement}

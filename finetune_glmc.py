@@ -6,34 +6,34 @@
     python finetune_glmc.py --model output/seed0 output/seed1 output/seed2 --data-dir my_images
     python finetune_glmc.py --model hf-hub:ORG/NAME --data-dir my_images --stage2 maxnorm --push-to-hub ORG/OTHER
 """
-import argparse
 import logging
 import sys
 from pathlib import Path
 
-from glmc.config import DEMONSTRATION, finetune_parser
-from glmc.data.sources import TrainingData, open_training_data
-from glmc.hub import push_or_tell, warn_without_token
-from glmc.launch import create_accelerator, device_name, is_main_process
-from glmc.parsing import InputError, parse_args, pick, run_script
-from glmc.report import write_comparison
-from glmc.results import open_run_folder
+from glmc.cli import Options, parse_args, pick, run_script
+from glmc.config import DATA, DEMONSTRATION, augmentation_options, finetune_parser, names
+from glmc.data.sources import TrainingData, load_training_data
+from glmc.errors import InputError
+from glmc.export.hub import try_push, warn_without_token
+from glmc.export.load import TrainedModel, load_trained
+from glmc.report.report import write_comparison
+from glmc.run_folder import open_run_folder
 from glmc.stage2.finetune import CHOICE, OPTIONS, check_stage2, run_stage2
 from glmc.stage2.tables import TABLE, Trained, chosen, table, write_table
-from glmc.trained import TrainedModel, open_trained
+from glmc.training.launch import create_accelerator, device_name, is_main_process
 from validate_glmc import trained_precision, training_counts
 
 _logger = logging.getLogger('glmc.finetune')
 
 
 def main() -> None:
-    args, given = parse_args(finetune_parser())
+    args, explicit = parse_args(finetune_parser())
     if not args.model:
         raise InputError('--model: expected the export folder, run folder, checkpoint or Hub id of a trained model')
-    models = {name: open_trained(name) for name in args.model}
+    models = {name: load_trained(name) for name in args.model}
     first = next(iter(models.values()))
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(first, args.amp))
-    jobs = {name: prepare(args, given, trained, accelerator) for name, trained in models.items()}
+    jobs = {name: prepare(args, explicit, trained, accelerator) for name, trained in models.items()}
     check_push(args)
     folder = open_run_folder(args.output, args.experiment, f'stage2-{first.architecture}', resume=False)
     places = {name: folder / f'{number}-{Path(name).name}' if len(jobs) > 1 else folder
@@ -43,30 +43,30 @@ def main() -> None:
         leave(args, folder, places, runs)
 
 
-def prepare(args: argparse.Namespace, given: set[str], trained: TrainedModel, accelerator) -> dict:
+def prepare(args: Options, explicit: set[str], trained: TrainedModel, accelerator) -> dict:
     """What `run_stage2` takes for one model; whatever is wrong is said before any work."""
-    args = argparse.Namespace(**vars(args))
+    args = Options(**vars(args))
     args.model = trained.name
-    follow_stage1(args, given, trained)
+    follow_stage1(args, explicit, trained)
     counts = training_counts(args, trained)
     data = open_data(args, trained)
     check_stage2(args.stage2, model=trained.model, data=data, conventional=trained.conventional, **pick(args, CHOICE))
     args.feature_cache = args.feature_cache or Path(args.output) / 'features'
     return dict(
-        model=trained.model.to(accelerator.device), data=data, counts=counts, augmentation=augmentation(args),
+        model=trained.model.to(accelerator.device), data=data, counts=counts, augmentation=augmentation_options(args),
         conventional=trained.conventional and trained.conventional.to(accelerator.device),
         metrics=describe(args, trained, data, accelerator), export=export_options(args, trained, data),
         **pick(args, OPTIONS))
 
 
-def follow_stage1(args: argparse.Namespace, given: set[str], trained: TrainedModel) -> None:
+def follow_stage1(args: Options, explicit: set[str], trained: TrainedModel) -> None:
     """Take what the user did not say from stage 1, or, without any data, from the demonstration."""
     recipe, profile = trained.facts.get('recipe', {}), trained.facts.get('profile', {})
     known = {**pick_known(recipe, ('augmentation', 'imbalance_factor')), **pick_known(profile, ('shot_thresholds',))}
     if not (args.data_dir or args.dataset or args.train_list):
         known = {**DEMONSTRATION, **known}
     for name, value in known.items():
-        if name not in given and name in vars(args):
+        if name not in explicit and name in vars(args):
             setattr(args, name, value)
             _logger.info(f"--{name.replace('_', '-')} {value}, as stage 1")
 
@@ -75,32 +75,28 @@ def pick_known(facts: dict, names: tuple[str, ...]) -> dict:
     return {name: facts[name] for name in names if facts.get(name) is not None}
 
 
-def open_data(args: argparse.Namespace, trained: TrainedModel) -> TrainingData:
+def open_data(args: Options, trained: TrainedModel) -> TrainingData:
     """The sets that the options name, labelled as the model was trained.
 
     Raises:
         InputError: If they are of other classes.
     """
-    data = open_training_data(
-        download=args.dataset_download or None, **pick(args, (
-            'data_dir', 'dataset', 'train_split', 'val_split', 'train_list', 'val_list', 'num_classes', 'class_counts',
-            'holdout', 'imbalance_factor', 'lt_type', 'lt_split', 'lt_seed', 'shot_thresholds', 'seed', 'batch_size',
-            'class_map', 'input_key', 'target_key')))
+    data = load_training_data(**pick(args, (*names(*DATA), 'seed', 'batch_size')))
     if len(data.class_names) != trained.num_classes:
         raise InputError(f'--model {args.model}: has {trained.num_classes} classes, the training data has '
                          f'{len(data.class_names)}')
-    names = trained.class_names
-    if names and not args.train_list and list(map(str, data.class_names)) != list(map(str, names)):
-        other = next(name for name, own in zip(data.class_names, names, strict=True) if str(name) != str(own))
+    known = trained.class_names
+    if known and not args.train_list and list(map(str, data.class_names)) != list(map(str, known)):
+        other = next(name for name, own in zip(data.class_names, known, strict=True) if str(name) != str(own))
         raise InputError(f'--model {args.model}: was trained on other classes, or in another order: the training data has '
-                         f'{other!r} where the model has {names[list(data.class_names).index(other)]!r}')
+                         f'{other!r} where the model has {known[list(data.class_names).index(other)]!r}')
     stage1 = trained.facts.get('profile', {}).get('fingerprint')
-    if stage1 and data.profile['fingerprint'] != stage1:
+    if stage1 and data.profile.fingerprint != stage1:
         _logger.warning('The training set differs from that of stage 1 (fingerprints).')
     return data
 
 
-def check_push(args: argparse.Namespace) -> None:
+def check_push(args: Options) -> None:
     """One classifier can be pushed: the only one, or the one chosen on held-out images."""
     if not args.push_to_hub:
         return
@@ -111,7 +107,7 @@ def check_push(args: argparse.Namespace) -> None:
                          '--stage2-holdout to choose one')
 
 
-def describe(args: argparse.Namespace, trained: TrainedModel, data: TrainingData, accelerator) -> dict:
+def describe(args: Options, trained: TrainedModel, data: TrainingData, accelerator) -> dict:
     """What metrics.json says beside the metrics."""
     return {
         'model': trained.architecture, 'weights': args.model, 'method': trained.facts.get('method') or 'unknown',
@@ -119,27 +115,20 @@ def describe(args: argparse.Namespace, trained: TrainedModel, data: TrainingData
         'parameters': sum(p.numel() for p in trained.model.parameters()),
         'epochs': trained.facts.get('recipe', {}).get('epochs'),
         'evaluated_on': 'holdout' if data.validation is None else args.val_list or args.val_split,
-        'fingerprint': data.profile['fingerprint'], 'train_images': data.profile['num_images'], 'seed': args.seed,
+        'fingerprint': data.profile.fingerprint, 'train_images': data.profile.num_images, 'seed': args.seed,
         'processes': 1, 'precision': accelerator.mixed_precision, 'device': device_name(accelerator.device),
     }
 
 
-def export_options(args: argparse.Namespace, trained: TrainedModel, data: TrainingData) -> dict:
+def export_options(args: Options, trained: TrainedModel, data: TrainingData) -> dict:
     """What `export_model` writes beside the weights."""
-    source = {'profile': data.profile, **trained.facts}
+    source = {'profile': data.profile.as_dict(), **trained.facts}
     if args.hub_license != 'unknown':
         source['license'] = args.hub_license
     return dict(data_config=trained.data_config, class_names=list(map(str, data.class_names)), source=source)
 
 
-def augmentation(args: argparse.Namespace) -> dict:
-    """Options of the augmented views."""
-    return dict(auto_augment=args.aa, interpolation=args.train_interpolation, **pick(args, (
-        'augmentation', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter',
-        'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')))
-
-
-def leave(args: argparse.Namespace, folder: Path, places: dict[str, Path], runs: dict[str, list[Trained]]) -> None:
+def leave(args: Options, folder: Path, places: dict[str, Path], runs: dict[str, list[Trained]]) -> None:
     """Say where everything is, with the mean of several models; push the chosen one of a single model."""
     if len(runs) > 1:
         write_table(folder / TABLE, runs)
@@ -148,13 +137,13 @@ def leave(args: argparse.Namespace, folder: Path, places: dict[str, Path], runs:
     print(f'Written to {folder}: {TABLE}, and NAME/export of {names}', flush=True)
     if args.report:
         for name, results in runs.items():
-            draw_or_tell(places[name], Path(name), results)
+            try_compare(places[name], Path(name), results)
     if args.push_to_hub:
         (place,), (results,) = places.values(), runs.values()
-        push_or_tell(place / chosen(results).name / 'export', args.push_to_hub, args.hub_private, args.hub_revision)
+        try_push(place / chosen(results).name / 'export', args.push_to_hub, args.hub_private, args.hub_revision)
 
 
-def draw_or_tell(folder: Path, stage1: Path, results: list[Trained]) -> None:
+def try_compare(folder: Path, stage1: Path, results: list[Trained]) -> None:
     """Both stages in one report; if that fails, the results stand."""
     before = [stage1] if any((stage1 / place / 'metrics.json').is_file() for place in ('.', 'export')) else []
     try:

@@ -8,7 +8,6 @@
 SIGTERM, SIGUSR1 or Ctrl-C: the step is finished, a checkpoint saved, and the exit code is 75; the same command with
 --resume auto goes on there.
 """
-import argparse
 import logging
 import sys
 import time
@@ -18,30 +17,17 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from timm.utils import distribute_bn
 
-from glmc.build import Setup
-from glmc.checkpoint import (
-    BEST,
-    CheckpointWriter,
-    checkpoint_path,
-    disk_is_full,
-    keep_best,
-    load_checkpoint,
-    load_newest,
-    prune,
-    remove_half_written,
-)
+from glmc.cli import Options, parse_args, pick, run_script
 from glmc.config import train_parser
-from glmc.engine import Meter, NotFiniteError, evaluate
-from glmc.evaluation import shot_line, shot_table
-from glmc.export import export_model
-from glmc.hub import push_or_tell, warn_without_token
-from glmc.launch import create_accelerator, device_name, is_main_process
+from glmc.errors import InputError, RunError
+from glmc.evaluation.text import shot_line, shot_table
+from glmc.export.export import export_model
+from glmc.export.hub import try_push, warn_without_token
 from glmc.methods import METHODS
-from glmc.parsing import InputError, RunError, parse_args, pick, run_script
-from glmc.pictures import mixed_views
-from glmc.preemption import CheckpointClock, Preempted, Preemption, Request
-from glmc.report import Evidence, classifier_norms, report_or_tell
-from glmc.results import (
+from glmc.report.pictures import mixed_views
+from glmc.report.report import ReportInputs, classifier_norms, try_report
+from glmc.report.trackers import finish_trackers, log_pictures, log_row, require_trackers, start_trackers
+from glmc.run_folder import (
     create_run_folder,
     lock_run_folder,
     open_run_folder,
@@ -51,21 +37,27 @@ from glmc.results import (
     write_summary,
     write_tables,
 )
+from glmc.setup import Setup
 from glmc.stage2.finetune import CHOICE, OPTIONS, check_stage2, run_stage2
-from glmc.state import Position, TrainingState, trained_weights
-from glmc.trackers import finish_trackers, log_pictures, log_row, require_trackers, start_trackers
+from glmc.training.checkpoint import CheckpointWriter, disk_is_full, load_checkpoint
+from glmc.training.checkpoints import BEST, checkpoint_path, keep_best, load_newest, prune, remove_half_written
+from glmc.training.engine import evaluate
+from glmc.training.launch import create_accelerator, device_name, is_main_process
+from glmc.training.meter import Meter, NotFiniteError
+from glmc.training.preemption import CheckpointClock, Preempted, Preemption, Request
+from glmc.training.state import Position, TrainingState, trained_weights
 
 _logger = logging.getLogger('glmc.train')
 
 
 def main() -> None:
-    args, given = parse_args(train_parser(METHODS))
+    args, explicit = parse_args(train_parser(METHODS))
     trackers = require_trackers(args.report_to)
     if args.push_to_hub:
         warn_without_token()
     accelerator = create_accelerator(args.amp, args.amp_dtype)
     folder = broadcast_object_list([choose_folder(args) if accelerator.is_main_process else None])[0]
-    run = Run(Setup(args, given, accelerator), folder)
+    run = Run(Setup(args, explicit, accelerator), folder)
     if args.stage2:
         check_stage2(args.stage2, model=run.eval_model, data=run.setup.data, conventional=run.conventional,
                      **pick(args, CHOICE))
@@ -80,7 +72,7 @@ def main() -> None:
     run.finish()
 
 
-def choose_folder(args: argparse.Namespace) -> Path:
+def choose_folder(args: Options) -> Path:
     """Of the run: of the checkpoint it resumes, or `--output`/`--experiment`, or one with a name of its own."""
     if args.resume and args.resume != 'auto' and not args.experiment:
         path = Path(args.resume)
@@ -155,7 +147,7 @@ class Run:
             if wanted.get(name) != found.get(name):
                 raise InputError(f'--resume {path}: was trained with {name} {found.get(name)}, this run has '
                                  f'{wanted.get(name)}')
-        if state['metrics']['fingerprint'] != self.setup.data.profile['fingerprint']:
+        if state['metrics']['fingerprint'] != self.setup.data.profile.fingerprint:
             _logger.warning('The training set differs from the one of the checkpoint (fingerprints).')
 
     def _position(self, saved: Position) -> Position:
@@ -350,19 +342,20 @@ class Run:
         args = self.args
         write_tables(self.folder, self.metrics, self.setup.data.class_names, self.predictions)
         if args.report:
-            report_or_tell(self.folder, self.metrics, self._evidence, export)
+            try_report(self.folder, self.metrics, self._evidence, export)
         finish_trackers(self.accelerator)
         if args.push_to_hub:
-            push_or_tell(export, args.push_to_hub, args.hub_private, args.hub_revision)
+            try_push(export, args.push_to_hub, args.hub_private, args.hub_revision)
 
-    def _evidence(self) -> Evidence:
+    def _evidence(self) -> ReportInputs:
         """What the report shows beside the metrics."""
         data, last = self.setup.data, self.setup.num_epochs - 1
         names = list(map(str, data.class_names))
         views = mixed_views(self.setup.train_loader, self.setup.mixer, names, self.args.seed, last)
         log_pictures(self.accelerator, 'mixed_views', views, last)
         norms = classifier_norms(c=self.conventional, cb=self.eval_model.get_classifier())
-        return Evidence(names, self.predictions, data.validation or data.holdout, norms, read_summary(self.folder), views)
+        images = data.validation or data.holdout
+        return ReportInputs(names, self.predictions, images, norms, read_summary(self.folder), views)
 
     def _load_best(self) -> None:
         state = load_checkpoint(self.folder / 'checkpoints' / BEST)
@@ -379,7 +372,7 @@ class Run:
             'model': self.args.model, 'method': self.args.method, 'data': setup.data_name(),
             'num_classes': len(setup.data.class_names), 'parameters': setup.num_parameters, 'epoch': epoch,
             'epochs': setup.num_epochs, 'evaluated_on': evaluated_on or own, **metrics,
-            'fingerprint': profile['fingerprint'], 'train_images': profile['num_images'], 'seed': self.args.seed,
+            'fingerprint': profile.fingerprint, 'train_images': profile.num_images, 'seed': self.args.seed,
             'seconds': round(self._seconds(), 1), 'processes': self.accelerator.num_processes,
             'precision': self.accelerator.mixed_precision, 'device': device_name(self.accelerator.device),
             'threads': torch.get_num_threads(), **provenance(),

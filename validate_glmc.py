@@ -19,18 +19,28 @@ import torch
 from timm.data import IterableImageDataset
 from torch import Tensor, nn
 
-from glmc.config import count, data_group, input_group, positive_int
+from glmc.cli import Options, Parser, number, parse_args, pick, run_script
+from glmc.config import add_groups, count, names, positive_int
 from glmc.data.loaders import create_eval_loader
 from glmc.data.profiles import long_tail_indices
-from glmc.data.sources import open_evaluation_data, read_class_counts
-from glmc.engine import evaluate
-from glmc.evaluation import LongTailEvaluator, detail_table, shot_table
-from glmc.launch import create_accelerator, is_main_process, setup_logging
-from glmc.parsing import InputError, Parser, number, parse_args, pick, run_script
-from glmc.priors import TARGETS, AdjustedModel, normalized, prior_shift, ranked_counts, read_prior, target_prior
-from glmc.report import Evidence, classifier_norms, report_or_tell, write_comparison
-from glmc.results import open_run_folder, provenance, write_tables
-from glmc.trained import TrainedModel, open_trained
+from glmc.data.sources import load_evaluation_data, read_class_counts
+from glmc.errors import InputError
+from glmc.evaluation.metrics import LongTailEvaluator
+from glmc.evaluation.priors import (
+    TARGETS,
+    AdjustedModel,
+    normalized,
+    prior_shift,
+    ranked_counts,
+    read_prior,
+    target_prior,
+)
+from glmc.evaluation.text import detail_table, shot_table
+from glmc.export.load import TrainedModel, load_trained
+from glmc.report.report import ReportInputs, classifier_norms, try_report, write_comparison
+from glmc.run_folder import open_run_folder, provenance, write_tables
+from glmc.training.engine import evaluate
+from glmc.training.launch import create_accelerator, is_main_process, setup_logging
 
 _logger = logging.getLogger('glmc.validate')
 PRECISIONS = {'bf16': 'bfloat16', 'fp16': 'float16'}
@@ -43,21 +53,21 @@ DATA_CONFIG = ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct
 
 
 def main() -> None:
-    args, given = parse_args(validate_parser())
+    args, explicit = parse_args(validate_parser())
     if not args.compare:
-        validate(args, given)
+        validate(args, explicit)
     elif is_main_process():
-        compare(args, given)
+        compare(args, explicit)
 
 
-def validate(args: argparse.Namespace, given: set[str]) -> None:
-    trained = open_trained(
+def validate(args: Options, explicit: set[str]) -> None:
+    trained = load_trained(
         args.model, checkpoint=args.checkpoint, data_options=pick(args, DATA_CONFIG), num_classes=args.num_classes,
         img_size=args.img_size, in_chans=args.in_chans, global_pool=args.gp, **args.model_kwargs)
     folder = results_folder(args, f'validate-{trained.architecture}')
     counts = training_counts(args, trained)
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
-    warn_of_unused(given, unused_options(args))
+    warn_of_unused(explicit, unused_options(args))
     images = choose_images(args, trained, counts)
     prior = choose_prior(args, trained, counts, images)
     loader = create_eval_loader(
@@ -69,16 +79,19 @@ def validate(args: argparse.Namespace, given: set[str]) -> None:
     predictions = evaluator.predictions(accelerator.num_processes > 1)
     if accelerator.is_main_process:
         facts = describe(args, trained, accelerator)
-        leave_results(args, folder, trained, {**facts, **metrics, **provenance()}, predictions, images)
+        write_results(args, folder, trained, {**facts, **metrics, **provenance()}, predictions, images)
 
 
 def validate_parser() -> Parser:
     parser = Parser(
-        prog='validate_glmc.py', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog='validate_glmc.py',
         description='Evaluate any export, checkpoint, Hub id or timm model on long-tailed classes.')
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
-    for add_group in (data_group, _model_group, input_group, _evaluation_group, _running_group):
-        add_group(parser)
+    add_groups(parser, 'data')
+    _model_group(parser)
+    add_groups(parser, 'model input')
+    _evaluation_group(parser)
+    _running_group(parser)
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
     return parser
@@ -120,7 +133,7 @@ def _running_group(parser: Parser) -> None:
     add('--debug', action='store_true', help='show a traceback where an error is one line otherwise')
 
 
-def training_counts(args: argparse.Namespace, trained: TrainedModel) -> list[int]:
+def training_counts(args: Options, trained: TrainedModel) -> list[int]:
     """Training images per class, which decide the shot groups."""
     counts = trained.facts.get('profile', {}).get('class_counts')
     if args.class_counts:
@@ -142,11 +155,11 @@ def trained_precision(trained: TrainedModel, amp: bool) -> str | None:
     return None if precision == 'fp16' and not torch.cuda.is_available() else PRECISIONS.get(precision)
 
 
-def choose_images(args: argparse.Namespace, trained: TrainedModel, counts: list[int]):
+def choose_images(args: Options, trained: TrainedModel, counts: list[int]):
     """The set that the data options name, cut to the test distribution."""
-    images = open_evaluation_data(
-        class_names=trained.class_names, num_classes=trained.num_classes, download=args.dataset_download or None,
-        **pick(args, ('data_dir', 'dataset', 'val_split', 'val_list', 'batch_size', 'class_map', 'input_key', 'target_key')))
+    images = load_evaluation_data(
+        class_names=trained.class_names, num_classes=trained.num_classes,
+        **pick(args, {*names('data'), 'batch_size'} - {'num_classes', 'class_counts'}))
     if not args.test_distribution:
         return images
     require_index(images, '--test-distribution', args.test_distribution)
@@ -164,7 +177,7 @@ def require_index(images, flag: str, value: str) -> None:
         raise InputError(f'{flag} {value}: needs a source with an index')
 
 
-def choose_prior(args: argparse.Namespace, trained: TrainedModel, counts: list[int], images) -> Tensor | None:
+def choose_prior(args: Options, trained: TrainedModel, counts: list[int], images) -> Tensor | None:
     """What to add to the logits for the class prior that the user expects."""
     if not args.target_prior:
         return None
@@ -179,12 +192,12 @@ def choose_prior(args: argparse.Namespace, trained: TrainedModel, counts: list[i
     return prior_shift(source, target)
 
 
-def source_prior(args: argparse.Namespace, trained: TrainedModel) -> str:
+def source_prior(args: Options, trained: TrainedModel) -> str:
     return args.source_prior or trained.facts.get('prior', 'train')
 
 
 def prepare_model(
-        args: argparse.Namespace, trained: TrainedModel, shift: Tensor | None, device: torch.device) -> nn.Module:
+        args: Options, trained: TrainedModel, shift: Tensor | None, device: torch.device) -> nn.Module:
     """The model where it will run, with whatever is done to its logits."""
     model = trained.model.to(device)
     if args.channels_last:
@@ -192,7 +205,7 @@ def prepare_model(
     return model if shift is None and not args.flip_tta else AdjustedModel(model, shift, args.flip_tta).to(device)
 
 
-def unused_options(args: argparse.Namespace) -> set[str]:
+def unused_options(args: Options) -> set[str]:
     """Options that say more about something that was not asked for."""
     unused = set()
     if not args.target_prior:
@@ -204,12 +217,12 @@ def unused_options(args: argparse.Namespace) -> set[str]:
     return unused
 
 
-def warn_of_unused(given: set[str], unused: set[str]) -> None:
-    for name in sorted(given & unused):
+def warn_of_unused(explicit: set[str], unused: set[str]) -> None:
+    for name in sorted(explicit & unused):
         _logger.warning(f"--{name.replace('_', '-')} has no effect here")
 
 
-def describe(args: argparse.Namespace, trained: TrainedModel, accelerator) -> dict:
+def describe(args: Options, trained: TrainedModel, accelerator) -> dict:
     """What metrics.json says beside the metrics."""
     options = pick(args, ('flip_tta', 'test_distribution', 'target_prior', 'target_imbalance'))
     return {
@@ -221,7 +234,7 @@ def describe(args: argparse.Namespace, trained: TrainedModel, accelerator) -> di
     }
 
 
-def results_folder(args: argparse.Namespace, name: str) -> Path:
+def results_folder(args: Options, name: str) -> Path:
     """Where the results will go; that they cannot is told before the evaluation, not after it."""
     folder = open_run_folder(args.output, args.experiment, re.sub(r'[^\w.-]', '-', name), resume=False)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -230,8 +243,8 @@ def results_folder(args: argparse.Namespace, name: str) -> Path:
     return folder
 
 
-def leave_results(
-        args: argparse.Namespace, folder: Path, trained: TrainedModel, metrics: dict, predictions, images) -> None:
+def write_results(
+        args: Options, folder: Path, trained: TrainedModel, metrics: dict, predictions, images) -> None:
     class_names = trained.class_names or getattr(images, 'class_names', None)
     try:
         folder.mkdir(parents=True)
@@ -243,14 +256,14 @@ def leave_results(
           f'{detail_table(metrics)}\nWritten to {folder}', flush=True)
     if args.report:
         norms = classifier_norms(classifier=trained.model.get_classifier())
-        report_or_tell(folder, metrics, lambda: Evidence(class_names, predictions, images, norms))
+        try_report(folder, metrics, lambda: ReportInputs(class_names, predictions, images, norms))
 
 
-def compare(args: argparse.Namespace, given: set[str]) -> None:
+def compare(args: Options, explicit: set[str]) -> None:
     setup_logging(main_process=True)
     folder = results_folder(args, 'compare')
     print(write_comparison(folder, [Path(name) for name in args.compare]))
-    warn_of_unused(given, given - {'compare', 'output', 'experiment', 'debug'})
+    warn_of_unused(explicit, explicit - {'compare', 'output', 'experiment', 'debug'})
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
 """GLMC: one-stage long-tailed image classification on timm (CVPR 2023, arXiv 2305.08661)."""
-from glmc import cifar_resnet as _register_models  # noqa: F401  (registers resnet32_cifar, resnet32x4_cifar in timm)
+from glmc import models as _models  # noqa: F401  registers resnet32_cifar and resnet32x4_cifar in timm
 
 __version__ = '0.1.0'

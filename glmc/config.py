@@ -1,10 +1,11 @@
 """Options of train_glmc.py in pipeline order. Names and meaning are timm's wherever timm has the option."""
 import argparse
 import re
+from functools import lru_cache
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from glmc.parsing import ParseKwargs, Parser, number
+from glmc.cli import Options, ParseKwargs, Parser, number, pick
 
 positive_int = number(int, 1)
 count = number(int, 0)
@@ -55,12 +56,10 @@ def train_parser(methods: dict) -> Parser:
         methods: Name -> row of the table of methods.
     """
     parser = Parser(
-        prog='train_glmc.py', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog='train_glmc.py',
         description='Train a timm model on long-tailed images with GLMC. Without data: a demonstration on digits.')
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
-    for add_group in (data_group, training_data_group, long_tail_group, _augmentation, _views, _model, input_group, _method,
-                      _optimizer, _schedule, _running, _output, share_group, stage2_group):
-        add_group(parser)
+    add_groups(parser, *GROUPS)
     methods_help = '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
     parser._option_string_actions['--method'].choices = list(methods)
     parser._option_string_actions['--method'].help += f' ({methods_help})'
@@ -71,13 +70,13 @@ def train_parser(methods: dict) -> Parser:
 def finetune_parser() -> Parser:
     """Parser of finetune_glmc.py."""
     parser = Parser(
-        prog='finetune_glmc.py', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog='finetune_glmc.py',
         description='Stage 2: train classifiers on the features of a trained model, in seconds, and compare them.')
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
     parser.add_argument('--model', nargs='+', metavar='NAME',
         help='of stage 1: export folder, run folder, checkpoint, hf-hub:ORG/NAME; of several, a table of means')
-    for add_group in (data_group, training_data_group, long_tail_group, _augmentation, stage2_group, _finetuning):
-        add_group(parser)
+    add_groups(parser, *DATA, 'augmentation', 'stage 2')
+    _finetuning(parser)
     parser.set_defaults(stage2='all')
     return parser
 
@@ -172,6 +171,11 @@ def _augmentation(parser: Parser) -> None:
     add('--aa', metavar='NAME', help='AutoAugment policy, e.g. rand-m9-mstd0.5, v0, augmix-…')
     add('--train-interpolation', default='random', choices=('random', 'bilinear', 'bicubic', 'nearest', 'lanczos'),
         help='of the training resize')
+
+
+def _erasing(parser: Parser) -> None:
+    group = parser.add_argument_group('random erasing')
+    add = group.add_argument
     add('--reprob', type=fraction, default=0.0, metavar='P', help='probability of random erasing')
     add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='what an erased box is filled with')
     add('--recount', type=positive_int, default=1, help='erased boxes')
@@ -347,3 +351,31 @@ def hub_options(group) -> None:
     add('--hub-private', action='store_true', help='where the repository is new, make it private')
     add('--hub-revision', metavar='NAME', help='branch to upload to')
     add('--hub-license', default='unknown', metavar='ID', help="licence on the model card, e.g. apache-2.0: yours to choose")
+
+
+GROUPS = {  # options of train_glmc.py in pipeline order: title of the argument group -> what adds it
+    'data': data_group, 'training data': training_data_group, 'long tail': long_tail_group, 'augmentation': _augmentation,
+    'random erasing': _erasing, 'views': _views, 'model': _model, 'model input': input_group, 'method': _method,
+    'optimizer': _optimizer, 'schedule': _schedule, 'running': _running, 'output': _output,
+    'report and sharing': share_group, 'stage 2': stage2_group}
+DATA = ('data', 'training data', 'long tail')
+
+
+def add_groups(parser: Parser, *titles: str) -> None:
+    """Add argument groups of GROUPS to a parser."""
+    for title in titles:
+        GROUPS[title](parser)
+
+
+@lru_cache
+def names(*titles: str) -> tuple[str, ...]:
+    """Names of the options in these argument groups."""
+    parser = Parser(add_help=False)
+    add_groups(parser, *titles)
+    return tuple(action.dest for action in parser._actions)
+
+
+def augmentation_options(args: Options) -> dict:
+    """Options of `transforms.view_transform`, which has two of them under the names of `timm.data.create_transform`."""
+    options = pick(args, names('augmentation'))
+    return {'auto_augment': options.pop('aa'), 'interpolation': options.pop('train_interpolation'), **options}

@@ -7,11 +7,20 @@ import numpy as np
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from glmc.folded import BilateralModule, CosineGLMCModule, CosineModule
-from glmc.losses import ClassBalancedFocalLoss, DeferredReweighting, FocalLoss, LDAMLoss, LogitAdjustedLoss
-from glmc.mixing import CMOMixer, FlippedCutmix, FlippedMixup, GLMCMixer, PairMixer, PartnerOnly
-from glmc.models import GLMCModule
-from glmc.tasks import BilateralTask, CosineGLMCTask, CosineTask, GLMCTask, PlainTask, WeightBalancingTask
+from glmc.losses.classification import (
+    ClassBalancedFocalLoss,
+    DeferredReweighting,
+    FocalLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+)
+from glmc.mixing import BatchCutmix, BatchMixup, CMOMixer, GLMCMixer, PairMixer, ResampledOnly
+from glmc.models.bilateral import BilateralModule
+from glmc.models.cosine import CosineGLMCModule, CosineModule
+from glmc.models.glmc import GLMCModule
+from glmc.tasks.bilateral import BilateralTask
+from glmc.tasks.glmc import CosineGLMCTask, GLMCTask
+from glmc.tasks.single_view import CosineTask, SingleViewTask, WeightBalancingTask
 
 
 class NoMixer:
@@ -20,7 +29,7 @@ class NoMixer:
     def __init__(self, counts: Sequence[int]):
         pass
 
-    def draw(self, batch_size: int, image_size: tuple[int, int], rng: np.random.Generator) -> None:
+    def sample_params(self, batch_size: int, image_size: tuple[int, int], rng: np.random.Generator) -> None:
         return None
 
     def __call__(self, views: Tensor, labels: Tensor, mixture: None) -> tuple[Tensor, Tensor]:
@@ -65,7 +74,7 @@ class Method:
         return {*self.task_options, *self.module_options, *self.mixer_options}
 
 
-SoftLabels = partial(PlainTask, criterion_kwargs=dict(soft_targets=True))
+SoftLabels = partial(SingleViewTask, criterion_kwargs=dict(soft_targets=True))
 DEFERRED = ('effective_beta', 'drw_start')
 PARTNER = ('partner', 'resample_power')
 MIXTURE = ('mix_beta', 'cutmix_lambda', *PARTNER)
@@ -78,20 +87,20 @@ SHORT_RUN = dict(SHORT_VIEWS, alpha_scope='encoder')
 METHODS = {
     'ce': Method(
         summary='plain cross-entropy',
-        task=PlainTask),
+        task=SingleViewTask),
     'mixup': Method(
         summary='MixUp within the batch (arXiv 1710.09412)',
-        task=SoftLabels, mixer=FlippedMixup, mixer_options=('mix_beta', 'mixup_prob')),
+        task=SoftLabels, mixer=BatchMixup, mixer_options=('mix_beta', 'mixup_prob')),
     'cutmix': Method(
         summary='CutMix within the batch (arXiv 1905.04899)',
-        task=SoftLabels, mixer=FlippedCutmix, mixer_options=('mix_beta', 'mixup_prob', 'cutmix_lambda'),
+        task=SoftLabels, mixer=BatchCutmix, mixer_options=('mix_beta', 'mixup_prob', 'cutmix_lambda'),
         defaults=dict(cutmix_lambda='area')),
     'focal': Method(
         summary='focal loss (arXiv 1708.02002)',
-        task=partial(PlainTask, loss=FocalLoss), task_options=('focal_gamma',)),
+        task=partial(SingleViewTask, loss=FocalLoss), task_options=('focal_gamma',)),
     'cb_focal': Method(
         summary='focal loss weighted by the effective number of images (arXiv 1901.05555)',
-        task=partial(PlainTask, loss=ClassBalancedFocalLoss), task_options=('focal_gamma', 'effective_beta'),
+        task=partial(SingleViewTask, loss=ClassBalancedFocalLoss), task_options=('focal_gamma', 'effective_beta'),
         rebalanced=True),
     'ldam_drw': Method(
         summary='margins by class size on a cosine classifier, deferred re-weighting (arXiv 1906.07413)',
@@ -99,16 +108,16 @@ METHODS = {
         module=CosineModule, module_options=('cosine_scale',), rebalanced=True),
     'balanced_softmax': Method(
         summary='softmax weighted by the class counts (arXiv 2007.10740)',
-        task=partial(PlainTask, loss=LogitAdjustedLoss), rebalanced=True),
+        task=partial(SingleViewTask, loss=LogitAdjustedLoss), rebalanced=True),
     'logit_adjustment': Method(
         summary='cross-entropy of logits + τ·log prior (arXiv 2007.07314)',
-        task=partial(PlainTask, loss=LogitAdjustedLoss), task_options=('adjustment_tau',), rebalanced=True),
+        task=partial(SingleViewTask, loss=LogitAdjustedLoss), task_options=('adjustment_tau',), rebalanced=True),
     'ce_drw': Method(
         summary='cross-entropy with deferred re-weighting (arXiv 1906.07413)',
-        task=partial(PlainTask, loss=DeferredReweighting), task_options=DEFERRED, rebalanced=True),
+        task=partial(SingleViewTask, loss=DeferredReweighting), task_options=DEFERRED, rebalanced=True),
     'ce_resample': Method(
         summary='cross-entropy on class-balanced sampling (arXiv 1910.09217)',
-        task=PlainTask, mixer=PartnerOnly, mixer_options=PARTNER, defaults=dict(resample_power=1.0), paired=True,
+        task=SingleViewTask, mixer=ResampledOnly, mixer_options=PARTNER, defaults=dict(resample_power=1.0), paired=True,
         rebalanced=True),
     'weight_balancing': Method(
         summary='tuned weight decay, then class weights and MaxNorm on the classifier (arXiv 2203.14197)',
@@ -149,6 +158,6 @@ METHODS = {
 }
 
 
-def ignored_options(method: str, given: set[str]) -> set[str]:
+def unused_method_options(method: str, explicit: set[str]) -> set[str]:
     """Options that the user set and that other methods heed, but this one does not."""
-    return given & set().union(*(row.options for row in METHODS.values())) - METHODS[method].options
+    return explicit & set().union(*(row.options for row in METHODS.values())) - METHODS[method].options

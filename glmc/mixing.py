@@ -20,7 +20,7 @@ class Mixture(NamedTuple):
         return Mixture(*(value if value is None else value.to(device, non_blocking=True) for value in self))
 
 
-UNMIXED = Mixture(torch.tensor(1.0), torch.tensor([0, 0, 0, 0]), torch.tensor(1.0))
+IDENTITY_MIXTURE = Mixture(torch.tensor(1.0), torch.tensor([0, 0, 0, 0]), torch.tensor(1.0))
 
 
 def mixup(a: Tensor, b: Tensor, lam: float | Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def random_box(height: int, width: int, lam: float, rng: np.random.Generator) ->
     return tuple(box)
 
 
-def draw_mixture(
+def sample_mixture(
         image_size: tuple[int, int], beta: float, cutmix_lambda: str, rng: np.random.Generator,
         probability: float = 1.0) -> Mixture:
     """One λ ~ Beta(β, β) and one box for a step, shared by both views.
@@ -77,7 +77,7 @@ def draw_mixture(
         probability: Of a mixture at all.
     """
     if probability < 1 and rng.random() >= probability:
-        return UNMIXED
+        return IDENTITY_MIXTURE
     lam = float(rng.beta(beta, beta))
     box = random_box(*image_size, lam, rng)
     area = (box[1] - box[0]) * (box[3] - box[2])
@@ -100,7 +100,7 @@ def partners_within(labels: Tensor, class_weight: Tensor, uniform: Tensor) -> Te
     return torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(labels) - 1)
 
 
-class FlippedMixup:
+class BatchMixup:
     """MixUp of each image with its place from the end of the batch, one λ a batch, as timm's `Mixup` does.
 
     timm's own draws from the global generator, wants an even batch and changes its input; arXiv 1710.09412.
@@ -115,9 +115,9 @@ class FlippedMixup:
     def __init__(self, counts: Sequence[int], mix_beta: float = 1.0, mixup_prob: float = 1.0):
         self.num_classes, self.mix_beta, self.mixup_prob = len(counts), mix_beta, mixup_prob
 
-    def draw(self, batch_size: int, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture:
+    def sample_params(self, batch_size: int, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture:
         """The random numbers of one step."""
-        return draw_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng, self.mixup_prob)
+        return sample_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng, self.mixup_prob)
 
     def __call__(self, views: Tensor, labels: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
         """(B, 1, c, H, W) views and (B, 1) labels -> (B, c, H, W) images and (B, C) soft labels."""
@@ -125,12 +125,12 @@ class FlippedMixup:
         return mixup(images, images.flip(0), mixture.lam), mixup_target(labels, self.num_classes, mixture.lam)
 
 
-class FlippedCutmix(FlippedMixup):
+class BatchCutmix(BatchMixup):
     """CutMix of each image with its place from the end of the batch, one box a batch, as timm's; arXiv 1905.04899.
 
     Args:
-        counts, mix_beta, mixup_prob: As those of `FlippedMixup`.
-        cutmix_lambda: `nominal` or `area`, see `draw_mixture`.
+        counts, mix_beta, mixup_prob: As those of `BatchMixup`.
+        cutmix_lambda: `nominal` or `area`, see `sample_mixture`.
     """
 
     def __init__(self, counts: Sequence[int], mix_beta: float = 1.0, mixup_prob: float = 1.0, cutmix_lambda: str = 'area'):
@@ -158,14 +158,14 @@ class PairMixer:
         self.within_batch = partner == 'batch'
         self.partner_weight = torch.as_tensor(counts, dtype=torch.float64).clamp(min=1) ** -resample_power
 
-    def draw(self, batch_size: int, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture | None:
+    def sample_params(self, batch_size: int, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture | None:
         """The random numbers of one step."""
-        mixture = self.draw_mixture(image_size, rng)
+        mixture = self.sample_mixture(image_size, rng)
         if not self.within_batch:
             return mixture
-        return (mixture or UNMIXED)._replace(uniform=torch.from_numpy(rng.random(batch_size)))
+        return (mixture or IDENTITY_MIXTURE)._replace(uniform=torch.from_numpy(rng.random(batch_size)))
 
-    def draw_mixture(self, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture | None:
+    def sample_mixture(self, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture | None:
         return None
 
     def pairs(self, views: Tensor, labels: Tensor, mixture: Mixture | None) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ class PairMixer:
         return views.unbind(1), labels.unbind(1)
 
 
-class PartnerOnly(PairMixer):
+class ResampledOnly(PairMixer):
     """The partner takes the place of the image: resampling by `resample_power`, with replacement."""
 
     def __call__(self, views: Tensor, labels: Tensor, mixture: Mixture | None) -> tuple[Tensor, Tensor]:
@@ -197,7 +197,7 @@ class CMOMixer(PairMixer):
         counts, partner, resample_power: As those of `PairMixer`.
         mix_beta: β of Beta(β, β).
         mixup_prob: Probability that a batch is mixed.
-        cutmix_lambda: `nominal` or `area`, see `draw_mixture`.
+        cutmix_lambda: `nominal` or `area`, see `sample_mixture`.
     """
 
     def __init__(self, counts: Sequence[int], mix_beta: float = 1.0, mixup_prob: float = 0.5, cutmix_lambda: str = 'area',
@@ -205,8 +205,8 @@ class CMOMixer(PairMixer):
         super().__init__(counts, partner, resample_power)
         self.mix_beta, self.mixup_prob, self.cutmix_lambda = mix_beta, mixup_prob, cutmix_lambda
 
-    def draw_mixture(self, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture:
-        return draw_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng, self.mixup_prob)
+    def sample_mixture(self, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture:
+        return sample_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng, self.mixup_prob)
 
     def __call__(self, views: Tensor, labels: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
         (background, foreground), labels = super().__call__(views, labels, mixture)
@@ -220,7 +220,7 @@ class GLMCMixer(PairMixer):
     Args:
         counts, partner, resample_power: As those of `PairMixer`.
         mix_beta: β of Beta(β, β).
-        cutmix_lambda: `nominal` or `area`, see `draw_mixture`.
+        cutmix_lambda: `nominal` or `area`, see `sample_mixture`.
         mix_lambda: `shared`: one λ for both views; `per_view`: a second λ for the box and the label of the local view.
     """
 
@@ -230,11 +230,11 @@ class GLMCMixer(PairMixer):
         super().__init__(counts, partner, resample_power)
         self.mix_beta, self.cutmix_lambda, self.mix_lambda = mix_beta, cutmix_lambda, mix_lambda
 
-    def draw_mixture(self, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture:
+    def sample_mixture(self, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture:
         if self.mix_lambda == 'shared':
-            return draw_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng)
+            return sample_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng)
         lam = float(rng.beta(self.mix_beta, self.mix_beta))
-        return draw_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng)._replace(lam=torch.tensor(lam))
+        return sample_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng)._replace(lam=torch.tensor(lam))
 
     def __call__(self, views: Tensor, labels: Tensor, mixture: Mixture) -> tuple[tuple[Tensor, Tensor], ...]:
         """Mix image i with its partner j.
@@ -243,7 +243,7 @@ class GLMCMixer(PairMixer):
             views: (B, 4, c, H, W) images, uint8 or float: i for the global and the local view, then j for the same; without
                 j, (B, 2, c, H, W), partners are drawn from the batch.
             labels: (B, 2) labels of i and j, or (B, 1).
-            mixture: From `draw`, on the device of the views.
+            mixture: From `sample_params`, on the device of the views.
 
         Returns:
             (global view, local view), each (B, c, H, W), and their (B, C) soft labels.

@@ -121,7 +121,7 @@ def finished_run(folders, tmp_path_factory) -> Path:
 def script(capsys, monkeypatch):
     """Run train_glmc.py in this process: its options -> exit code and what it wrote."""
     import train_glmc
-    from glmc.parsing import run_script
+    from glmc.cli import run_script
 
     def run(*options) -> Outcome:
         AcceleratorState._reset_state(True)

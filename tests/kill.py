@@ -27,9 +27,11 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_glmc  # noqa: E402
-from glmc.checkpoint import epoch_checkpoints, load_checkpoint  # noqa: E402
-from glmc.parsing import InputError, run_script  # noqa: E402
-from glmc.preemption import EXIT_CODE  # noqa: E402
+from glmc.cli import run_script  # noqa: E402
+from glmc.errors import InputError  # noqa: E402
+from glmc.training.checkpoint import load_checkpoint  # noqa: E402
+from glmc.training.checkpoints import epoch_checkpoints  # noqa: E402
+from glmc.training.preemption import EXIT_CODE  # noqa: E402
 
 COMMON = ('--model', 'test_resnet', '--img-size', '32', '--epochs', '3', '--imbalance-factor', '20', '--checkpoint-interval',
           '1', '--log-interval', '1', '--no-report', '--drop', '0.2', '--checkpoint-hist', '2')
@@ -139,7 +141,7 @@ def same(one: tuple, other: tuple) -> bool:
         torch.equal(weights[name], other_weights[name]) for name in weights)
 
 
-def readable(folder: Path) -> bool:
+def readable_subset(folder: Path) -> bool:
     """Whether the newest checkpoint, if there is one, is whole."""
     try:
         return all(load_checkpoint(path) for path in epoch_checkpoints(folder / 'checkpoints')[-1:])
@@ -171,7 +173,7 @@ def torture(name: str, number: int, kills: int, folder: Path, rng: random.Random
             assert set(codes) <= {-number, EXIT_CODE, 0}, (codes, trial.log.read_text()[-3000:])
             row['kills'] += 1
             row['in_a_save'] += any(trial.folder.rglob('*.tmp'))
-            row['unreadable'] += not readable(trial.folder)
+            row['unreadable'] += not readable_subset(trial.folder)
         row['runs'] += 1
         row['equal'] += same(trial.result(), whole.result())
         row['repeated'] += len(trial.steps()) - len(whole.steps())

@@ -25,10 +25,11 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from timm.models import get_model_input_config, model_entrypoint  # noqa: E402
 
-from glmc.export import export_model  # noqa: E402
-from glmc.models import GLMCModule, create_backbone  # noqa: E402
-from glmc.parsing import InputError  # noqa: E402
-from glmc.tasks import GLMCTask  # noqa: E402
+from glmc.errors import InputError  # noqa: E402
+from glmc.export.export import export_model  # noqa: E402
+from glmc.models.backbone import create_backbone  # noqa: E402
+from glmc.models.glmc import GLMCModule  # noqa: E402
+from glmc.tasks.glmc import GLMCTask  # noqa: E402
 
 COLUMNS = ('check', 'model', 'module', 'parameters', 'outcome', 'detail', 'seconds')
 NUM_CLASSES, SECONDS, MAX_PARAMETERS, MAX_BYTES = 10, 300, 300_000_000, 16 * 2 ** 30

@@ -10,9 +10,9 @@ import shutil
 import pytest
 from conftest import COUNTS, ROOT, TINY, Outcome, coloured, run_train, write_folders, write_shards
 
-import glmc.export
+import glmc.export.export
 import validate_glmc
-from glmc.parsing import run_script
+from glmc.cli import run_script
 
 OPTIONS = {  # command line -> what the line says
     '--imbalance-factor 0.5': '--imbalance-factor: expected a number >= 1.*0.5',
@@ -309,7 +309,7 @@ def test_folder_without_permission(refused, tmp_path):
 def test_export_says_what_is_wrong(checkpoint, tmp_path, monkeypatch, capsys):
     def export(*words):
         monkeypatch.setattr('sys.argv', ['glmc.export', *map(str, words)])
-        return error_line(Outcome(glmc.export.main(), *capsys.readouterr()))
+        return error_line(Outcome(glmc.export.export.main(), *capsys.readouterr()))
     assert re.match('(--checkpoint )?.*gone.safetensors: expected a checkpoint', export(tmp_path / 'gone.safetensors'))
     assert re.match(f'{tmp_path}: exists, expected a new folder', export(checkpoint, tmp_path))
 

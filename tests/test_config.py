@@ -4,10 +4,11 @@ from argparse import ArgumentTypeError, Namespace
 import pytest
 import yaml
 
+from glmc.cli import number, parse_args, pick, run_script
 from glmc.config import DEMONSTRATION, train_parser
+from glmc.errors import ImageError, InputError
 from glmc.methods import METHODS
-from glmc.parsing import ImageError, InputError, number, parse_args, pick, run_script
-from glmc.results import create_run_folder
+from glmc.run_folder import create_run_folder
 
 
 def parse(*argv: str):

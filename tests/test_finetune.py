@@ -14,10 +14,11 @@ from conftest import COUNTS, TINY, Outcome, free_port, launch_train, run_command
 from PIL import Image
 from safetensors.torch import load_file
 
-from glmc.checkpoint import BEST, load_checkpoint
-from glmc.models import create_backbone
-from glmc.parsing import run_script
+from glmc.cli import run_script
+from glmc.models.backbone import create_backbone
 from glmc.stage2.classifiers import CLASSIFIERS
+from glmc.training.checkpoint import load_checkpoint
+from glmc.training.checkpoints import BEST
 
 ALONE = '''
 import sys, timm, torch
@@ -224,8 +225,8 @@ def places(finished_run, folders, tmp_path_factory) -> dict:
 def test_wrong_input_is_one_line(finetune, folders, places, tmp_path, monkeypatch, options, message):
     if 'levit' in options or 'dla' in options:
         import finetune_glmc
-        from glmc.trained import open_trained
-        monkeypatch.setattr(finetune_glmc, 'open_trained', lambda name: open_trained(  # without the weights of the Hub
+        from glmc.export.load import load_trained
+        monkeypatch.setattr(finetune_glmc, 'load_trained', lambda name: load_trained(  # without the weights of the Hub
             name, num_classes=3, img_size=64, checkpoint=weights_of(name, tmp_path)))
     words = options.format(**places).split()
     outcome = finetune(*([] if '--data-dir' in words else ['--data-dir', folders]), *words)
@@ -242,7 +243,7 @@ def weights_of(name: str, folder) -> str:
 
 def test_the_chosen_one_is_pushed(finetune, finished_run, folders, tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr('finetune_glmc.push_or_tell', lambda *words: pushed.append(words))
+    monkeypatch.setattr('finetune_glmc.try_push', lambda *words: pushed.append(words))
     options = ('--model', finished_run, '--data-dir', folders, '--push-to-hub', 'ORG/NAME', '--hub-private')
     assert finetune(*options, '--stage2', 'ncm,tau_norm,crt', '--stage2-holdout', '1').code == 0
     best = max(('ncm', 'tau_norm', 'crt'), key=lambda name: metrics_of(

@@ -9,12 +9,12 @@ import torch
 from conftest import TINY, free_port, launch_train
 from safetensors.torch import load_file
 
-from glmc.checkpoint import load_checkpoint
+from glmc.cli import parse_args, pick
 from glmc.config import train_parser
-from glmc.engine import TrainStep, step_generator
-from glmc.methods import METHODS, ignored_options
-from glmc.models import create_backbone
-from glmc.parsing import parse_args, pick
+from glmc.methods import METHODS, unused_method_options
+from glmc.models.backbone import create_backbone
+from glmc.training.checkpoint import load_checkpoint
+from glmc.training.engine import TrainStep, step_generator
 
 COUNTS = [50, 30, 12, 3]
 GOLDEN = {  # loss of the second of two steps, with the options' defaults
@@ -63,7 +63,7 @@ def golden_losses(name: str, compiler=lambda step: step, **changed) -> list[floa
     train_step, losses = compiler(TrainStep(task, mixer, torch.nn.Identity())), []
     for step in range(2):
         task.set_progress(step / 2)
-        mixture = mixer.draw(8, (16, 16), step_generator(0, 0, step))
+        mixture = mixer.sample_params(8, (16, 16), step_generator(0, 0, step))
         loss = train_step(views, labels, mixture)['loss']
         optimizer.zero_grad()
         loss.backward()
@@ -162,8 +162,8 @@ def test_a_method_leaves_no_default_behind():
 
 def test_options_without_effect_are_told():
     given = {'consistency_weight', 'mix_beta', 'lr', 'epochs'}
-    assert ignored_options('ce', given) == {'consistency_weight', 'mix_beta'}
-    assert ignored_options('glmc', given) == set()
+    assert unused_method_options('ce', given) == {'consistency_weight', 'mix_beta'}
+    assert unused_method_options('glmc', given) == set()
 
 
 RUN = [*TINY, '--epochs', '2', '--drw-start', '0.5', '--partner', 'sampler']

@@ -8,19 +8,19 @@ from timm.data import Mixup
 from timm.data.mixup import cutmix_bbox_and_lam
 
 from glmc.mixing import (
-    UNMIXED,
+    IDENTITY_MIXTURE,
+    BatchCutmix,
+    BatchMixup,
     CMOMixer,
-    FlippedCutmix,
-    FlippedMixup,
     GLMCMixer,
     Mixture,
     PairMixer,
-    PartnerOnly,
+    ResampledOnly,
     cutmix,
-    draw_mixture,
     mixup,
     partners_within,
     random_box,
+    sample_mixture,
 )
 
 
@@ -108,14 +108,14 @@ def test_box_is_uniform_over_its_places():
 @pytest.mark.parametrize('beta', [0.5, 1.0, 2.0])
 def test_lambda_follows_its_beta_distribution(beta):
     rng = np.random.default_rng(0)
-    lams = [draw_mixture((8, 8), beta, 'nominal', rng).lam.item() for _ in range(2000)]
+    lams = [sample_mixture((8, 8), beta, 'nominal', rng).lam.item() for _ in range(2000)]
     assert kstest(lams, beta_distribution(beta, beta).cdf).pvalue > 0.001
 
 
 def test_label_of_the_local_view_is_nominal_or_by_area():
     corrected = 0
     for seed in range(50):
-        nominal, area = (draw_mixture((8, 6), 1.0, name, np.random.default_rng(seed)) for name in ('nominal', 'area'))
+        nominal, area = (sample_mixture((8, 6), 1.0, name, np.random.default_rng(seed)) for name in ('nominal', 'area'))
         y0, y1, x0, x1 = area.box.tolist()
         assert nominal.local_lam == nominal.lam == area.lam
         assert area.local_lam.item() == pytest.approx(1 - (y1 - y0) * (x1 - x0) / 48)
@@ -126,7 +126,7 @@ def test_label_of_the_local_view_is_nominal_or_by_area():
 def test_the_nominal_label_is_a_fifth_off_the_picture():
     """What docs/methods.md says of it at β = 0.2, on 32x32 pixels."""
     rng = np.random.default_rng(0)
-    drawn = [draw_mixture((32, 32), 0.2, 'area', rng) for _ in range(4000)]
+    drawn = [sample_mixture((32, 32), 0.2, 'area', rng) for _ in range(4000)]
     nominal, pixels = (np.array([getattr(each, name).item() for each in drawn]) for name in ('lam', 'local_lam'))
     assert np.abs(nominal - pixels).mean() == pytest.approx(0.21, abs=0.01)
     assert (nominal < 0.1).mean() == pytest.approx(1 / 3, abs=0.02)
@@ -160,7 +160,7 @@ def test_partners_within_a_batch_follow_their_distribution(power):
     mixer = GLMCMixer([100, 20, 5], partner='batch', resample_power=power)
     rng = np.random.default_rng(0)
     partners = [j for _ in range(500) for j in partners_within(
-        labels, mixer.partner_weight, mixer.draw(8, (4, 4), rng).uniform).tolist()]
+        labels, mixer.partner_weight, mixer.sample_params(8, (4, 4), rng).uniform).tolist()]
     weights = np.array([[100, 20, 5][label] ** -power for label in labels.tolist()])
     assert chisquare(np.bincount(partners, minlength=8), weights / weights.sum() * len(partners)).pvalue > 0.001
 
@@ -204,9 +204,9 @@ def test_mixer_finds_partners_in_the_batch():
 @pytest.mark.parametrize('cutmix_lambda', ['nominal', 'area'])
 def test_mixer_draws_what_it_uses(partner, cutmix_lambda):
     mixer = GLMCMixer([9, 5, 2], 0.5, cutmix_lambda, partner)
-    mixture, again = (mixer.draw(6, (8, 7), np.random.default_rng(3)) for _ in range(2))
+    mixture, again = (mixer.sample_params(6, (8, 7), np.random.default_rng(3)) for _ in range(2))
     assert str(mixture) == str(again)
-    drawn = draw_mixture((8, 7), 0.5, cutmix_lambda, np.random.default_rng(3))
+    drawn = sample_mixture((8, 7), 0.5, cutmix_lambda, np.random.default_rng(3))
     assert [value.tolist() for value in mixture[:3]] == [value.tolist() for value in drawn[:3]]
     assert (mixture.uniform is None) == (partner == 'sampler')
     views = images(6, 4 if partner == 'sampler' else 2, 3, 8, 7).float()
@@ -223,7 +223,7 @@ def test_mixer_draws_what_it_uses(partner, cutmix_lambda):
 def test_a_lambda_per_view_is_two_draws(partner, cutmix_lambda):
     """The global view has the first, as with a shared one; box and label of the local view follow from the second."""
     for seed in range(20):
-        mixture = GLMCMixer([9, 5, 2], 0.5, cutmix_lambda, partner, mix_lambda='per_view').draw(
+        mixture = GLMCMixer([9, 5, 2], 0.5, cutmix_lambda, partner, mix_lambda='per_view').sample_params(
             6, (8, 7), np.random.default_rng(seed))
         rng = np.random.default_rng(seed)
         lam, local = rng.beta(0.5, 0.5), rng.beta(0.5, 0.5)
@@ -234,13 +234,14 @@ def test_a_lambda_per_view_is_two_draws(partner, cutmix_lambda):
         assert mixture.local_lam.item() == pytest.approx(expected)
         if partner == 'batch':
             assert mixture.uniform.tolist() == rng.random(6).tolist()
-        shared = GLMCMixer([9, 5, 2], 0.5, cutmix_lambda, partner).draw(6, (8, 7), np.random.default_rng(seed))
+        shared = GLMCMixer([9, 5, 2], 0.5, cutmix_lambda, partner).sample_params(6, (8, 7), np.random.default_rng(seed))
         assert torch.equal(shared.lam, mixture.lam)
 
 
 def test_lambdas_per_view_are_independent_and_follow_their_distribution():
     mixer, rng = GLMCMixer([9, 5, 2], 2.0, mix_lambda='per_view'), np.random.default_rng(0)
-    lams = np.array([[mixture.lam, mixture.local_lam] for mixture in (mixer.draw(4, (8, 8), rng) for _ in range(2000))])
+    mixtures = [mixer.sample_params(4, (8, 8), rng) for _ in range(2000)]
+    lams = np.array([[mixture.lam, mixture.local_lam] for mixture in mixtures])
     assert all(kstest(column, beta_distribution(2, 2).cdf).pvalue > 0.001 for column in lams.T)
     assert abs(np.corrcoef(lams.T)[0, 1]) < 0.08
 
@@ -254,7 +255,7 @@ def test_flipped_mixup_is_timms(monkeypatch):
     timms = Mixup(mixup_alpha=1.0, label_smoothing=0.0, num_classes=4)
     monkeypatch.setattr(timms, '_params_per_batch', lambda: (0.3, False))
     expected, targets = timms(x.clone(), labels)
-    found = FlippedMixup([9, 5, 3, 1])(x[:, None], labels[:, None], fixed(0.3))
+    found = BatchMixup([9, 5, 3, 1])(x[:, None], labels[:, None], fixed(0.3))
     torch.testing.assert_close(found[0], expected)
     torch.testing.assert_close(found[1], targets)
 
@@ -267,12 +268,12 @@ def test_flipped_cutmix_is_timms(monkeypatch):
     expected, targets = timms(x.clone(), labels)
     np.random.seed(0)
     box, lam = cutmix_bbox_and_lam((6, 3, 8, 8), 0.3)
-    found = FlippedCutmix([9, 5, 3, 1])(x[:, None], labels[:, None], fixed(0.3, tuple(map(int, box)), float(lam)))
+    found = BatchCutmix([9, 5, 3, 1])(x[:, None], labels[:, None], fixed(0.3, tuple(map(int, box)), float(lam)))
     torch.testing.assert_close(found[0], expected)
     torch.testing.assert_close(found[1], targets)
 
 
-@pytest.mark.parametrize('mixer', [FlippedMixup, FlippedCutmix])
+@pytest.mark.parametrize('mixer', [BatchMixup, BatchCutmix])
 def test_a_flipped_batch_may_be_odd_and_uint8(mixer):
     views, labels = torch.arange(3 * 4).reshape(3, 1, 1, 2, 2).to(torch.uint8), torch.tensor([[0], [1], [1]])
     before = views.clone()
@@ -283,15 +284,15 @@ def test_a_flipped_batch_may_be_odd_and_uint8(mixer):
 
 @pytest.mark.parametrize('probability', [0.0, 0.5, 1.0])
 def test_a_batch_is_mixed_with_its_probability(probability):
-    rng, mixer = np.random.default_rng(0), FlippedMixup([1, 1], mixup_prob=probability)
-    mixed = np.mean([mixer.draw(4, (8, 8), rng) is not UNMIXED for _ in range(400)])
+    rng, mixer = np.random.default_rng(0), BatchMixup([1, 1], mixup_prob=probability)
+    mixed = np.mean([mixer.sample_params(4, (8, 8), rng) is not IDENTITY_MIXTURE for _ in range(400)])
     assert mixed == pytest.approx(probability, abs=0.08)
 
 
 def test_unmixed_is_the_image():
     x, labels = images(4, 1, 3, 5, 5), torch.tensor([[0], [1], [2], [2]])
-    for mixer in (FlippedMixup([3, 2, 1]), FlippedCutmix([3, 2, 1])):
-        found, targets = mixer(x, labels, UNMIXED)
+    for mixer in (BatchMixup([3, 2, 1]), BatchCutmix([3, 2, 1])):
+        found, targets = mixer(x, labels, IDENTITY_MIXTURE)
         assert torch.equal(found, x[:, 0]) and torch.equal(targets, torch.eye(3)[labels[:, 0]])
 
 
@@ -309,17 +310,17 @@ def test_cmo_pastes_the_resampled_image_on_the_other():
 
 def test_the_partner_takes_the_place_of_the_image():
     views, labels = images(3, 2, 3, 6, 6), torch.tensor([[0, 2], [0, 1], [1, 2]])
-    found, found_labels = PartnerOnly([50, 20, 3])(views, labels, None)
+    found, found_labels = ResampledOnly([50, 20, 3])(views, labels, None)
     assert torch.equal(found, views[:, 1]) and found_labels.tolist() == [2, 1, 2]
     pairs, pair_labels = PairMixer([50, 20, 3])(views, labels, None)
     assert all(torch.equal(pairs[k], views[:, k]) and torch.equal(pair_labels[k], labels[:, k]) for k in range(2))
 
 
-@pytest.mark.parametrize('mixer', [PartnerOnly, PairMixer, CMOMixer])
+@pytest.mark.parametrize('mixer', [ResampledOnly, PairMixer, CMOMixer])
 def test_partners_come_from_the_batch_where_it_holds_single_images(mixer):
     rng, views, labels = np.random.default_rng(0), images(400, 1, 1, 2, 2), torch.arange(400)[:, None] % 10 // 9
     mixer = mixer([9, 1], partner='batch', resample_power=1.0)  # 360 images of one class, 40 of the other
-    mixture = mixer.draw(400, (2, 2), rng)
+    mixture = mixer.sample_params(400, (2, 2), rng)
     pairs, pair_labels = mixer.pairs(views, labels, mixture)
     assert pairs.shape == (400, 2, 1, 2, 2) and torch.equal(pair_labels[:, 0], labels[:, 0])
     assert pair_labels[:, 1].float().mean().item() == pytest.approx(0.5, abs=0.1)

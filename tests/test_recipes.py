@@ -8,11 +8,11 @@ import torch
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
-from glmc import cifar_resnet  # noqa: F401  registers the CIFAR nets
+from glmc.cli import parse_args
 from glmc.config import train_parser
-from glmc.methods import METHODS, ignored_options
-from glmc.models import create_backbone
-from glmc.parsing import parse_args
+from glmc.methods import METHODS, unused_method_options
+from glmc.models import cifar_resnet  # noqa: F401  registers the CIFAR nets
+from glmc.models.backbone import create_backbone
 
 HPARAMS = Path(__file__).parents[1] / 'hparams'
 CUSTOM = 'custom'  # ours, for data of one's own
@@ -91,7 +91,7 @@ def test_recipe_holds_the_values_of_the_table(name):
     args, given = read(name)
     values = {**vars(args), 'all_epochs': len(learning_rates(args))}
     assert tuple(values[column] for column in COLUMNS) == pytest.approx(TABLE[name])
-    assert args.method == 'glmc' and not ignored_options('glmc', given)
+    assert args.method == 'glmc' and not unused_method_options('glmc', given)
     assert args.balanced == ('balanced' in name)
     assert (args.mix_beta, args.cutmix_lambda, args.partner) == (1.0, 'nominal', 'sampler')
     assert args.balanced or (args.alpha_power, args.alpha_scope) == (2.0, 'losses')

@@ -13,8 +13,17 @@ from accelerate.state import AcceleratorState
 from conftest import COUNTS, Outcome, run_command, write_folders
 from PIL import Image
 
-from glmc.parsing import InputError, run_script
-from glmc.priors import TARGETS, AdjustedModel, normalized, prior_shift, ranked_counts, read_prior, target_prior
+from glmc.cli import run_script
+from glmc.errors import InputError
+from glmc.evaluation.priors import (
+    TARGETS,
+    AdjustedModel,
+    normalized,
+    prior_shift,
+    ranked_counts,
+    read_prior,
+    target_prior,
+)
 
 KEYS = ('top1', 'top5', 'loss', 'many', 'medium', 'few', 'class_mean', 'worst_class', 'worst_tenth', 'harmonic_mean',
         'macro_f1', 'ece', 'ece_medium', 'ece_few', 'per_class_accuracy', 'train_counts', 'num_images', 'shot_thresholds')

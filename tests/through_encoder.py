@@ -19,17 +19,19 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from finetune_glmc import prepare  # noqa: E402
+from glmc.cli import parse_args, run_script  # noqa: E402
 from glmc.config import finetune_parser  # noqa: E402
 from glmc.data.datasets import ImageSet  # noqa: E402
-from glmc.launch import create_accelerator  # noqa: E402
-from glmc.models import linear_classifier  # noqa: E402
-from glmc.parsing import InputError, parse_args, run_script  # noqa: E402
-from glmc.results import aligned, provenance  # noqa: E402
-from glmc.runs import FIGURES  # noqa: E402
+from glmc.errors import InputError  # noqa: E402
+from glmc.evaluation.text import aligned  # noqa: E402
+from glmc.export.load import load_trained  # noqa: E402
+from glmc.models.classifier import linear_classifier  # noqa: E402
+from glmc.run_folder import provenance  # noqa: E402
 from glmc.stage2.classifiers import Linear, Stage1  # noqa: E402
 from glmc.stage2.features import Extractor, Features  # noqa: E402
 from glmc.stage2.select import fit, measure, parse_classifiers  # noqa: E402
-from glmc.trained import open_trained  # noqa: E402
+from glmc.sweep.runs import FIGURES  # noqa: E402
+from glmc.training.launch import create_accelerator  # noqa: E402
 from validate_glmc import trained_precision  # noqa: E402
 
 
@@ -54,7 +56,7 @@ class FreshViews:
 
 def main() -> None:
     args, given = parse_args(finetune_parser())
-    trained = open_trained(args.model[0])
+    trained = load_trained(args.model[0])
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
     job = prepare(args, given, trained, accelerator)
     data = job['data']
@@ -69,14 +71,14 @@ def main() -> None:
                for views in sorted({0, 1, 2, args.feature_views})}
     sources['through the encoder'] = Features(FreshViews(extract, data.train), stored.labels)
     own = linear_classifier(trained.model)
-    stage1 = Stage1(Linear(own.weight.detach(), own.bias.detach()), data.profile['class_counts'],
+    stage1 = Stage1(Linear(own.weight.detach(), own.bias.detach()), data.profile.counts,
                     trained.facts.get('prior') == 'uniform')
     rows = []
     for name, classifier in parse_classifiers(args.stage2, args.stage2_kwargs, two_heads=False).items():
         for source, features in sources.items():
             start = time.perf_counter()
             metrics, _ = measure(fit(classifier, stage1, features, args.seed), unseen, stage1.counts,
-                                 data.profile['shot_thresholds'])
+                                 data.profile.thresholds)
             rows.append(dict(classifier=name, features=source, seconds=f'{time.perf_counter() - start:.1f}',
                              **{figure: f'{metrics[figure]:.2f}' for figure in FIGURES}))
     print(aligned([list(rows[0]), *(list(row.values()) for row in rows)], left=2))

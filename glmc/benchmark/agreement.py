@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from glmc.benchmark.measure import PRECISION, Benchmark
 from glmc.benchmark.plain import plain_loss, plain_model
-from glmc.losses import class_weights
-from glmc.parsing import InputError
+from glmc.errors import InputError
+from glmc.losses.glmc import class_weights
 
 # What the loss of `run` may differ by from that of `plain`, relative to the larger of that and 1, and the gradient in norm.
 LOSS_TOLERANCE = {'no': 1e-5, 'fp16': 2 ** -9, 'bf16': 2 ** -7}
@@ -52,7 +52,7 @@ def _plain_losses(bench: Benchmark) -> dict:
     setup, (views, labels), mixture = bench.setup, bench.batch, bench.mixture()
     mean, std = (torch.tensor(setup.data_config[name], device=bench.device).view(-1, 1, 1) for name in ('mean', 'std'))
     views = [((view.contiguous().float() / 255) - mean) / std for view in views.unbind(1)]
-    weight = class_weights(setup.data.profile['class_counts'], bench.args.reweight_power).to(bench.device)
+    weight = class_weights(setup.data.profile.counts, bench.args.reweight_power).to(bench.device)
     mixture = mixture.lam.item(), mixture.local_lam.item(), mixture.box.tolist()
     model = plain_model(setup)
     with _reproducible(model, bench):

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from glmc.benchmark.plain import PILImages, PlainLoop, pil_transform, timm_loader
-from glmc.build import Setup
 from glmc.data.datasets import ImageSet
 from glmc.data.loaders import image_mode
 from glmc.data.resident import ResidentTrainLoader
-from glmc.engine import step_generator
-from glmc.launch import device_name
-from glmc.parsing import InputError
-from glmc.results import provenance
+from glmc.errors import InputError
+from glmc.run_folder import provenance
+from glmc.setup import Setup
+from glmc.training.engine import step_generator
+from glmc.training.launch import device_name
 
 PARTS = ('plain', 'run', 'step', 'input', 'timm')
 PRECISION = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}
@@ -124,7 +124,7 @@ class Benchmark:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == 'cuda' else 0
 
     def mixture(self):
-        mixture = self.setup.mixer.draw(self.args.batch_size, self.size, step_generator(self.args.seed, 0, 0))
+        mixture = self.setup.mixer.sample_params(self.args.batch_size, self.size, step_generator(self.args.seed, 0, 0))
         return mixture if mixture is None else mixture.to(self.device)
 
     def step_flops(self) -> float:
@@ -184,7 +184,7 @@ class Benchmark:
             'precision': PRECISION[setup.accelerator.mixed_precision], 'channels_last': args.channels_last,
             'torchcompile': args.torchcompile, 'joint_forward': args.joint_forward, 'partner': args.partner,
             'loader': 'resident' if self.resident else f'{args.workers} workers',
-            'train_images': setup.data.profile['num_images'],
+            'train_images': setup.data.profile.num_images,
             'tf32_convolutions': torch.backends.cudnn.allow_tf32, 'tf32_matmul': torch.backends.cuda.matmul.allow_tf32,
             'rounds': args.rounds, 'steps': args.steps, **provenance()}
 

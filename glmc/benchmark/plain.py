@@ -1,5 +1,4 @@
 """GLMC as the published structure has it, without a thought for speed: what the benchmark compares with."""
-import argparse
 import copy
 from collections.abc import Callable, Iterator
 
@@ -13,16 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision import transforms
 
-from glmc.build import Setup
+from glmc.cli import Options
+from glmc.config import augmentation_options
 from glmc.data.datasets import ImageSet
 from glmc.data.transforms import CIFAR_PADDING, IMAGENET_LT, policy_transforms
-from glmc.losses import class_weights
+from glmc.losses.glmc import class_weights
 from glmc.mixing import random_box
-from glmc.models import GLMCModule
-from glmc.parsing import pick
-
-AUGMENTATION = ('no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
-                'grayscale_prob', 'gaussian_blur_prob')
+from glmc.models.glmc import GLMCModule
+from glmc.setup import Setup
 
 
 class PlainLoop:
@@ -37,7 +34,7 @@ class PlainLoop:
     def __init__(self, setup: Setup, images: 'PILImages', transform: Callable):
         self.args, self.device, self.size = setup.args, setup.accelerator.device, setup.data_config['input_size'][-2:]
         self.model = plain_model(setup)
-        counts = setup.data.profile['class_counts']
+        counts = setup.data.profile.counts
         self.weight = class_weights(counts, self.args.reweight_power).to(self.device)
         self.dataset = TwoViews(images, transform)
         self.image_weights = (np.asarray(counts, dtype=float) ** -self.args.resample_power)[images.labels]
@@ -147,10 +144,10 @@ class PILImages(Dataset):
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
 
-def augmentation_options(args: argparse.Namespace) -> dict:
-    """For timm's create_transform and create_loader."""
-    options = dict(auto_augment=args.aa, interpolation=args.train_interpolation, **pick(args, AUGMENTATION))
-    return {**options, **IMAGENET_LT} if args.augmentation == 'imagenet_lt' else options
+def timm_augmentation(args: Options) -> dict:
+    """Options for timm's create_transform and create_loader."""
+    options = augmentation_options(args)
+    return {**options, **IMAGENET_LT} if options.pop('augmentation') == 'imagenet_lt' else options
 
 
 def cifar_crop(setup: Setup) -> list[Callable] | None:
@@ -169,7 +166,7 @@ def pil_transform(setup: Setup) -> Callable:
     if crop:
         return transforms.Compose([*crop, transforms.ToTensor(), transforms.Normalize(config['mean'], config['std'])])
     return create_transform(config['input_size'], is_training=True, mean=config['mean'], std=config['std'],
-                            **augmentation_options(setup.args))
+                            **timm_augmentation(setup.args))
 
 
 def timm_loader(setup: Setup, images: PILImages):
@@ -179,7 +176,7 @@ def timm_loader(setup: Setup, images: PILImages):
         copy.copy(images), config['input_size'], args.batch_size, is_training=True, num_workers=args.workers,
         mean=config['mean'], std=config['std'], re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
         pin_memory=device.type == 'cuda', device=device, persistent_workers=args.workers > 0,
-        **augmentation_options(args))
+        **timm_augmentation(args))
     crop = cifar_crop(setup)
     if crop:
         loader.dataset.transform = transforms.Compose([*crop, MaybePILToTensor()])

@@ -6,7 +6,6 @@
 Takes the data options of train_glmc.py, decodes every image once, and changes nothing. Exit code 1 if an image cannot be
 read, stands in training and validation, or is there with two labels.
 """
-import argparse
 import hashlib
 import sys
 from collections import Counter, defaultdict
@@ -16,17 +15,18 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from glmc.config import data_group, long_tail_group, training_data_group
+from glmc.cli import Parser, pick, run_script
+from glmc.config import DATA, add_groups, names
 from glmc.data.datasets import ImageSet
-from glmc.data.profiles import shot_groups
-from glmc.data.sources import TrainingData, open_training_data
-from glmc.parsing import ImageError, InputError, Parser, pick, run_script
+from glmc.data.profiles import Profile
+from glmc.data.sources import TrainingData, load_training_data
+from glmc.errors import ImageError, InputError
 
 ORIENTATION = 0x112  # EXIF
 SHOWN = 10  # of each kind of finding
 
 
-class Look(NamedTuple):
+class ScanResult(NamedTuple):
     """What decoding an image showed."""
     error: str = ''
     digest: bytes = b''  # of mode, size and pixels
@@ -36,7 +36,7 @@ class Look(NamedTuple):
     animated: bool = False
 
 
-class _Looks(Dataset):
+class _Scan(Dataset):
     def __init__(self, images: ImageSet):
         self.images = images
 
@@ -46,50 +46,45 @@ class _Looks(Dataset):
     def __getitem__(self, index: int) -> tuple:
         return tuple(self.look(index))
 
-    def look(self, index: int) -> Look:
+    def look(self, index: int) -> ScanResult:
         try:
             with self.images.opened(index) as image:
                 kind, animated = f"{image.format or 'raw'} {image.mode}", getattr(image, 'n_frames', 1) > 1
                 rotated = image.getexif().get(ORIENTATION, 1) not in (0, 1)
                 image.load()
                 digest = hashlib.sha256(f'{image.mode} {image.size}'.encode() + image.convert('RGBA').tobytes()).digest()
-                return Look('', digest, kind, min(image.size) < 8, rotated, animated)
+                return ScanResult('', digest, kind, min(image.size) < 8, rotated, animated)
         except ImageError as error:
-            return Look(error=str(error))
+            return ScanResult(error=str(error))
 
 
-def look_at(images: ImageSet, workers: int = 0) -> list[Look]:
+def scan(images: ImageSet, workers: int = 0) -> list[ScanResult]:
     """Decode every image once."""
-    loader = DataLoader(_Looks(images), batch_size=None, num_workers=workers)
-    return [Look(*look) for look in loader]
+    loader = DataLoader(_Scan(images), batch_size=None, num_workers=workers)
+    return [ScanResult(*look) for look in loader]
 
 
-def readable(images: ImageSet, workers: int = 0) -> tuple[ImageSet, list[str]]:
+def readable_subset(images: ImageSet, workers: int = 0) -> tuple[ImageSet, list[str]]:
     """The images that can be decoded, and the errors of the others."""
-    looks = look_at(images, workers)
+    looks = scan(images, workers)
     keep = [index for index, look in enumerate(looks) if not look.error]
     return images.subset(np.array(keep)), [look.error for look in looks if look.error]
 
 
 def main() -> None:
-    parser = Parser(prog='python -m glmc.data.check', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(prog='python -m glmc.data.check',
                     description='Scan an image set before training on it.')
     parser.add_argument('folder', nargs='?', metavar='DIR', help='the same as --data-dir DIR')
-    for add_group in (data_group, training_data_group, long_tail_group):
-        add_group(parser)
+    add_groups(parser, *DATA)
     parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode')
     args = parser.parse_args()
     args.data_dir = args.data_dir or args.folder
-    data = open_training_data(
-        download=args.dataset_download or None, **pick(args, (
-            'data_dir', 'dataset', 'train_split', 'val_split', 'train_list', 'val_list', 'num_classes', 'class_counts',
-            'holdout', 'imbalance_factor', 'lt_type', 'lt_split', 'lt_seed', 'shot_thresholds', 'class_map', 'input_key',
-            'target_key')))
+    data = load_training_data(**pick(args, names(*DATA)))
     sets = {name: images for name, images in (('train', data.train), ('holdout', data.holdout),
                                               ('validation', data.validation)) if images is not None}
     if not all(isinstance(images, ImageSet) for images in sets.values()):
         raise InputError(f'--dataset {args.dataset}: cannot be scanned, it has no index')
-    looks = {name: look_at(images, args.workers) for name, images in sets.items()}
+    looks = {name: scan(images, args.workers) for name, images in sets.items()}
     problems = list(find_problems(sets, looks))
     print('\n'.join([*describe(data, sets), '', *remarks(looks), *problems, '', *suggest(data.profile)]))
     if problems:
@@ -98,11 +93,8 @@ def main() -> None:
 
 def describe(data: TrainingData, sets: dict[str, ImageSet]) -> Iterable[str]:
     """The profile, and classes that are missing on one side."""
-    facts, names = data.profile, data.class_names
-    counts = facts['class_counts']
-    yield (f"train: {facts['num_images']:,} images of {len(counts)} classes, {max(counts):,} … {min(counts):,} per class "
-           f"(imbalance {max(counts) / min(counts):.3g}), "
-           + ', '.join(f'{n} {name}' for name, n in facts['shot_classes'].items()))
+    counts, names = data.profile.counts, data.class_names
+    yield f'train: {data.profile.summary()}, imbalance {max(counts) / min(counts):.3g}'
     for name, images in list(sets.items())[1:]:
         held = images.counts()
         yield f'{name}: {len(images):,} images, {held.max():,} … {held.min():,} per class'
@@ -111,7 +103,7 @@ def describe(data: TrainingData, sets: dict[str, ImageSet]) -> Iterable[str]:
             yield f'{name}: no image of {_some(missing)}; their accuracy cannot be measured'
 
 
-def remarks(looks: dict[str, list[Look]]) -> Iterable[str]:
+def remarks(looks: dict[str, list[ScanResult]]) -> Iterable[str]:
     """What is decided for unusual images, where there are any."""
     everything = [look for found in looks.values() for look in found if not look.error]
     yield 'kinds: ' + ', '.join(f'{n:,} {kind}' for kind, n in Counter(look.kind for look in everything).most_common(SHOWN))
@@ -124,7 +116,7 @@ def remarks(looks: dict[str, list[Look]]) -> Iterable[str]:
             yield f'{number:,} images {remark}'
 
 
-def find_problems(sets: dict[str, ImageSet], looks: dict[str, list[Look]]) -> Iterable[str]:
+def find_problems(sets: dict[str, ImageSet], looks: dict[str, list[ScanResult]]) -> Iterable[str]:
     """Unreadable images, and the same pixels in two sets or under two labels."""
     places = defaultdict(list)
     for name, found in looks.items():
@@ -149,9 +141,9 @@ def _duplicates(sets: dict[str, ImageSet], groups: Sequence[list], what: str) ->
             yield '    ' + ' = '.join(f'{name} {sets[name].names[index]}' for name, index in found[:4])
 
 
-def suggest(profile: dict) -> Iterable[str]:
+def suggest(profile: Profile) -> Iterable[str]:
     """Options for this profile, by the published recipes."""
-    counts = np.array(profile['class_counts'])
+    counts = np.array(profile.counts)
     imbalance = counts.max() / counts.min()
     if imbalance < 1.5:
         yield 'suggestion: --balanced, the classes have about the same number of images'
@@ -159,8 +151,7 @@ def suggest(profile: dict) -> Iterable[str]:
     q = 0 if imbalance >= 100 else 0.2
     yield (f'suggestion: --resample-power {q} --reweight-power 1 (published: q 0 at an imbalance of 100, 0.2 below and for '
            'ImageNet-LT and iNaturalist; k 1.2 for CIFAR, 1 elsewhere)')
-    groups = shot_groups(counts.tolist(), *profile.get('shot_thresholds', (20, 100)))
-    if not all(len(classes) for classes in groups.values()) and len(counts) >= 3:
+    if not all(len(classes) for classes in profile.groups().values()) and len(counts) >= 3:
         few, many = (int(t) for t in np.quantile(counts, (1 / 3, 2 / 3)))
         yield f'suggestion: --shot-thresholds {few} {many}, thirds of the classes: one of the usual groups is empty'
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from glmc.data.profiles import long_tail_counts, long_tail_indices
-from glmc.parsing import ImageError, InputError
+from glmc.errors import ImageError, InputError
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ class ViewDataset(Dataset):
                  bad: BadImages | None = None):
         self.images, self.make_views, self.num_views, self.mode, self.bad = images, make_views, num_views, mode, bad
 
-    def __getitem__(self, draw: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, sample: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """(images · views, c, H, W) uint8, image by image, and the (images,) labels."""
-        seed, *indices = draw
+        seed, *indices = sample
         with seeded(seed):
             views = [view for index in indices for view in self._views_or_others(index)]
         return torch.stack(views), torch.from_numpy(self.images.labels[indices])
@@ -244,10 +244,10 @@ def _data_loader(dataset, workers: int, device: torch.device, seed: int, **kwarg
     return DataLoader(
         dataset, num_workers=workers, pin_memory=device.type == 'cuda', persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(seed), **kwargs,  # its own generator: none of the training's draws
-        worker_init_fn=_leave_signals_to_the_training if workers else None)
+        worker_init_fn=_ignore_signals if workers else None)
 
 
-def _leave_signals_to_the_training(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     """A signal to all processes of a job must not take the images from under the step that is to be finished."""
     for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
         if hasattr(signal, name):  # Windows has no SIGUSR1

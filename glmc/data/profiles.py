@@ -1,6 +1,7 @@
 """Class counts, long-tail profiles, shot groups and the fingerprint of a training set (pure numpy)."""
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -98,14 +99,43 @@ def fingerprint(names: Iterable[str]) -> str:
     return hashlib.sha256('\n'.join(sorted(names)).encode()).hexdigest()
 
 
-def profile(labels: np.ndarray, num_classes: int, names: Iterable[str], thresholds: Sequence[int] = (20, 100)) -> dict:
-    """What is logged and stored about a training set: counts per class, classes per shot group, fingerprint."""
-    counts = np.bincount(labels, minlength=num_classes)
-    groups = shot_groups(counts, *thresholds)
-    return {
-        'num_images': int(counts.sum()),
-        'class_counts': counts.tolist(),
-        'shot_thresholds': list(thresholds),
-        'shot_classes': {name: len(classes) for name, classes in groups.items()},
-        'fingerprint': fingerprint(names),
-    }
+@dataclass(frozen=True)
+class Profile:
+    """Class counts of a training set, its shot groups and its identity: what is logged and stored about it.
+
+    Args:
+        counts: C training images per class.
+        thresholds: (few, many) of `shot_groups`.
+        fingerprint: sha256 over the names of the images; None for a source without an index.
+    """
+    counts: tuple[int, ...]
+    thresholds: tuple[int, int] = (20, 100)
+    fingerprint: str | None = None
+
+    @classmethod
+    def of(cls, labels: np.ndarray, num_classes: int, names: Iterable[str],
+           thresholds: Sequence[int] = (20, 100)) -> 'Profile':
+        """Profile of a set of (N,) labels with N names."""
+        counts = np.bincount(labels, minlength=num_classes).tolist()
+        return cls(tuple(counts), tuple(thresholds), fingerprint(names))
+
+    @property
+    def num_images(self) -> int:
+        return sum(self.counts)
+
+    def groups(self) -> dict[str, np.ndarray]:
+        """{'many', 'medium', 'few'} -> class indices."""
+        return shot_groups(self.counts, *self.thresholds)
+
+    def summary(self) -> str:
+        """One line: images, classes, largest and smallest class, and the number of classes in each group."""
+        groups = ', '.join(f'{len(classes)} {name}' for name, classes in self.groups().items())
+        return (f'{self.num_images:,} images of {len(self.counts)} classes, {max(self.counts):,} … {min(self.counts):,} '
+                f'per class ({groups})')
+
+    def as_dict(self) -> dict:
+        """Plain values for JSON, as `config.json` of an export has them."""
+        return {
+            'num_images': self.num_images, 'class_counts': list(self.counts), 'shot_thresholds': list(self.thresholds),
+            'shot_classes': {name: len(classes) for name, classes in self.groups().items()},
+            'fingerprint': self.fingerprint}

@@ -13,7 +13,7 @@ from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import EvalDataset, Normalize, create_normalize, eval_transform, image_mode
 from glmc.data.sampling import PairSampler
 from glmc.data.transforms import CIFAR_PADDING, view_transform
-from glmc.parsing import InputError
+from glmc.errors import InputError
 
 MAX_BYTES = 2 ** 30  # what `auto` takes of the device's memory
 
@@ -74,7 +74,7 @@ class ResidentTrainLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        _, *indices = self.sampler.draw_epoch()
+        _, *indices = self.sampler.sample_epoch()
         indices = np.stack(indices, 1)  # (N, images of a draw)
         shape = (*indices.shape, self.num_views)
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1))

@@ -62,7 +62,7 @@ class PairSampler(Sampler):
         return steps + (rest >= MIN_IMAGES * self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        draws = self.draw_epoch()
+        draws = self.sample_epoch()
         for step in range(self.start_step, len(self)):
             part = self.positions(step)
             yield list(zip(*(column[part].tolist() for column in draws), strict=True))
@@ -81,7 +81,7 @@ class PairSampler(Sampler):
         start = step * self.global_batch
         return start, start + self.global_batch if step + 1 < len(self) else self.num_images
 
-    def draw_epoch(self) -> Sequence[np.ndarray]:
+    def sample_epoch(self) -> Sequence[np.ndarray]:
         """Columns (seed, i) or (seed, i, j) of the whole epoch, each (N,)."""
         rng = np.random.default_rng((self.seed, self.epoch))
         columns = [rng.integers(2 ** 32, size=self.num_images), rng.permutation(self.num_images)]

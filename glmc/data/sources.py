@@ -15,8 +15,8 @@ from timm.data import IterableImageDataset, create_dataset, get_img_extensions
 from timm.data.dataset_factory import _search_split
 
 from glmc.data.datasets import ImageSet, long_tailed, split_holdout
-from glmc.data.profiles import profile
-from glmc.parsing import InputError
+from glmc.data.profiles import Profile
+from glmc.errors import InputError
 
 _logger = logging.getLogger(__name__)
 _PREFIXES = ('torch', 'hfds', 'hfids', 'wds', 'tfds')  # timm's
@@ -33,21 +33,21 @@ class TrainingData:
         validation: Images to evaluate on; None where only held-out ones are.
         holdout: Training images set aside, or None.
         class_names: C names.
-        profile: Of `profiles.profile`.
+        profile: Of the training images.
     """
     train: ImageSet | IterableImageDataset
     validation: ImageSet | IterableImageDataset | None
     holdout: ImageSet | None
     class_names: Sequence[str]
-    profile: dict
+    profile: Profile
 
 
-def open_training_data(
+def load_training_data(
         *, data_dir: str | None = None, dataset: str = '', train_split: str = 'train', val_split: str = 'validation',
         train_list: str | None = None, val_list: str | None = None, num_classes: int | None = None,
         class_counts: str | None = None, holdout: float | None = None, imbalance_factor: float | None = None,
         lt_type: str = 'exp', lt_split: str = 'cao', lt_seed: int = 0, shot_thresholds: Sequence[int] = (20, 100),
-        seed: int = 42, batch_size: int = 64, **source_options) -> TrainingData:
+        seed: int = 42, batch_size: int = 64, dataset_download: bool = False, **source_options) -> TrainingData:
     """Open, check and cut the sets that the options name.
 
     Raises:
@@ -55,8 +55,9 @@ def open_training_data(
     """
     if shot_thresholds[0] > shot_thresholds[1]:
         raise InputError(f'--shot-thresholds {shot_thresholds[0]} {shot_thresholds[1]}: expected FEW <= MANY')
-    source = dict(name=dataset, root=data_dir, num_classes=num_classes, batch_size=batch_size, seed=seed, **source_options)
-    train = open_images(train_split, train_list, is_training=True, **source)
+    source = dict(name=dataset, root=data_dir, num_classes=num_classes, batch_size=batch_size, seed=seed,
+                  download=dataset_download or None, **source_options)
+    train = load_images(train_split, train_list, is_training=True, **source)
     if isinstance(train, IterableImageDataset):
         return _iterable_data(train, source, train_split, val_split, val_list, num_classes, class_counts,
                               shot_thresholds, cuts=(imbalance_factor, holdout))
@@ -71,12 +72,12 @@ def open_training_data(
     if len(empty):
         raise InputError(f'{train.source}: class {train.class_names[empty[0]]!r} has no training image '
                          f'({len(empty)} of {train.num_classes} classes are empty)')
-    validation = open_validation(train, source, val_split, val_list, optional=held is not None)
-    facts = profile(train.labels, train.num_classes, train.identities(), shot_thresholds)
-    return TrainingData(train, validation, held, train.class_names, facts)
+    validation = load_validation(train, source, val_split, val_list, optional=held is not None)
+    profile = Profile.of(train.labels, train.num_classes, train.identities(), shot_thresholds)
+    return TrainingData(train, validation, held, train.class_names, profile)
 
 
-def open_validation(
+def load_validation(
         train: ImageSet, source: dict, split: str, list_path: str | None, optional: bool = False) -> ImageSet | None:
     """The set to evaluate on, labelled as the training set is.
 
@@ -92,7 +93,7 @@ def open_validation(
         if source['name'] in _FOLDERS and not list_path and root and _search_split(root, split) == root:
             raise InputError(f'--data-dir {root}: no folder for --val-split {split}; expected one beside the training '
                              'folder, a --val-list, or --holdout to set training images aside')
-        images = open_images(split, list_path, **{**source, 'num_classes': train.num_classes})
+        images = load_images(split, list_path, **{**source, 'num_classes': train.num_classes})
     except InputError as error:
         if not optional:
             raise
@@ -103,24 +104,26 @@ def open_validation(
     return images.with_classes(train.class_names)
 
 
-def open_evaluation_data(
+def load_evaluation_data(
         *, class_names: Sequence[str] | None, num_classes: int, data_dir: str | None = None, dataset: str = '',
-        val_split: str = 'validation', val_list: str | None = None, batch_size: int = 64,
+        val_split: str = 'validation', val_list: str | None = None, batch_size: int = 64, dataset_download: bool = False,
         **source_options) -> ImageSet | IterableImageDataset:
     """The images that a trained model is evaluated on, labelled as it was trained.
 
     Args:
         class_names: C names in the order of the model's outputs; None if unknown: the set's own order must be the model's.
         num_classes: C.
-        **source_options: As those of `open_training_data`.
+        **source_options: As those of `load_training_data`.
 
     Raises:
         InputError: If there is none, or its classes are not the model's.
     """
-    source = dict(name=dataset, root=data_dir, num_classes=num_classes, batch_size=batch_size, **source_options)
-    images = open_images(val_split, val_list, **source)
+    source = dict(name=dataset, root=data_dir, num_classes=num_classes, batch_size=batch_size,
+                  download=dataset_download or None, **source_options)
+    images = load_images(val_split, val_list, **source)
     if isinstance(images, IterableImageDataset):
-        images.reader = _CheckedReader(_undivided(images.reader), num_classes, f'--dataset {dataset}', *_place())
+        reader = _unsharded(images.reader)
+        images.reader = _CheckedReader(reader, num_classes, f'--dataset {dataset}', *_rank_and_world_size())
         return images
     if val_list:  # numbers say which class it is
         return replace(images, class_names=class_names or images.class_names)
@@ -142,35 +145,34 @@ def _iterable_data(
         counts = read_class_counts(class_counts)
     else:
         _logger.info(f'{where}: counting the images of each class; --class-counts FILE spares this pass')
-        counts = count_classes(open_images(train_split, None, **source))
+        counts = count_classes(load_images(train_split, None, **source))
     if num_classes is not None and num_classes != len(counts):
         raise InputError(f'--num-classes {num_classes}: found counts of {len(counts)} classes')
     if not counts or min(counts) < 1:
         raise InputError(f'{where}: class {int(np.argmin(counts or [0]))} has no training image')
     train.reader = _CheckedReader(train.reader, len(counts), where)
-    validation = open_images(val_split, val_list, **{**source, 'num_classes': len(counts)})
+    validation = load_images(val_split, val_list, **{**source, 'num_classes': len(counts)})
     if isinstance(validation, IterableImageDataset):
-        validation.reader = _CheckedReader(_undivided(validation.reader), len(counts), where, *_place())
-    facts = profile(np.repeat(np.arange(len(counts)), counts), len(counts), [], thresholds)
+        validation.reader = _CheckedReader(_unsharded(validation.reader), len(counts), where, *_rank_and_world_size())
     names = [str(c) for c in range(len(counts))]
-    return TrainingData(train, validation, None, names, {**facts, 'fingerprint': None})
+    return TrainingData(train, validation, None, names, Profile(tuple(counts), tuple(thresholds)))
 
 
 def count_classes(dataset: IterableImageDataset) -> list[int]:
     """Images per class by one pass over an iterable source, opened as for evaluation: training repeats some."""
     counts: dict[int, int] = {}
-    for _, label in _undivided(dataset.reader):
+    for _, label in _unsharded(dataset.reader):
         counts[int(label)] = counts.get(int(label), 0) + 1
     return [counts.get(c, 0) for c in range(max(counts, default=-1) + 1)]
 
 
-def _undivided(reader):
+def _unsharded(reader):
     """timm's iterable reader, reading everything in every process; its own division pads and leaves out."""
     reader.dist_rank, reader.dist_num_replicas = 0, 1
     return reader
 
 
-def _place() -> tuple[int, int]:
+def _rank_and_world_size() -> tuple[int, int]:
     """Rank and number of the processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
@@ -216,7 +218,7 @@ def read_class_counts(path: str) -> list[int]:
     return content
 
 
-def open_digits(split: str) -> ImageSet:
+def load_digits_set(split: str) -> ImageSet:
     """scikit-learn's 1,797 handwritten digits, 8x8: the last 50 of each class for validation, the others for training."""
     from sklearn.datasets import load_digits
     digits = load_digits()
@@ -236,7 +238,7 @@ class _ArrayReader:
         return Image.fromarray(self.pixels[index])
 
 
-def open_list(path: str, root: str | None, num_classes: int | None = None) -> ImageSet:
+def load_list(path: str, root: str | None, num_classes: int | None = None) -> ImageSet:
     """A list of `path label` lines as ImageNet-LT, Places-LT and iNaturalist have; may be gzipped.
 
     A class is called after the folder its images share, or after its label where that is not unique.
@@ -307,7 +309,7 @@ def _folder_names(files: Sequence[str], labels: np.ndarray, num_classes: int | N
     return names if len(set(names)) == size and all(names) else [str(c) for c in range(size)]
 
 
-def open_source(name: str, root: str | None, split: str, **kwargs) -> 'ImageSet | IterableImageDataset':
+def load_source(name: str, root: str | None, split: str, **kwargs) -> 'ImageSet | IterableImageDataset':
     """A source of `timm.data.create_dataset`: an ImageSet where it can be indexed, else timm's iterable dataset.
 
     Raises:
@@ -436,12 +438,12 @@ class _TorchReader:
         return self.dataset[index][0]
 
 
-def open_images(
+def load_images(
         split: str, list_path: str | None, name: str, root: str | None, **kwargs) -> 'ImageSet | IterableImageDataset':
     """What the user named: a list, a source of timm's, or nothing, which is the digits."""
     if list_path:
-        return open_list(list_path, root, kwargs.get('num_classes'))
+        return load_list(list_path, root, kwargs.get('num_classes'))
     kwargs.pop('num_classes', None)
     if name or root:
-        return open_source(name, root, split, **kwargs)
-    return open_digits(split)
+        return load_source(name, root, split, **kwargs)
+    return load_digits_set(split)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glmc.folded import cap_norms, fold_cosine, norm_radius
-from glmc.losses import LogitAdjustedLoss, effective_number_weights, prior_adjustment
+from glmc.losses.classification import LogitAdjustedLoss, effective_number_weights, prior_adjustment
+from glmc.models.classifier import cap_norms, norm_radius
+from glmc.models.cosine import fold_cosine
 from glmc.stage2.features import Features
 
 _logger = logging.getLogger(__name__)

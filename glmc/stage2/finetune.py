@@ -12,11 +12,10 @@ from torch import nn
 
 from glmc.data.datasets import ImageSet
 from glmc.data.sources import TrainingData
-from glmc.export import export_model
-from glmc.folded import set_classifier
-from glmc.models import linear_classifier
-from glmc.parsing import InputError
-from glmc.results import provenance, write_tables
+from glmc.errors import InputError
+from glmc.export.export import export_model
+from glmc.models.classifier import linear_classifier, set_classifier
+from glmc.run_folder import provenance, write_tables
 from glmc.stage2.classifiers import Linear, LogitAdjust, Stage1
 from glmc.stage2.features import Extractor, Features
 from glmc.stage2.select import fit, measure, parse_classifiers, search, stratified_split
@@ -66,7 +65,7 @@ def run_stage2(
         stage2_kwargs=stage2_kwargs, seed=seed)
     if not accelerator.is_main_process:
         return []
-    folder, counts = Path(folder), list(counts or data.profile['class_counts'])
+    folder, counts = Path(folder), list(counts or data.profile.counts)
     extract = Extractor(
         model, data_config=export['data_config'], augmentation=augmentation, accelerator=accelerator,
         cache=feature_cache or folder / 'features', batch_size=batch_size, workers=workers, seed=seed)
@@ -76,7 +75,7 @@ def run_stage2(
     extraction = round(time.perf_counter() - start, 1)
     stage1 = Stage1(_detached(own), counts, export['source'].get('prior') == 'uniform',
                     conventional and _detached(conventional))
-    thresholds = data.profile['shot_thresholds']
+    thresholds = data.profile.thresholds
     results = [Trained('stage 1', stage1.linear, *measure(stage1.linear, unseen, counts, thresholds), {})]
     for name, classifier in classifiers.items():
         fixed = [key.partition('.')[2] for key in stage2_kwargs or () if key.startswith(f'{name}.')]

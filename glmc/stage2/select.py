@@ -7,8 +7,9 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 
-from glmc.evaluation import LongTailEvaluator
-from glmc.parsing import InputError, nearest
+from glmc.cli import nearest
+from glmc.errors import InputError
+from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.stage2.classifiers import CLASSIFIERS, Linear, Stage1
 from glmc.stage2.features import Features
 

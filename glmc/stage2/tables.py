@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmc.evaluation import Predictions
-from glmc.results import aligned, mean_std, provenance
+from glmc.evaluation.metrics import Predictions
+from glmc.evaluation.text import aligned, mean_std
+from glmc.run_folder import provenance
 from glmc.stage2.classifiers import Linear
 
 TABLE = 'stage2.csv'

@@ -1,0 +1,204 @@
+"""Strict options: defaults < YAML file < command line; whatever is wrong is one line that says what to do."""
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import yaml
+from timm.utils.misc import ParseKwargs as TimmParseKwargs
+
+from glmc.errors import ImageError, InputError, RunError
+
+Options = argparse.Namespace  # parsed options, by name
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, no abbreviated flags, and defaults in the help.
+
+    Args:
+        verbatim: Print the description as it is, lines and blanks included.
+        **kwargs: For argparse.
+
+    Attributes:
+        presets: Options -> defaults that follow from them.
+    """
+
+    def __init__(self, verbatim: bool = False, **kwargs):
+        formatter = argparse.RawDescriptionHelpFormatter if verbatim else argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
+        self.presets: Callable[[argparse.Namespace], dict] = lambda options: {}
+
+    def error(self, message: str):
+        raise InputError(message.removeprefix('argument '))
+
+
+class ParseKwargs(TimmParseKwargs):
+    """timm's KEY=VALUE options, with an error for what is none."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if value and '=' not in value:
+                parser.error(f'{option_string}: expected KEY=VALUE, found {value!r}')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def parse_args(parser: Parser, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
+    """Options from the YAML file of `--config` and the command line.
+
+    Returns:
+        The options, and the names of those that the user set.
+
+    Raises:
+        InputError: For an unknown, ill-typed or impossible option.
+    """
+    _reject_unknown_flags(parser, argv)
+    options = parser.parse_args(argv)
+    from_file = read_yaml(parser, options.config) if options.config else {}
+    parser.set_defaults(**from_file)
+    parser.set_defaults(**{**parser.presets(parser.parse_args(argv)), **from_file})
+    options = parser.parse_args(argv)
+    explicit = set(vars(_parse_given(parser, argv))) | set(from_file)
+    return options, explicit - {'config'}
+
+
+def _reject_unknown_flags(parser: Parser, argv: list[str] | None) -> None:
+    _, unknown = parser.parse_known_args(argv)
+    for flag in (word.split('=')[0] for word in unknown if word.startswith('-')):
+        raise InputError(f'{flag}: unknown option{nearest(flag, parser._option_string_actions)}')
+    if unknown:
+        raise InputError(f'{unknown[0]}: unexpected argument, expected options only')
+
+
+def _parse_given(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """Only what stands on the command line."""
+    defaults = [(action, action.default) for action in parser._actions]
+    file_defaults, parser._defaults = parser._defaults, {}
+    for action, _ in defaults:
+        action.default = argparse.SUPPRESS
+    try:
+        return parser.parse_args(argv)
+    finally:
+        parser._defaults = file_defaults
+        for action, default in defaults:
+            action.default = default
+
+
+def read_yaml(parser: Parser, path: str) -> dict:
+    """Options from a YAML file, each key and each value checked as the command line would.
+
+    Raises:
+        InputError: If the file cannot be read, or a key or value is not one of the parser's.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f'--config {path}: expected `option: value` lines, found a {type(content).__name__}')
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
+    options = {}
+    for key, value in content.items():
+        name = str(key).replace('-', '_')
+        if name not in actions:
+            raise InputError(f'--config {path}: unknown key {key!r}{nearest(name, actions)}')
+        options[name] = _check_value(actions[name], value, f'--config {path}: {key}')
+    return options
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for a misspelt name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f'; did you mean {close[0]}?' if close else ''
+
+
+def _check_value(action: argparse.Action, value, where: str):
+    """A YAML value as the option's type, or an InputError."""
+    if value is None and action.default is None:
+        return None
+    if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
+        if not isinstance(value, bool):
+            raise InputError(f'{where}: expected true or false, found {value!r}')
+        return value
+    if isinstance(action, ParseKwargs):
+        if not isinstance(value, dict):
+            raise InputError(f'{where}: expected a mapping, found {value!r}')
+        return value
+    if action.nargs is None:
+        return _check_scalar(action, value, where)
+    if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
+        count = action.nargs if isinstance(action.nargs, int) else ''
+        raise InputError(f'{where}: expected a list of {count} values, found {value!r}'.replace('  ', ' '))
+    return [_check_scalar(action, item, where) for item in value]
+
+
+def _check_scalar(action: argparse.Action, value, where: str):
+    convert = action.type or str
+    expected = getattr(convert, '__name__', 'value')
+    if isinstance(value, (bool, dict, list)) or value is None or (convert is str and not isinstance(value, str)):
+        raise InputError(f'{where}: expected {expected}, found {value!r}')
+    try:
+        converted = convert(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f'{where}: {error}') from error
+    except ValueError as error:
+        raise InputError(f'{where}: expected {expected}, found {value!r}') from error
+    if action.choices is not None and converted not in action.choices:
+        raise InputError(f"{where}: expected one of {', '.join(map(str, action.choices))}; found {value!r}")
+    return converted
+
+
+def pick(args: argparse.Namespace, names: Iterable[str]) -> dict:
+    """The named options as keyword arguments."""
+    return {name: getattr(args, name) for name in names}
+
+
+def number(convert: type, low: float, high: float = float('inf'), open_low: bool = False) -> Callable[[str], float]:
+    """argparse type: an int or float in [low, high], or in (low, high] with `open_low`."""
+    def in_range(text: str):
+        value = convert(text)
+        if not (low <= value <= high and math.isfinite(value)) or (open_low and value == low):
+            bounds = [f"{'>' if open_low else '>='} {low}"] if math.isfinite(low) else []
+            bounds += [f'<= {high}'] if math.isfinite(high) else []
+            expected = ' and '.join(bounds) or 'that is finite'
+            raise argparse.ArgumentTypeError(f'expected a number {expected}, found {text}')
+        return value
+    in_range.__name__ = convert.__name__
+    return in_range
+
+
+def run_script(main: Callable[[], None], main_process: bool = True, debug: bool = False) -> int:
+    """Exit code of a script: 0; with one line on standard error 2 for wrong input, 1 for a run that had to end, 130 for
+    an interrupt.
+
+    Args:
+        main: The script.
+        main_process: Whether to speak: wrong flags are found by every process and told by one; a broken image is
+            found by one process and told by it.
+        debug: Let the traceback through.
+    """
+    try:
+        main()
+    except InputError as error:
+        if debug:
+            raise
+        if main_process or isinstance(error, ImageError):
+            text = str(error).strip()
+            if 'Original Traceback' in text:  # torch's loader workers put one around what they raise
+                text = text.splitlines()[-1].split('Error: ', 1)[-1]
+            print(f'error: {text}', file=sys.stderr)
+        return 2
+    except RunError as error:
+        if debug:
+            raise
+        if main_process:
+            print(f'error: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        if main_process:
+            print('interrupted', file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,1 @@
+"""Metrics of long-tailed classification, class priors, and results as text."""

@@ -1,0 +1,29 @@
+"""The losses: one free function per equation, and modules that hold what a loss takes from the class counts."""
+from glmc.losses.classification import (
+    ClassBalancedFocalLoss,
+    DeferredReweighting,
+    FocalLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    effective_number_weights,
+    focal_loss,
+    ldam_margins,
+    prior_adjustment,
+)
+from glmc.losses.glmc import class_weights, cumulative_alpha, negative_cosine, soft_cross_entropy
+
+__all__ = [
+    'ClassBalancedFocalLoss',
+    'DeferredReweighting',
+    'FocalLoss',
+    'LDAMLoss',
+    'LogitAdjustedLoss',
+    'class_weights',
+    'cumulative_alpha',
+    'effective_number_weights',
+    'focal_loss',
+    'ldam_margins',
+    'negative_cosine',
+    'prior_adjustment',
+    'soft_cross_entropy',
+]

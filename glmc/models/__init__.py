@@ -1,0 +1,18 @@
+"""Backbones, the modules that training puts around them, and their classifiers."""
+from glmc.models import cifar_resnet as _register_models  # noqa: F401  registers resnet32_cifar and resnet32x4_cifar in timm
+from glmc.models.backbone import create_backbone
+from glmc.models.bilateral import BilateralModule
+from glmc.models.classifier import linear_classifier
+from glmc.models.cosine import CosineClassifier, CosineGLMCModule, CosineModule
+from glmc.models.glmc import GLMCModule, ViewOutput
+
+__all__ = [
+    'BilateralModule',
+    'CosineClassifier',
+    'CosineGLMCModule',
+    'CosineModule',
+    'GLMCModule',
+    'ViewOutput',
+    'create_backbone',
+    'linear_classifier',
+]

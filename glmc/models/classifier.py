@@ -1,0 +1,165 @@
+"""The backbone's classifier: what it takes, what is put into it, and modules that fold into it."""
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from timm.models import get_model_input_config
+from torch import Tensor, nn
+
+from glmc.errors import InputError, first_line
+
+
+@torch.no_grad()
+def classifies_pre_logits(backbone: nn.Module) -> bool:
+    """Whether classifier(pre_logits) gives the model's own logits, found out once with two random images.
+
+    Raises:
+        InputError: If the backbone has no classifier.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, *get_model_input_config(backbone)['input_size'], generator=generator)
+    with _random_classifier(backbone, generator) as classifier:
+        try:
+            features = backbone.forward_features(images.to(next(backbone.parameters()).device))
+            pre_logits = backbone.forward_head(features, pre_logits=True)
+            logits = backbone.forward_head(features)
+        except (NotImplementedError, TypeError, AttributeError) as error:
+            raise _encoder_error(backbone) from error
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f'--model {_name(backbone)}, --img-size: cannot take an image of '
+                             f"{'x'.join(map(str, images.shape[1:]))}: {first_line(error)}") from error
+        try:
+            return torch.equal(classifier(pre_logits), logits)
+        except (NotImplementedError, TypeError, IndexError, RuntimeError):  # several heads, a convolution, a pooling head
+            return False
+
+
+def linear_classifier(backbone: nn.Module) -> nn.Linear:
+    """The backbone's classifier, one linear layer with a bias on the pooled features.
+
+    Raises:
+        InputError: If it is several heads, a convolution, without a bias, or takes more than the pooled features.
+    """
+    fits = classifies_pre_logits(backbone)
+    classifier = backbone.get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        found = f'{len(classifier)} heads' if isinstance(classifier, tuple) else type(classifier).__name__
+    elif not fits:
+        found = 'more between the two'
+    elif classifier.bias is None:
+        found = 'one without a bias'
+    else:
+        return classifier
+    raise InputError(f'--model {_name(backbone)}: expected a classifier that is one linear layer with a bias on the pooled '
+                     f'features, found {found}')
+
+
+@contextmanager
+def _random_classifier(backbone: nn.Module, generator: torch.Generator):
+    """The backbone in eval mode with a random classifier: with weights of 0, which some start from, wrong looks right."""
+    classifier = backbone.get_classifier() if hasattr(backbone, 'get_classifier') else None
+    if classifier is None:
+        raise _encoder_error(backbone)
+    parameters = list(classifier.parameters()) if isinstance(classifier, nn.Module) else []
+    saved = [parameter.clone() for parameter in parameters]
+    was_training = backbone.training
+    backbone.eval()
+    for parameter in parameters:
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    try:
+        yield classifier
+    finally:
+        backbone.train(was_training)
+        for parameter, value in zip(parameters, saved, strict=True):
+            parameter.copy_(value)
+
+
+@contextmanager
+def float32_classifier(model: nn.Module):
+    """The model with a classifier that computes in float32 whatever autocast says, as long as the block lasts.
+
+    Logits in bfloat16 have 8 bits, and in many an image two classes share the highest one.
+
+    Args:
+        model: timm's, or one that passes `get_classifier` on.
+    """
+    classifier = model.get_classifier()
+    parts = classifier if isinstance(classifier, (tuple, nn.ModuleList)) else [classifier]  # some have several heads
+    try:
+        for part in parts:
+            part.forward = _without_autocast(part.forward)
+        yield
+    finally:
+        for part in parts:
+            vars(part).pop('forward', None)
+
+
+def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def in_float32(features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return forward(features.float())
+    return in_float32
+
+
+def _encoder_error(backbone: nn.Module) -> InputError:
+    return InputError(f'--model {_name(backbone)}: expected a model with a classifier, found an encoder without one')
+
+
+def _name(backbone: nn.Module) -> str:
+    return backbone.pretrained_cfg.get('architecture', type(backbone).__name__)
+
+
+class Folding:
+    """A module whose classifier folds into that of its `backbone`."""
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(C, D) weight and (C,) bias of the linear classifier."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Set the backbone's own classifier."""
+        set_classifier(self.backbone, *self.folded())
+
+
+class FoldedModule(Folding, nn.Module):
+    """A backbone trained with a classifier of another form, which folds into the backbone's own linear one.
+
+    The backbone's classifier is not trained, only set by `fold`; so the backbone alone is what is evaluated and exported.
+
+    Args:
+        backbone: Any timm model whose classifier is one linear layer on the pooled features.
+
+    Raises:
+        InputError: If it is not.
+    """
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.width, self.num_classes = backbone.head_hidden_size, backbone.num_classes
+        linear_classifier(backbone).requires_grad_(False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pooled features r (B, D)."""
+        return self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
+
+
+@torch.no_grad()
+def set_classifier(backbone: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Put these (C, D) weights and (C,) biases into the backbone's linear classifier."""
+    classifier = backbone.get_classifier()
+    classifier.weight.copy_(weight)
+    classifier.bias.copy_(bias)
+
+
+@torch.no_grad()
+def cap_norms(weight: Tensor, max_norm: float | Tensor) -> Tensor:
+    """Rows of (C, D) weights scaled down to norm δ where they are longer (MaxNorm; arXiv 2203.14197, Eq. 5; GLMC Eq. 13)."""
+    return weight * (max_norm / weight.norm(dim=1, keepdim=True)).clamp(max=1)
+
+
+def norm_radius(weight: Tensor, fraction: float = 0.1) -> Tensor:
+    """δ = min + fraction·(max - min) of the row norms."""
+    low, high = weight.detach().norm(dim=1).aminmax()
+    return low + fraction * (high - low)

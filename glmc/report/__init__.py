@@ -1,0 +1,1 @@
+"""The report of a result: figures, pictures, HTML, and trackers."""

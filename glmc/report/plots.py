@@ -1,0 +1,203 @@
+"""Figures of a report, for one result or several side by side; each shows 8,142 classes as well as 10."""
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+from glmc.evaluation.metrics import Predictions
+
+INK, GRID = '#1a1c20', '#c9ccd1'  # in SVG both follow the page's colours
+SERIES = ('#2f7fc1', '#d1495b', '#3a9e6c', '#b07d1e', '#8a63c9', '#3aa0a8', '#c9639a', '#7d8590')
+SHOT_COLOURS = {'many': '#2f7fc1', 'medium': '#b07d1e', 'few': '#d1495b'}
+STYLE = {
+    'text.color': INK, 'axes.labelcolor': INK, 'xtick.color': INK, 'ytick.color': INK, 'axes.edgecolor': GRID,
+    'grid.color': GRID, 'grid.linewidth': 0.6, 'axes.grid': True, 'axes.axisbelow': True, 'axes.spines.top': False,
+    'axes.spines.right': False, 'font.size': 11, 'legend.frameon': False, 'svg.fonttype': 'none', 'lines.linewidth': 1.8,
+}
+THOUSANDS = FuncFormatter(lambda value, _: f'{value:,.0f}')
+MAX_CELLS = 100  # rows and columns of the confusion matrix; more classes share a cell
+CROWDED = 300  # points from which on they are drawn small and faint, as one bitmap inside the SVG
+
+
+def make_figure(plot: Callable[..., None], *args, size: tuple[float, float] = (4.8, 3.4)) -> Figure:
+    """A figure with one plot on it, in the report's style."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout='constrained', facecolor='white')
+        plot(figure.add_subplot(), *args)
+    return figure
+
+
+def as_svg(figure: Figure) -> str:
+    """SVG to be put into a page: transparent, its ink and grid in the page's colours."""
+    file = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(file, format='svg', transparent=True, dpi=144, metadata={'Date': None})
+        figure.set_layout_engine('none')  # the layout is found, the next format need not look for it
+    text = file.getvalue()
+    return text[text.index('<svg'):].replace(INK, 'currentColor').replace(GRID, 'var(--grid)')
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')  # in a name, of a script that matplotlib's own font lacks
+        figure.savefig(path, dpi=144)
+
+
+def accuracy_over_count(axes: Axes, results: dict[str, dict]) -> None:
+    """Accuracy of each class over its training images, with bands of the shot groups and a running mean."""
+    first = next(iter(results.values()))
+    counts = np.maximum(first['train_counts'], 1)
+    _shot_bands(axes, counts, first['shot_thresholds'])
+    for colour, (name, metrics) in zip(cycle(SERIES), results.items(), strict=False):
+        accuracy = np.array(metrics['per_class_accuracy'], dtype=float)
+        seen = ~np.isnan(accuracy)
+        crowded = seen.sum() > CROWDED
+        axes.scatter(counts[seen], accuracy[seen], s=4 if crowded else 22, alpha=0.25 if crowded else 0.6,
+                     color=colour, linewidths=0, rasterized=crowded)
+        axes.plot(*_running_mean(counts[seen], accuracy[seen]), color=colour, label=name)
+    axes.set(xscale='log', xlabel='training images of the class', ylabel='accuracy, %', ylim=(-3, 103))
+    _plain_ticks(axes)
+    if len(results) > 1:
+        _legend_below(axes)
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Images as numbers, not as powers; between the powers of ten where there would be less than two of them."""
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_formatter(THOUSANDS)
+    if np.floor(np.log10(high)) - np.ceil(np.log10(low)) < 1:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _shot_bands(axes: Axes, counts: np.ndarray, thresholds: Sequence[int]) -> None:
+    few, many = thresholds
+    low, high = 0.9 * counts.min(), 1.1 * counts.max()
+    edges = {'few': (low, few + 0.5), 'medium': (few + 0.5, many + 0.5), 'many': (many + 0.5, high)}
+    axes.set_xlim(low, high)
+    for name, (left, right) in edges.items():
+        left, right = max(left, low), min(right, high)
+        if left < right:
+            axes.axvspan(left, right, color=SHOT_COLOURS[name], alpha=0.10, linewidth=0)
+            if np.log(right / left) > 0.12 * np.log(high / low):
+                axes.text(np.sqrt(left * right), 1.0, name, transform=axes.get_xaxis_transform(), ha='center', va='bottom')
+
+
+def _running_mean(counts: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over 3 to 16 groups of neighbouring counts, each with as many classes, twelve if there are enough."""
+    order = np.argsort(counts, kind='stable')
+    groups = np.array_split(order, min(16, max(len(order) // 12, 3)))
+    return (np.array([np.exp(np.log(counts[group]).mean()) for group in groups if len(group)]),
+            np.array([accuracy[group].mean() for group in groups if len(group)]))
+
+
+def reliability(axes: Axes, results: dict[str, dict]) -> None:
+    """Accuracy over confidence in the bins of the calibration error; the diagonal is a model that knows how sure it is."""
+    axes.plot([0, 100], [0, 100], color=GRID, linestyle='--', linewidth=1.2)
+    for colour, (name, metrics) in zip(cycle(SERIES), results.items(), strict=False):
+        images, confidence, hits = (np.array(metrics[f'bin_{column}']) for column in ('images', 'confidence', 'hits'))
+        used = images > 0
+        share = images / max(images.sum(), 1)
+        places = (np.arange(len(images)) + 0.5) * 100 / len(images)
+        axes.bar(places, 100 * share, width=100 / len(images), color=colour, alpha=0.2, linewidth=0)
+        error = metrics.get('ece')
+        label = f'{name}, ECE {error:.1f} %' if isinstance(error, (int, float)) else name
+        axes.plot(100 * confidence[used] / images[used], 100 * hits[used] / images[used], marker='o', markersize=4,
+                  color=colour, label=label)
+    axes.set(xlabel='confidence, %  (bars: share of images)', ylabel='accuracy, %', xlim=(0, 100), ylim=(0, 103))
+    _legend_below(axes)
+
+
+def _legend_below(axes: Axes) -> None:
+    """Where it hides no point, however many there are."""
+    axes.figure.legend(loc='outside lower center', ncols=2)
+
+
+def classifier_norms(axes: Axes, norms: dict[str, Sequence[float]], train_counts: Sequence[int]) -> None:
+    """Norm of each class's weights, most frequent class first."""
+    order = np.argsort(-np.asarray(train_counts), kind='stable')
+    rank, crowded = np.arange(1, len(order) + 1), len(order) > CROWDED
+    for colour, (name, values) in zip(SERIES, norms.items(), strict=False):
+        values = np.asarray(values)[order]
+        if crowded:
+            axes.scatter(rank, values, s=3, alpha=0.15, color=colour, linewidths=0, rasterized=True)
+        axes.plot(*(_block_means(rank, values) if crowded else (rank, values)), color=colour, label=name)
+    axes.set(xlabel='class, most frequent first', ylabel='norm of its weights')
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.xaxis.set_major_formatter(THOUSANDS)
+    axes.legend(loc='lower left')
+
+
+def _block_means(*columns: np.ndarray) -> list[list[float]]:
+    return [[block.mean() for block in np.array_split(column, 60)] for column in columns]
+
+
+def curves(axes: Axes, rows: Sequence[dict], columns: dict[str, str], label: str) -> None:
+    """Columns of summary.csv over the epochs; name of a column -> its label."""
+    for series, (column, name) in zip(SERIES, columns.items(), strict=False):
+        colour = SHOT_COLOURS.get(name, INK if name == 'top-1' else series)
+        points = [(row['epoch'] + 1, row[column]) for row in rows if row.get(column) is not None]
+        if points:
+            size = 6 if len(points) == 1 else 3 if len(points) < 40 else 0
+            axes.plot(*zip(*points, strict=True), color=colour, label=name, marker='o', markersize=size)
+    axes.set(xlabel='epoch', ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if len(rows) == 1:
+        axes.set_xlim(rows[0]['epoch'] + 0.5, rows[0]['epoch'] + 1.5)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4, handlelength=1.2, columnspacing=1.2)
+
+
+def confusion(axes: Axes, predictions: Predictions, train_counts: Sequence[int]) -> None:
+    """Share of a label's images that got each prediction, most frequent class first; neighbours share a cell if need be."""
+    matrix, per_cell = confusion_matrix(predictions, train_counts)
+    colours = LinearSegmentedColormap.from_list('share', [(0.82, 0.29, 0.36, 0.0), (0.82, 0.29, 0.36, 1.0)])
+    image = axes.imshow(matrix, cmap=colours, norm=PowerNorm(0.5, 0, 100), interpolation='nearest', aspect='auto',
+                        extent=(0.5, len(train_counts) + 0.5, len(train_counts) + 0.5, 0.5))
+    axes.grid(False)
+    each = f', {per_cell:.0f} in a cell' if per_cell > 1 else ''
+    axes.set(xlabel=f'predicted class, most frequent first{each}', ylabel='label')
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axis.set_major_formatter(THOUSANDS)
+    bar = axes.figure.colorbar(image, ax=axes, label='% of the label')
+    bar.outline.set_visible(False)
+    bar.solids.set(rasterized=True)
+
+
+def confusion_matrix(predictions: Predictions, train_counts: Sequence[int]) -> tuple[np.ndarray, float]:
+    """(K, K) percentages by row, K <= MAX_CELLS, and the classes that share a cell; a row without images is 0."""
+    num_classes = len(train_counts)
+    size = min(num_classes, MAX_CELLS)
+    rank = np.empty(num_classes, dtype=np.int64)
+    rank[np.argsort(-np.asarray(train_counts), kind='stable')] = np.arange(num_classes)
+    cell = rank * size // num_classes
+    matrix = np.zeros((size, size))
+    np.add.at(matrix, (cell[predictions.labels], cell[predictions.predicted]), 1)
+    return 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1), num_classes / size
+
+
+def picture_grid(pictures: Sequence[tuple[Sequence, str]], columns: int = 4) -> Figure:
+    """Pictures with a caption each; several pictures of one entry stand above each other."""
+    with matplotlib.rc_context({**STYLE, 'font.size': 7}):
+        lines, tall = -(-len(pictures) // columns), len(pictures[0][0])
+        figure = Figure(figsize=(1.9 * columns, (1.7 * tall + 0.5) * lines), layout='constrained', facecolor='white')
+        grid = figure.subplots(lines * tall, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.axis('off')
+        for place, (images, caption) in enumerate(pictures):
+            line, column = divmod(place, columns)
+            for row, image in enumerate(images):
+                grid[line * tall + row][column].imshow(image.convert('RGB'))
+            grid[line * tall][column].set_title(caption, fontsize=7, wrap=True)
+    return figure

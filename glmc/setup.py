@@ -1,0 +1,242 @@
+"""From options to what trains: data, model and method, loaders, optimizer."""
+import logging
+from dataclasses import replace
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.data import resolve_input_data_config
+from timm.data.random_erasing import RandomErasing
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+
+from glmc.cli import Options, pick
+from glmc.config import DATA, DEMONSTRATION, VIEWS, augmentation_options, names
+from glmc.data.check import readable_subset
+from glmc.data.datasets import BadImages, ImageSet
+from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_loader
+from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
+from glmc.data.sources import TrainingData, load_training_data
+from glmc.errors import InputError
+from glmc.evaluation.metrics import LongTailEvaluator
+from glmc.methods import METHODS, unused_method_options
+from glmc.models.backbone import create_backbone
+from glmc.training.engine import TrainStep, train_one_epoch
+from glmc.training.optim import averaging_epoch, create_optimizer, equal_weights, scaled_learning_rate
+from glmc.training.sam import sam_batch
+
+_logger = logging.getLogger(__name__)
+RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
+          'warmup_epochs', 'imbalance_factor')  # on the model card, with the method's own
+LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0, aug_views='both')  # there too, unless off
+ERASING = ('remode', 'recount', 'rearea', 'reaspect')  # without effect where --reprob is 0
+SGD = ('sgd', 'momentum', 'nesterov')  # in the names of timm's optimizers that --lr-base fits
+
+
+class Setup:
+    """What the options of train_glmc.py ask for, built in the order in which data flows.
+
+    Beside the scripts and their options, the one place that knows `args`.
+
+    Args:
+        args: Options of `config.train_parser`.
+        given: Names of those that the user set.
+        accelerator: Of `launch.create_accelerator`.
+    """
+
+    def __init__(self, args: Options, explicit: set[str], accelerator: Accelerator):
+        self.args, self.method, self.accelerator = args, METHODS[args.method], accelerator
+        self._announce(explicit)
+        self._refuse()
+        set_seed(args.seed)
+        self._build_data()
+        self._build_task()
+        self._build_loaders()
+        self._build_optimizer()
+        set_seed(args.seed, device_specific=True)  # drop-out differs from process to process
+
+    def _announce(self, explicit: set[str]) -> None:
+        args = self.args
+        for name in sorted(unused_method_options(args.method, explicit)):
+            _logger.warning(f"--{name.replace('_', '-')} has no effect with --method {args.method}")
+        if args.aa and args.no_aug:
+            _logger.warning('--aa has no effect with --no-aug')
+        for name in sorted(explicit & set(ERASING)) if not args.reprob else ():
+            _logger.warning(f'--{name} has no effect without --reprob')
+        if not explicit & {'lr', 'lr_base'} and not any(name in args.opt.lower() for name in SGD):
+            _logger.warning(f'--opt {args.opt}: the default --lr-base is for SGD, another optimizer wants its own --lr')
+        if not (args.data_dir or args.dataset or args.train_list):
+            for name, value in DEMONSTRATION.items():
+                if name not in explicit:
+                    setattr(args, name, value)
+            _logger.info("No data given: this is a demonstration on scikit-learn's handwritten digits, made long-tailed. "
+                         'Train on your own with --data-dir, --dataset or --train-list.')
+
+    def _refuse(self) -> None:
+        """Options that do not go together."""
+        args = self.args
+        if args.sam_rho and args.grad_accum_steps > 1:
+            raise InputError(f'--sam-rho {args.sam_rho:g}: an update is one batch, expected --grad-accum-steps 1, found '
+                             f'{args.grad_accum_steps}')
+        if args.sam_rho and self.accelerator.mixed_precision == 'fp16':
+            raise InputError(f'--sam-rho {args.sam_rho:g}: not with the loss scaling of float16, expected --amp-dtype '
+                             'bfloat16 or no mixed precision')
+        if args.swa_start is not None and args.model_ema:
+            raise InputError(f'--swa-start {args.swa_start:g}: one average of the weights at a time, expected no '
+                             '--model-ema')
+
+    def _build_data(self) -> None:
+        args = self.args
+        self.data = load_training_data(**pick(args, (*names(*DATA), 'seed', 'batch_size')))
+        self.bad_images = None
+        if args.on_bad_image == 'skip' and isinstance(self.data.train, ImageSet):
+            self.bad_images = BadImages(self.data.train)
+            self.data = replace(self.data, validation=self._readable('validation'), holdout=self._readable('holdout'))
+        profile = self.data.profile
+        _logger.info(f'Training set: {profile.summary()}, fingerprint {str(profile.fingerprint)[:16]}')
+
+    def _readable(self, name: str):
+        """A set to evaluate on without the images that cannot be decoded, which is one pass over it."""
+        images = getattr(self.data, name)
+        if not isinstance(images, ImageSet):
+            return images
+        images, errors = readable_subset(images, self.args.workers)
+        if errors:
+            _logger.warning(f'{name}: {len(errors)} images are left out, as {errors[0]}')
+        return images
+
+    def _build_task(self) -> None:
+        args, counts = self.args, self.data.profile.counts
+        self.model_options = dict(
+            name=args.model, num_classes=len(counts), img_size=args.img_size, in_chans=args.in_chans, drop_rate=args.drop,
+            drop_path_rate=args.drop_path, global_pool=args.gp, **args.model_kwargs)
+        backbone = create_backbone(
+            **self.model_options, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
+        self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if args.pretrained else None
+        if args.grad_checkpointing:
+            backbone.set_grad_checkpointing(True)
+        try:
+            self.data_config = resolve_input_data_config(
+                backbone, pick(args, ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')))
+        except ValueError as error:
+            raise InputError(f'--mean, --std: {error}') from error
+        model = self.method.module(backbone, **pick(args, self.method.module_options))
+        self.num_parameters = sum(p.numel() for p in backbone.parameters())
+        if args.sync_bn:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.task = self.method.task(model, counts, **pick(args, self.method.task_options))
+        self.mixer = self.method.mixer(counts, **pick(args, self.method.mixer_options))
+        _logger.info(f'Model: {args.model}, {self.num_parameters / 1e6:.2f} M parameters, '
+                     f"input {'x'.join(map(str, self.data_config['input_size']))}, method {args.method}")
+
+    def _build_loaders(self) -> None:
+        args, accelerator = self.args, self.accelerator
+        common = dict(
+            data_config=self.data_config, batch_size=args.batch_size, device=accelerator.device, workers=args.workers,
+            rank=accelerator.process_index, world_size=accelerator.num_processes)
+        self.augmentation = augmentation = augmentation_options(args)
+        aug_views = self._aug_views()
+        resident = is_resident(args.resident, self.data.train, augmentation, self.data_config['input_size'])
+        create_train = create_resident_train_loader if resident else create_train_loader
+        create_eval = create_resident_eval_loader if resident else create_eval_loader
+        pairs = self.method.paired and args.partner == 'sampler'
+        if pairs and not isinstance(self.data.train, ImageSet):
+            raise InputError(f'--dataset {args.dataset}: has no index to draw partners by, expected --partner batch')
+        try:
+            self.train_loader = create_train(
+                self.data.train, {**augmentation, 'aug_views': aug_views}, num_views=self.method.num_views, seed=args.seed,
+                bad=self.bad_images, resample_power=args.resample_power if pairs else None, **common)
+        except InputError:
+            raise
+        except AssertionError as error:
+            raise InputError(f'--aa {args.aa}: {error}') from error
+        except ValueError as error:
+            raise InputError(f'--batch-size {args.batch_size}, {accelerator.num_processes} processes: {error}') from error
+        if args.reprob:
+            erasing = RandomErasing(args.reprob, *args.rearea, args.reaspect, mode=args.remode, max_count=args.recount,
+                                    device=accelerator.device)
+            chosen = slice(None) if aug_views == 'both' else slice(VIEWS.index(aug_views), None, len(VIEWS))
+            self.train_loader = ErasingLoader(self.train_loader, erasing, chosen)
+        self.val_loader = self.data.validation and create_eval(self.data.validation, **common)
+        self.epoch_loader = create_eval(self.data.holdout, **common) if self.data.holdout else self.val_loader
+        self.evaluator = LongTailEvaluator(
+            self.data.profile.counts, args.shot_thresholds, device=accelerator.device)
+
+    def _aug_views(self) -> str:
+        """`--aug-views`, or `both` where it has no effect."""
+        args = self.args
+        if args.aug_views == 'both':
+            return 'both'
+        if not args.reprob and (args.no_aug or not args.aa):
+            _logger.warning('--aug-views has no effect without --aa or --reprob')
+        elif self.method.num_views != len(VIEWS):
+            _logger.warning(f'--aug-views has no effect with --method {args.method}')
+            return 'both'
+        return args.aug_views
+
+    def _build_optimizer(self) -> None:
+        args, processes = self.args, self.accelerator.num_processes
+        self.global_batch = args.batch_size * processes
+        batch = self.global_batch * args.grad_accum_steps
+        lr = args.lr or scaled_learning_rate(args.opt, batch, args.lr_base, args.lr_base_size, args.lr_base_scale)
+        _logger.info(f'Global batch: {batch} images ({args.batch_size} x {processes} processes x {args.grad_accum_steps} '
+                     f"steps); learning rate {lr:g}{'' if args.lr else ' by the rule of --lr-base'}")
+        fused = self.accelerator.scaler is None  # see engine.skips_on_device for why not with a loss scaler
+        optimizer = create_optimizer(self.task.get_trainable_module(), lr=lr, fused=fused, **pick(args, (
+            'opt', 'weight_decay', 'momentum', 'filter_bias_and_bn', 'layer_decay', 'opt_eps', 'opt_betas', 'opt_kwargs')))
+        self.updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
+        self.scheduler, self.num_epochs = create_scheduler_v2(
+            optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
+        self.swa_epoch = averaging_epoch(args.swa_start, self.num_epochs)
+        train_step = TrainStep(self.task, self.mixer, self.train_loader.normalize)
+        if args.torchcompile:
+            train_step.compile(fullgraph=True, mode=None if args.torchcompile == 'default' else args.torchcompile)
+        self.train_step, self.optimizer = self.accelerator.prepare(train_step, optimizer)
+        if args.model_ema:
+            self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        if self.swa_epoch is not None:
+            self.task.setup_ema(**equal_weights(self.swa_epoch * self.updates_per_epoch))
+
+    def train_epoch(self, epoch: int, **where) -> dict:
+        """`engine.train_one_epoch` with the options; `where` says what an interrupted epoch has done."""
+        args = self.args
+        self.task.set_progress(epoch / self.num_epochs)
+        return train_one_epoch(
+            self.accelerator, self.train_step, self.train_loader, self.optimizer, self.scheduler, epoch=epoch,
+            accum_steps=args.grad_accum_steps, run_batch=partial(sam_batch, rho=args.sam_rho) if args.sam_rho else None,
+            **where,
+            **pick(args, ('seed', 'clip_grad', 'clip_mode', 'log_interval', 'max_skipped_steps')))
+
+    def readable_data(self) -> TrainingData:
+        """The sets without the training images that turned out not to be readable."""
+        if self.bad_images is None or not self.bad_images.flags.any():
+            return self.data
+        return replace(self.data, train=self.data.train.subset((~self.bad_images.flags).nonzero().flatten().numpy()))
+
+    # --- what others are told ---
+
+    def data_name(self) -> str:
+        return self.args.train_list or self.args.dataset or self.args.data_dir or 'digits'
+
+    def description(self) -> dict:
+        """What it takes to build and export the model again."""
+        model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}
+        training = pick(self.args, ('opt', 'filter_bias_and_bn', 'layer_decay', *self.method.module_options))
+        training['swa_first_epoch'] = self.swa_epoch  # what the mean holds is of that epoch on
+        return {'model': model, 'training': training, 'export': dict(
+            data_config=self.data_config, class_names=list(self.data.class_names),
+            source=self._source())}
+
+    def _source(self) -> dict:
+        """What an export says about its training."""
+        args = self.args
+        levers = {name: value for name, value in pick(args, LEVERS).items() if value != LEVERS[name]}
+        options = {**pick(args, RECIPE), **pick(args, sorted(self.method.options)), **levers}
+        return dict(
+            method=args.method, profile=self.data.profile.as_dict(), precision=self.accelerator.mixed_precision,
+            prior='uniform' if self.method.rebalanced else 'train', recipe=options,
+            license=None if args.hub_license == 'unknown' else args.hub_license,
+            base_model=self.base_model, other_weights=bool(args.initial_checkpoint) or ':' in args.model)

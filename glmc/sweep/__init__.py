@@ -1,0 +1,1 @@
+"""Sweeps: recipes x options x seeds, run side by side, and their tables."""

@@ -1,0 +1,97 @@
+"""The task of GLMC."""
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from glmc.losses.glmc import class_weights, cumulative_alpha, negative_cosine, soft_cross_entropy
+from glmc.models.glmc import GLMCModule
+from glmc.tasks.base import AuxiliaryHeadsTask, FoldedTask
+
+
+class GLMCTask(AuxiliaryHeadsTask):
+    """L = α·L_c + (1-α)·L_cb + γ·L_sim (GLMC Eq. 11; arXiv 2305.08661).
+
+    L_c and L_cb are sums of the two views' cross-entropies with the conventional and with the rebalanced classifier,
+    the latter with class weights; L_sim is the sum of the two negative cosines. With a balanced model,
+    L = L_c + γ·L_sim on the backbone's classifier.
+
+    α may part the encoder's gradient alone, which is then that of Eq. 11, while L = L_c + L_cb / m + γ·L_sim and each
+    classifier learns from all of its own loss (ours). m = Σ n_c·w_c / Σ n_c is the mean weight of a training image, far
+    below 1 on a long tail; divided by it, L_cb is a weighted mean as torch's cross-entropy with class weights is.
+
+    Args:
+        model: The backbone with its training heads.
+        counts: (C,) training images per class.
+        reweight_power: k of the class weights (Eq. 7).
+        consistency_weight: γ.
+        alpha_power: P of α = 1 - (T/T_max)^P.
+        alpha_scope: What α parts: `losses` as in Eq. 11, or what the `encoder` hears of them.
+    """
+
+    loss_names = ('loss_c', 'loss_cb', 'loss_sim')
+
+    def __init__(
+            self, model: GLMCModule, counts: Sequence[int], reweight_power: float = 1.0,
+            consistency_weight: float = 1.0, alpha_power: float = 2.0, alpha_scope: str = 'losses', **kwargs):
+        super().__init__(verbose=False, **kwargs)
+        self.trainable_module = model
+        self.consistency_weight = consistency_weight
+        self.alpha_power = alpha_power
+        self.balanced = model.classifier is None
+        self.register_buffer('class_weight', class_weights(counts, reweight_power), persistent=False)
+        self.mean_weight = None  # m, where α is the encoder's
+        if alpha_scope == 'encoder' and not self.balanced:
+            self.mean_weight = float(np.average(self.class_weight, weights=counts))
+        self.register_buffer('alpha', torch.tensor(1.0), persistent=False)  # a tensor: its schedule recompiles nothing
+
+    def conventional_classifier(self, ema: bool = False) -> nn.Linear | None:
+        return unwrap_model(self.get_trainable_module(ema)).classifier
+
+    def set_progress(self, progress: float) -> None:
+        """Set α for T/T_max = progress in [0, 1)."""
+        self.alpha.fill_(1.0 if self.balanced else cumulative_alpha(progress, self.alpha_power))
+
+    def forward(self, views: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            views: Global and local view, each (B, c, H, W).
+            targets: Their soft labels, each (B, C).
+
+        Returns:
+            Scalars `loss`, `loss_c`, `loss_cb`, `loss_sim`, and `output`: (B, C) rebalanced logits of the global view.
+        """
+        global_out, local_out = self.trainable_module(*views, *self.gradient_scales())
+        outputs = (global_out, local_out)
+        loss_sim = (negative_cosine(global_out.prediction, local_out.projection)
+                    + negative_cosine(local_out.prediction, global_out.projection))
+        if self.balanced:
+            loss_c = sum(soft_cross_entropy(o.rebalanced_logits, p) for o, p in zip(outputs, targets, strict=True))
+            loss_cb = torch.zeros_like(loss_c)
+        else:
+            loss_c = sum(soft_cross_entropy(o.logits, p) for o, p in zip(outputs, targets, strict=True))
+            loss_cb = sum(soft_cross_entropy(o.rebalanced_logits, p, self.class_weight)
+                          for o, p in zip(outputs, targets, strict=True))
+        losses = dict(loss_c=loss_c, loss_cb=loss_cb, loss_sim=loss_sim)
+        loss = self.classification_loss(losses) + self.consistency_weight * loss_sim
+        return dict(loss=loss, **losses, output=global_out.rebalanced_logits)
+
+    def gradient_scales(self) -> list[tuple[Tensor, Tensor]]:
+        """What `GLMCModule` takes beside the views: factors that make the encoder's gradient that of Eq. 11."""
+        return [(self.alpha, self.mean_weight * (1 - self.alpha))] if self.mean_weight else []
+
+    def classification_loss(self, losses: dict[str, Tensor]) -> Tensor:
+        """What SAM climbs: α·L_c + (1-α)·L_cb, the classification alone; L_c + L_cb / m where α is the encoder's."""
+        if self.mean_weight:
+            return losses['loss_c'] + losses['loss_cb'] / self.mean_weight
+        return self.alpha * losses['loss_c'] + (1 - self.alpha) * losses['loss_cb']
+
+
+class CosineGLMCTask(FoldedTask, GLMCTask):
+    """GLMC on a `CosineGLMCModule`; arguments as of `GLMCTask`."""
+
+    def conventional_classifier(self, ema: bool = False) -> None:
+        """None: it is not linear."""

@@ -1,0 +1,1 @@
+"""Training: the step, the epoch, optimizer, checkpoints, resume and signals."""

@@ -1,0 +1,160 @@
+"""Checkpoints: one safetensors file each, tensors as they are, all other state as JSON in its header; no pickle."""
+import errno
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from glmc.errors import InputError
+
+SUFFIX = '.safetensors'
+_logger = logging.getLogger(__name__)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Write a nested state of tensors and plain values, whole or not at all.
+
+    Args:
+        path: Of the file; it is written beside, synced and renamed.
+        state: Dicts, lists, tuples (read back as lists), tensors, str, int, float, bool, None.
+
+    Raises:
+        OSError: If it cannot be written; what was there stays.
+    """
+    _write(Path(path), *_freeze(state))
+
+
+def _freeze(state: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Copies of the tensors on the CPU, and all else as text: what training does from now on changes neither."""
+    tensors: dict[str, Tensor] = {}
+    return tensors, {'state': json.dumps(_flatten(state, '', tensors))}
+
+
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    beside = path.with_name(f'{path.name}.tmp')
+    try:
+        beside.touch()
+        mode = beside.stat().st_mode
+        _require_space(path.parent, tensors, header)
+        save_file(tensors, beside, metadata={**header, 'crc32': _checksum(tensors, header['state'])})
+        beside.chmod(mode)  # safetensors makes files that only their owner may read
+        _sync(beside)
+        os.replace(beside, path)
+        if os.name == 'posix':  # elsewhere a folder cannot be opened
+            _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        if 'No space left' in str(error) and not isinstance(error, OSError):  # safetensors' own kind of error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+def _require_space(folder: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    need = sum(tensor.nbytes for tensor in tensors.values()) + len(header['state']) + 2 ** 20
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(errno.ENOSPC, f'needs {need / 2 ** 20:.0f} MiB, {free / 2 ** 20:.0f} MiB are free', str(folder))
+
+
+def _checksum(tensors: dict[str, Tensor], state: str) -> str:
+    crc = zlib.crc32(state.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+    return f'{crc:08x}'
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Whether a write failed for want of space, which a run survives."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+class CheckpointWriter:
+    """Writes checkpoints beside the training: `save` returns once the state is copied, `wait` once it is on disk."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future | None = None
+
+    def save(self, path: Path, state: dict, then: Callable[[], None]) -> None:
+        """Save after the save before. `then` runs when the file is in place."""
+        self.wait()
+        frozen = _freeze(state)
+        self._pending = self._pool.submit(lambda: (_write(path, *frozen), then()))
+
+    def wait(self) -> bool:
+        """Whether the last save is on disk; with a full disk it is not, which is said, and the one before it stays.
+
+        Raises:
+            OSError, SafetensorError: If it failed otherwise.
+        """
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+            return True
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            _logger.warning(f'Checkpoint not saved, the one before it stays: {error}')
+            return False
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The state that `save_checkpoint` wrote, tensors on the CPU.
+
+    Raises:
+        InputError: If the file is missing, broken or not a checkpoint.
+    """
+    try:
+        with safe_open(path, 'pt') as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+            if header['crc32'] != _checksum(tensors, header['state']):
+                raise ValueError('the checksum is wrong')
+            state = _unflatten(json.loads(header['state']), tensors.__getitem__)
+            if not isinstance(state, dict):
+                raise TypeError('its header holds no state')
+            return state
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f'{path}: expected a checkpoint of train_glmc.py, cannot read it: {error}') from error
+
+
+def _flatten(value, path: str, tensors: dict[str, Tensor]):
+    """The value as JSON, its tensors moved to `tensors` and replaced by {'tensor': name}."""
+    if isinstance(value, Tensor):
+        path = f'{path}#{len(tensors)}' if path in tensors else path  # {'a.b': …} and {'a': {'b': …}} meet
+        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {'tensor': path}
+    if isinstance(value, dict):
+        return {'items': [[key, _flatten(item, f'{path}.{key}' if path else str(key), tensors)]
+                          for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_flatten(item, f'{path}.{index}', tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _unflatten(value, get_tensor):
+    if isinstance(value, dict):
+        if 'tensor' in value:
+            return get_tensor(value['tensor'])
+        return {key: _unflatten(item, get_tensor) for key, item in value['items']}
+    return [_unflatten(item, get_tensor) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,164 @@
+"""Images of every kind, and the scan of a set before training."""
+import re
+import shutil
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from conftest import TINY, coloured, run_command, write_folders
+from PIL import Image
+
+from glmc.cli import run_script
+from glmc.data.check import find_problems, main, readable_subset, scan, suggest
+from glmc.data.datasets import ImageSet
+from glmc.data.profiles import Profile
+from glmc.data.sources import load_source
+
+
+def huge_png(path) -> None:
+    """20,000 x 20,000 black pixels in 50 kB."""
+    rows = zlib.compressobj(9)
+    data = b''.join(rows.compress(bytes(2501)) for _ in range(20_000)) + rows.flush()
+    chunks = [(b'IHDR', struct.pack('>IIBBBBB', 20_000, 20_000, 1, 0, 0, 0, 0)), (b'IDAT', data), (b'IEND', b'')]
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body)) for name, body in chunks))
+
+
+def turned(path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    coloured(0, 1, (40, 20)).save(path, exif=exif)
+
+
+def animated(path) -> None:
+    frames = [coloured(label, 1) for label in range(3)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+KINDS = {  # name -> how it is made; all of these train
+    'one.png': lambda path: coloured(0, 1, (1, 1)).save(path),
+    'thin.png': lambda path: coloured(0, 1, (1, 300)).save(path),
+    'palette.png': lambda path: coloured(0, 1).convert('P').save(path),
+    'transparent.gif': lambda path: coloured(0, 1).convert('P').save(path, transparency=3),
+    'animated.gif': animated,
+    'sixteen.png': lambda path: Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(path),
+    'float.tiff': lambda path: Image.fromarray(np.full((9, 9), 90.5, np.float32)).save(path),
+    'cmyk.jpg': lambda path: coloured(0, 1, mode='CMYK').save(path),
+    'alpha.webp': lambda path: coloured(0, 1, mode='RGBA').save(path),
+    'two.png': lambda path: coloured(0, 1, mode='1').save(path),
+    'png-called.jpg': lambda path: coloured(0, 1).save(path, 'PNG'),
+    'turned.jpg': turned,
+}
+BROKEN = {  # name -> how it is made, and what is said
+    'empty.png': (lambda path: path.write_bytes(b''), 'cannot identify image file'),
+    'text.jpg': (lambda path: path.write_text('not an image'), 'cannot identify image file'),
+    'cut.jpg': (lambda path: cut(path), 'truncated'),
+    'huge.png': (huge_png, 'exceeds limit'),
+}
+
+
+def cut(path) -> None:
+    coloured(0, 7, size=(64, 64)).save(path)
+    path.write_bytes(path.read_bytes()[:700])
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """A folder that holds every kind of image that trains, and what timm's reader takes."""
+    root = tmp_path / 'odd'
+    write_folders(root / 'train', {'ant': 3, 'bee': 3})
+    write_folders(root / 'validation', {'ant': 2, 'bee': 2}, start=100)
+    for name, make in KINDS.items():
+        make(root / 'train' / 'bee' / name)
+    return root
+
+
+@pytest.mark.parametrize('options', [[], ['--augmentation', 'cifar'], ['--in-chans', '1']])
+def test_every_kind_trains(odd, options, script, tmp_path):
+    extensions = '.png;.jpg;.gif;.tiff;.webp'
+    outcome = script(*TINY, '--data-dir', odd, '--input-key', extensions, '--output', tmp_path / 'output', *options)
+    assert outcome.code == 0, outcome.err
+    assert f'Training set: {6 + len(KINDS)} images' in outcome.err
+
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_what_cannot_be_read_is_named(name, odd, script, tmp_path):
+    make, said = BROKEN[name]
+    make(odd / 'train' / 'ant' / name)
+    outcome = script(*TINY, '--data-dir', odd, '--output', tmp_path / 'output')
+    assert outcome.code == 2
+    assert re.search(rf'error: --data-dir .*: cannot decode image ant/{name}: .*{said}', outcome.err), outcome.err
+    images = load_source('', str(odd), 'train')
+    kept, errors = readable_subset(images)
+    assert len(kept) == len(images) - 1 and len(errors) == 1 and name in errors[0]
+
+
+def test_rotation_is_ignored_as_timm_ignores_it(odd):
+    images = load_source('', str(odd), 'train')
+    index = list(images.names).index('bee/turned.jpg')
+    assert images.image(index).size == (40, 20)
+    assert [look.rotated for look in scan(images)].count(True) == 1
+
+
+def test_sixteen_bits_keep_their_brightness(odd):
+    images = load_source('', str(odd), 'train', input_key='.png')
+    index = list(images.names).index('bee/sixteen.png')
+    assert images.image(index).getpixel((0, 0)) == (156,) * 3  # 40,000 / 256
+
+
+def test_scan(odd, capsys, monkeypatch):
+    for name, (make, _) in BROKEN.items():
+        make(odd / 'train' / 'ant' / name)
+    shutil.copy(odd / 'validation' / 'ant' / '100.png', odd / 'train' / 'ant' / 'again.png')
+    shutil.copy(odd / 'train' / 'ant' / '0.png', odd / 'train' / 'bee' / 'other.png')
+    monkeypatch.setattr('sys.argv', ['check', str(odd), '--workers', '0'])
+    with pytest.raises(SystemExit) as error:
+        run_script(main)
+    said = capsys.readouterr().out
+    assert error.value.code == 1
+    assert 'validation: 4 images, 2 … 2 per class' in said
+    assert f'train: {len(BROKEN)} images cannot be decoded (--on-bad-image skip' in said and 'ant/huge.png' in said
+    assert '1 images stand in more than one set' in said and 'train ant/again.png = validation ant/100.png' in said
+    assert re.search(r'\d images are there with different labels:\n(.*\n)*.*ant/0.png = train bee/other.png', said)
+    assert '1 images turned by an EXIF tag' in said and '1 images with a side of less than 8' not in said
+    assert '2 images with a side of less than 8 pixels' in said
+
+
+def test_scan_of_a_good_set(folders, capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['check', str(folders), '--workers', '0'])
+    assert run_script(main) == 0
+    said = capsys.readouterr().out
+    assert 'train: 25 images of 3 classes, 14 … 4 per class (0 many, 0 medium, 3 few), imbalance 3.5' in said
+    assert 'suggestion: --resample-power 0.2' in said and 'suggestion: --shot-thresholds 6 9' in said
+
+
+def test_scan_names_classes_that_validation_misses(folders, tmp_path, capsys, monkeypatch):
+    shutil.copytree(folders, tmp_path / 'images')
+    shutil.rmtree(tmp_path / 'images' / 'validation' / 'bee')
+    monkeypatch.setattr('sys.argv', ['check', str(tmp_path / 'images'), '--workers', '0'])
+    assert run_script(main) == 0
+    assert 'validation: no image of bee; their accuracy cannot be measured' in capsys.readouterr().out
+
+
+def test_scan_needs_a_folder_that_exists(tmp_path):
+    outcome = run_command(sys.executable, '-m', 'glmc.data.check', tmp_path / 'gone')
+    assert outcome.code == 2 and re.fullmatch('error: --data-dir .*gone: no such folder\n', outcome.err)
+
+
+def test_workers_see_what_one_process_sees(folders):
+    images = load_source('', str(folders), 'train')
+    assert scan(images) == scan(images, workers=2)
+
+
+def test_balanced_counts_need_no_rebalancing():
+    assert list(suggest(Profile((10, 10, 11)))) == [
+        'suggestion: --balanced, the classes have about the same number of images']
+
+
+def test_the_same_pixels_in_another_format_are_found():
+    image = coloured(0, 1)
+    sets = {'train': ImageSet(lambda index: image.copy(), np.zeros(2, np.int64), ['a', 'b'], ['x'], 'set')}
+    problems = list(find_problems(sets, {name: scan(images) for name, images in sets.items()}))
+    assert problems == []  # twice under one label in one set: no harm

@@ -1,0 +1,126 @@
+"""The model card: valid by the Hub's own classes, true to the metrics, silent about others' work and this machine."""
+import json
+from copy import deepcopy
+
+import pytest
+from huggingface_hub import ModelCard
+
+from glmc.export.card import METRICS, PLACEHOLDER, dataset_id, dataset_name, model_card
+
+SOURCE = dict(method='glmc', profile=dict(class_counts=[300, 60, 5]), recipe=dict(lr=0.1, mix_beta=1.0, img_size=None))
+CONFIG = dict(architecture='resnet18', num_classes=3, glmc=SOURCE, pretrained_cfg=dict(input_size=[3, 32, 32], license=None))
+RESULT = dict(
+    model='resnet18', method='glmc', data='/home/someone/private/birds', evaluated_on='validation', num_classes=3,
+    num_images=30, train_images=365, fingerprint='f' * 64, seed=1, processes=1, precision='no', seconds=12.3, device='cpu',
+    command='train_glmc.py --data-dir birds', shot_thresholds=[20, 100], shot_classes=dict(many=1, medium=1, few=1),
+    top1=60.0, top5=100.0, many=90.0, medium=60.0, few=30.0, class_mean=60.0, worst_class=30.0, macro_f1=58.123, ece=4.5,
+    ece_many=1.0, ece_medium=2.0, ece_few=None)
+
+
+def card(config: dict | None = None, **result) -> ModelCard:
+    return ModelCard(model_card({**RESULT, **result}, config or CONFIG))
+
+
+def with_source(**source) -> dict:
+    return {**deepcopy(CONFIG), 'glmc': {**SOURCE, **source}}
+
+
+def test_the_hub_reads_the_metrics():
+    data = card().data
+    assert (data.library_name, data.pipeline_tag, data.license) == ('timm', 'image-classification', 'unknown')
+    assert {'timm', 'long-tail', 'glmc'} <= set(data.tags)
+    found = {result.metric_name: result for result in data.eval_results}
+    assert {name: found[title].metric_value for name, (_, title) in METRICS.items()} == {
+        name: round(RESULT[name], 2) for name in METRICS}
+    assert {(r.task_type, r.dataset_name, r.dataset_split) for r in found.values()} == {
+        ('image-classification', 'birds', 'validation')}
+
+
+def test_the_table_shows_shot_groups():
+    text = card().text
+    assert '| many-shot | more than 100 | 1 | 90.00 | 1.00 |' in text
+    assert '| medium-shot | 21 to 100 | 1 | 60.00 | 2.00 |' in text
+    assert '| few-shot | at most 20 | 1 | 30.00 | – |' in text
+
+
+def test_a_group_without_classes_is_a_dash_and_no_metric():
+    found = card(few=None)
+    assert '| few-shot | at most 20 | 1 | – | – |' in found.text
+    assert 'few-shot accuracy' not in [result.metric_name for result in found.data.eval_results]
+
+
+def test_no_folder_of_this_machine_is_shown():
+    assert 'someone' not in str(card(evaluated_on='/home/someone/lists/test.txt'))
+
+
+@pytest.mark.parametrize('data, known, name', [
+    ('hfds/org/birds', 'org/birds', 'birds'), ('hfds/cifar100', 'cifar100', 'cifar100'), ('hfds//data/birds', None, 'birds'),
+    ('torch/cifar100', None, 'cifar100'), ('photos', None, 'photos'), (None, None, 'unknown')])
+def test_only_data_sets_of_the_hub_are_linked(data, known, name):
+    assert (dataset_id(data), dataset_name(data)) == (known, name)
+    assert card(data=data).data.datasets == (known and [known])
+
+
+def test_the_licence_is_the_users_and_the_origin_is_named():
+    config = with_source(base_model='timm/resnet18.a1_in1k')
+    config['pretrained_cfg']['license'] = 'mit'
+    found = card(config)
+    assert (found.data.license, found.data.base_model) == ('mit', 'timm/resnet18.a1_in1k')
+    assert 'Fine-tuned from `timm/resnet18.a1_in1k`, whose licence and data apply' in found.text
+    assert 'base_model' not in card().data.to_dict()
+    assert 'Started from other weights' in card(with_source(other_weights=True)).text
+
+
+def test_training_is_told():
+    text = card().text
+    for fact in ('365 images, 300 … 5 per class', '`' + 'f' * 64 + '`', '`lr`: 0.1', '`mix_beta`: 1.0', 'seed 1',
+                 'train_glmc.py --data-dir birds', PLACEHOLDER, 'Limits'):
+        assert fact in text
+    assert 'img_size' not in text
+
+
+def test_a_source_without_names_has_no_fingerprint():
+    text = card(fingerprint=None).text
+    assert '365 images, 300 … 5 per class\n' in text and 'None' not in text
+
+
+@pytest.mark.parametrize('data', ['a|b`c', '<script>x', 'new\nline: - y', '"quoted": {', '---', "it's", '日本', '#', '  '])
+def test_a_data_set_of_any_name_makes_a_card(data):
+    found = card(data=data, evaluated_on=data, command=f'train_glmc.py --data-dir {data!r} ```')
+    assert '<' not in found.text.split('## Training')[0] and len(found.data.eval_results) == len(METRICS)
+    assert {result.dataset_name for result in found.data.eval_results} == {dataset_name(data)}
+    assert '~~~bash\ntrain_glmc.py' in found.text
+
+
+@pytest.mark.parametrize('value', [None, float('nan'), float('inf')])
+def test_what_was_not_measured_is_not_claimed(value):
+    assert 'macro F1' not in [result.metric_name for result in card(macro_f1=value).data.eval_results]
+
+
+def test_an_architecture_of_ours_says_what_to_import():
+    config = {**deepcopy(CONFIG), 'architecture': 'resnet32_cifar'}
+    assert '`import glmc` before' in card(config).text
+    assert 'import glmc' not in card().text
+
+
+def test_not_evaluated_is_said():
+    result = {name: value for name, value in RESULT.items() if name not in METRICS and not name.startswith('shot')}
+    found = ModelCard(model_card(result, CONFIG))
+    assert 'Not evaluated.' in found.text
+    assert found.data.eval_results is None
+
+
+@pytest.mark.parametrize('report, plots, expected', [
+    (False, False, 0), (True, False, 1), (True, True, 2)])
+def test_plots_are_shown_where_there_are_some(report, plots, expected):
+    text = model_card(RESULT, CONFIG, report, plots)
+    assert ('report.html' in text) + ('plots/accuracy.png' in text) == expected
+
+
+def test_the_card_of_a_run(finished_run):
+    export = finished_run / 'export'
+    found, metrics = ModelCard.load(export / 'README.md'), json.loads((export / 'metrics.json').read_text())
+    accuracy = {result.metric_name: result.metric_value for result in found.data.eval_results}
+    assert accuracy['top-1 accuracy'] == round(metrics['top1'], 2)
+    assert metrics['fingerprint'] in found.text
+    assert '`reweight_power`: 1.0' in found.text

@@ -1,0 +1,141 @@
+"""What a user may name as a model: anything that timm can load, whatever its config.json says beside that."""
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models._hub import save_for_hf
+
+from glmc.errors import InputError
+from glmc.export.load import known_metadata, load_trained
+
+PROFILE = dict(class_counts=[14, 7, 4], shot_thresholds=[5, 10], fingerprint='f')
+
+
+@pytest.fixture
+def export(tmp_path):
+    """config.json's extra keys -> a folder as timm itself pushes it."""
+    def write(_name: str = 'test_resnet', **extra):
+        torch.manual_seed(0)
+        model = timm.create_model(_name, num_classes=3, **({'img_size': 32} if 'vit' in _name else {}))
+        save_for_hf(model, tmp_path / 'export', safe_serialization=True)
+        path = tmp_path / 'export' / 'config.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), **extra}))
+        return tmp_path / 'export'
+    return write
+
+
+def test_a_model_that_timm_pushed_has_no_facts(export):
+    found = load_trained(str(export()))
+    assert (found.num_classes, found.class_names, found.facts) == (3, None, {})
+    assert not found.model.training
+
+
+def test_facts_of_an_export_are_kept(export):
+    folder = export(label_names=['a', 'b', 'c'], glmc=dict(method='ce', profile=PROFILE, prior='train'))
+    found = load_trained(f'local-dir:{folder}')
+    assert found.class_names == ['a', 'b', 'c']
+    assert found.facts == dict(method='ce', prior='train', profile=PROFILE)
+
+
+def test_the_weights_file_of_an_export_is_the_export(export):
+    folder = export()
+    by_file, by_folder = load_trained(str(folder / 'model.safetensors')), load_trained(str(folder))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(by_file.model(images), by_folder.model(images))
+
+
+@pytest.mark.parametrize('source', [
+    None, [], 'glmc', 5, {'profile': []}, {'method': {}, 'precision': [], 'prior': 'x'}])
+def test_foreign_facts_are_none(source):
+    assert known_metadata(source) == {}
+
+
+@pytest.mark.parametrize('profile', [
+    {'class_counts': 'many'}, {'class_counts': [1, -2]}, {'class_counts': [1, 2.5]}, {'class_counts': [True]},
+    {'class_counts': [10 ** 30]}, {'shot_thresholds': [100, 20]}, {'shot_thresholds': [1]}, {'shot_thresholds': ['a', 'b']},
+    {'fingerprint': {}}])
+def test_foreign_profiles_are_none(profile):
+    assert known_metadata({'profile': profile}) == {}
+
+
+@pytest.mark.parametrize('names', [5, 'abc', {'a': 1}, ['a', 'b'], ['a', 'a', 'b'], [None] * 3])
+def test_foreign_class_names_are_none(export, names):
+    assert load_trained(str(export(label_names=names))).class_names is None
+
+
+def test_what_else_an_export_says_is_kept():
+    profile = dict(PROFILE, num_images=25)
+    source = dict(method='ce', recipe=dict(epochs=3), license='mit', base_model='us/net', profile=profile)
+    assert known_metadata(source) == source
+    assert known_metadata({**source, 'recipe': [], 'license': None}) == dict(
+        method='ce', base_model='us/net', profile=profile)
+
+
+def test_class_names_are_text(export):
+    assert load_trained(str(export(label_names=[1, 2, None]))).class_names == ['1', '2', 'None']
+
+
+@pytest.mark.parametrize('extra', [
+    dict(architecture=5), dict(architecture='nothing'), dict(pretrained_cfg=[]), dict(num_classes='three'),
+    dict(model_args=[1])])
+def test_a_config_that_timm_cannot_take_is_one_line(export, extra):
+    with pytest.raises(InputError, match='export: cannot be loaded: ') as error:
+        load_trained(str(export(**extra)))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('file, content', [
+    ('config.json', b'{'), ('config.json', b'[]'), ('config.json', b'null'), ('config.json', b'\xff'), ('config.json', b''),
+    ('model.safetensors', b''), ('model.safetensors', b'\x80\x04K\x01.'), ('model.safetensors', b'\xff' * 100)])
+def test_broken_files_are_one_line(export, file, content):
+    folder = export()
+    (folder / file).write_bytes(content)
+    with pytest.raises(InputError, match='export: cannot be loaded: ') as error:
+        load_trained(str(folder))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_weights_of_another_model_are_one_line(export):
+    folder = export()
+    save_file({'fc.weight': torch.zeros(3, 5)}, folder / 'model.safetensors')
+    with pytest.raises(InputError, match='export: cannot be loaded: '):
+        load_trained(str(folder))
+
+
+def test_a_vision_transformer_takes_another_size(export):
+    found = load_trained(str(export('test_vit')), data_options=dict(img_size=48), img_size=48)
+    assert found.data_config['input_size'] == (3, 48, 48)
+    assert found.model(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
+    with pytest.raises(InputError, match='--img-size 8: .*export cannot take it'):
+        load_trained(str(export('test_vit')), data_options=dict(img_size=8), img_size=8)
+
+
+@pytest.mark.parametrize('options, flag', [
+    (dict(checkpoint='x.pth'), '--checkpoint x.pth'), (dict(num_classes=4), '--num-classes 4'),
+    (dict(in_chans=1), '--in-chans 1'), (dict(global_pool='max'), '--gp max'),
+    (dict(drop_rate=0.1), '--model-kwargs drop_rate 0.1')])
+def test_a_trained_model_is_not_changed(export, options, flag):
+    expected = f'{flag}: is for a bare architecture; .*export is a trained model with 3 classes and 3 channels'
+    with pytest.raises(InputError, match=expected):
+        load_trained(str(export()), **options)
+
+
+def test_what_it_is_already_may_be_said(export):
+    assert load_trained(str(export()), num_classes=3, in_chans=3).num_classes == 3
+
+
+def test_a_data_config_that_does_not_fit_is_one_line(export):
+    with pytest.raises(InputError, match='export: .*'):
+        load_trained(str(export()), data_options=dict(mean=[0.1, 0.2]))
+
+
+@pytest.mark.parametrize('name, expected', [
+    ('nowhere/export', 'no such file or folder; a Hub model is hf-hub:ORG/NAME'),
+    ('local-dir:nowhere', 'cannot be loaded: '),
+    ('hf-hub:us/nothing', 'cannot be loaded: '), ('hf-hub:', 'cannot be loaded: '), ('resnet_18', 'not a model of timm')])
+def test_what_is_not_there_is_one_line(name, expected):
+    with pytest.raises(InputError, match=expected) as error:
+        load_trained(name, num_classes=3)
+    assert len(str(error.value).splitlines()) == 1

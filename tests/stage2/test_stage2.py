@@ -1,0 +1,350 @@
+"""Stage 2: features as the model gives them, classifiers against plain formulas, and the choice among them."""
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from sklearn.neighbors import NearestCentroid
+
+from glmc.data.datasets import ImageSet
+from glmc.data.sources import load_digits_set
+from glmc.errors import InputError
+from glmc.models.backbone import create_backbone
+from glmc.models.classifier import cap_norms
+from glmc.stage2.classifiers import (
+    CLASSIFIERS,
+    CRT,
+    LWS,
+    BalancedSoftmax,
+    HeadAverage,
+    LabelOverSmoothing,
+    Linear,
+    LogitAdjust,
+    MaxNorm,
+    NearestClassMean,
+    Stage1,
+    TauNorm,
+    train_linear,
+)
+from glmc.stage2.features import Extractor, Features, open_features, write_features
+from glmc.stage2.select import fit, measure, parse_classifiers, search, stratified_split
+
+COUNTS = [60, 25, 10, 4]
+CENTRES = torch.rand(4, 8, generator=torch.Generator().manual_seed(9)) * 3
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+DATA_CONFIG = dict(input_size=(3, 16, 16), mean=MEAN, std=STD, interpolation='bilinear', crop_pct=1.0)
+AUGMENTATION = dict(augmentation='cifar', hflip=0.5)
+
+
+def clusters(num_views: int = 2, seed: int = 0) -> Features:
+    """Positive features around a centre for each class, as after a ReLU."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor(COUNTS))
+    noise = torch.randn(1 + num_views, len(labels), 8, generator=generator)
+    return Features((CENTRES[labels] + noise).relu(), labels)
+
+
+def stage1(rebalanced: bool = False) -> Stage1:
+    """A classifier that favours the head."""
+    linear = Linear((CENTRES - CENTRES.mean(0)) * torch.tensor([[0.8], [0.6], [0.4], [0.2]]),
+                    torch.tensor([2.0, 1.0, 0.0, -1.0]))
+    return Stage1(linear, COUNTS, rebalanced, Linear(linear.weight.flip(0), linear.bias + 1))
+
+
+def digits(number: int = 20) -> ImageSet:
+    return load_digits_set('train').subset(np.arange(number))
+
+
+def extractor(model, **kwargs) -> Extractor:
+    return Extractor(model.eval(), data_config=DATA_CONFIG, augmentation=AUGMENTATION, accelerator=Accelerator(),
+                     **{'workers': 0, **kwargs})
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return create_backbone('resnet32_cifar', 10, channels=(4, 6, 8), depth=1)
+
+
+# --- features ---
+
+def test_plain_features_are_those_of_the_model_and_give_its_logits(model):
+    images = digits()
+    found = extractor(model, batch_size=7)(images, num_views=2)
+    assert found.views.shape == (3, 20, 8) and found.labels.tolist() == images.labels.tolist()
+    for k in range(len(images)):
+        pixels = torch.from_numpy(np.array(images.image(k).resize((16, 16), 2))).permute(2, 0, 1) / 255
+        pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        with torch.inference_mode():
+            logits = model(pixels[None].float())[0]
+        torch.testing.assert_close(model.fc(found.plain[k]), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_augmented_views_differ_and_repeat_with_the_seed(model):
+    one, again = (extractor(model)(digits(), num_views=3) for _ in range(2))
+    other = extractor(model, seed=7)(digits(), num_views=3)
+    assert torch.equal(one.views, again.views)
+    assert torch.equal(one.plain, other.plain) and not torch.equal(one.views[1], other.views[1])
+    assert all(not torch.equal(one.views[a], one.views[b]) for a in range(4) for b in range(a))
+
+
+def test_batches_keep_the_order_of_the_images(model):
+    small, large = (extractor(model, batch_size=size)(digits(), num_views=1).views for size in (3, 20))
+    torch.testing.assert_close(small, large)
+
+
+def test_extraction_leaves_the_model_as_it_was(model):
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Extractor(model, data_config=DATA_CONFIG, augmentation=AUGMENTATION, accelerator=Accelerator(), workers=0)(digits(), 1)
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_features_are_extracted_once(model, tmp_path, monkeypatch):
+    first = extractor(model, cache=tmp_path)(digits(), num_views=1)
+    monkeypatch.setattr(Extractor, 'extract', lambda *args: pytest.fail('extracted again'))
+    second = extractor(model, cache=tmp_path)(digits(), num_views=1)
+    assert torch.equal(first.views, second.views) and len(list(tmp_path.iterdir())) == 1
+    second.views.zero_()
+    third = extractor(model, cache=tmp_path)(digits(), num_views=1)
+    assert torch.equal(first.views, third.views)  # the file is as it was
+
+
+@pytest.mark.parametrize('change', ['weights', 'statistics', 'images', 'order', 'views', 'seed', 'augmentation', 'size'])
+def test_another_model_or_set_has_other_features(model, change):
+    images, one = digits(), extractor(model)
+    key, other = one.key(images, 1), one
+    if change == 'weights':
+        with torch.no_grad():
+            model.conv1.weight[0, 0, 0, 0] += 1e-3
+        other = extractor(model)
+    elif change == 'statistics':
+        model.bn1.running_mean[0] += 1e-3
+        other = extractor(model)
+    elif change in ('seed', 'augmentation', 'size'):
+        other = extractor(model, **({'seed': 1} if change == 'seed' else {}))
+        other.augmentation = {**AUGMENTATION, 'hflip': 0.0} if change == 'augmentation' else AUGMENTATION
+        other.data_config = {**DATA_CONFIG, 'input_size': (3, 8, 8)} if change == 'size' else DATA_CONFIG
+    images = {'images': digits(19), 'order': images.subset(np.arange(20)[::-1])}.get(change, images)
+    assert other.key(images, 2 if change == 'views' else 1) != key
+
+
+def test_another_classifier_has_the_same_features(model):
+    key = extractor(model).key(digits(), 1)
+    with torch.no_grad():
+        model.fc.weight.zero_()
+    assert extractor(model).key(digits(), 1) == key
+
+
+def killed_while_writing(path) -> None:
+    def fill(values):
+        values[0] = 1
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_features(path, (2, 5, 3), fill)
+
+
+def test_a_half_written_file_is_never_used(tmp_path):
+    path = tmp_path / 'cache' / 'features.npy'
+    process = multiprocessing.get_context('fork').Process(target=killed_while_writing, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode < 0 and len(list(path.parent.iterdir())) == 1
+    assert open_features(path, (2, 5, 3)) is None
+    with pytest.raises(RuntimeError, match='decode'):
+        write_features(path, (2, 5, 3), lambda values: (_ for _ in ()).throw(RuntimeError('decode')))
+    assert open_features(path, (2, 5, 3)) is None
+    write_features(path, (2, 5, 3), lambda values: values.fill(7))
+    assert (open_features(path, (2, 5, 3)) == 7).all() and open_features(path, (2, 5, 4)) is None
+    path.write_bytes(path.read_bytes()[:100])
+    assert open_features(path, (2, 5, 3)) is None
+
+
+# --- classifiers ---
+
+def test_training_is_sgd_on_a_cosine():
+    """Against momentum written out, one full batch an epoch and one view."""
+    features, lr, decay, epochs = clusters(num_views=0), 0.1, 0.05, 5
+    start = stage1().linear
+    trained = Linear(*(tensor.clone().requires_grad_() for tensor in start))
+    train_linear(trained, list(trained), features, F.cross_entropy, lr=lr, epochs=epochs, weight_decay=decay,
+                 generator=torch.Generator().manual_seed(0), batch_size=len(features))
+    values = [tensor.clone().double() for tensor in start]
+    momenta = [torch.zeros_like(value) for value in values]
+    x, one_hot = features.plain.double(), torch.eye(4)[features.labels].double()
+    for epoch in range(epochs):
+        error = ((x @ values[0].T + values[1]).softmax(1) - one_hot) / len(x)
+        rate = lr * (1 + np.cos(np.pi * epoch / epochs)) / 2
+        for value, momentum, gradient in zip(values, momenta, (error.T @ x, error.sum(0)), strict=True):
+            momentum.mul_(0.9).add_(gradient + decay * value)
+            value -= rate * momentum
+    for found, expected in zip(trained, values, strict=True):
+        torch.testing.assert_close(found.detach().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('project', ['step', 'epoch'])
+def test_maxnorm_rows_are_within_the_radius_after_every_projection(project, monkeypatch):
+    norms = stage1().linear.weight.norm(dim=1)
+    radius = (norms.min() + 0.1 * (norms.max() - norms.min())).item()
+    seen = []
+    monkeypatch.setattr('glmc.stage2.classifiers.cap_norms', lambda w, r: seen.append(capped := cap_norms(w, r)) or capped)
+    found = fit(MaxNorm(epochs=3, lr=0.5, project=project), stage1(), clusters(), seed=0)
+    assert len(seen) == (3 if project == 'epoch' else 3 * 2)
+    assert all((weight.norm(dim=1) <= radius * (1 + 1e-5)).all() for weight in [*seen, found.weight])
+    assert any((weight.norm(dim=1) > radius * (1 - 1e-5)).any() for weight in seen)
+
+
+def test_balanced_softmax_of_equal_counts_is_cross_entropy():
+    features, classifier = clusters(), BalancedSoftmax(epochs=2)
+    even = features.subset(torch.cat([torch.where(features.labels == c)[0][:4] for c in range(4)]))
+    found, start = fit(classifier, stage1(), even, seed=0), stage1().linear
+    plain = Linear(*(tensor.clone().requires_grad_() for tensor in start))
+    train_linear(plain, list(plain), even, F.cross_entropy, lr=classifier.lr, epochs=2, weight_decay=5e-4,
+                 generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.weight, plain.weight.detach())
+    assert not torch.allclose(fit(classifier, stage1(), features, seed=0).bias, found.bias)
+
+
+def test_logit_adjustment_divides_probabilities_by_the_prior():
+    features, tau = clusters().plain, 0.7
+    adjusted, start = fit(LogitAdjust(tau=tau), stage1(), clusters(), 0), stage1().linear
+    expected = start(features).softmax(1) / (torch.tensor(COUNTS) / sum(COUNTS)) ** tau
+    torch.testing.assert_close(adjusted(features).softmax(1), expected / expected.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize('rebalanced, tau', [(False, 1.0), (True, 0.0)])
+def test_logit_adjustment_leaves_a_rebalanced_classifier_alone(rebalanced, tau):
+    assert LogitAdjust().resolved(stage1(rebalanced)).tau == tau
+    found = fit(LogitAdjust(), stage1(rebalanced), clusters(), 0)
+    assert torch.equal(found.bias, stage1().linear.bias) == rebalanced
+
+
+def test_crt_starts_anew_and_sees_the_classes_alike(monkeypatch):
+    drawn, features = [], clusters()
+    monkeypatch.setattr('glmc.stage2.classifiers.F.cross_entropy', lambda z, y: drawn.append(y) or z.square().mean())
+    fit(CRT(epochs=40), stage1(), features, 0)
+    shares = torch.bincount(torch.cat(drawn)).double() / 40 / len(features)
+    assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.03)
+    monkeypatch.undo()
+    one, two = (fit(CRT(), replace(stage1(), linear=start), features, 0) for start in (
+        stage1().linear, Linear(*(5 * tensor for tensor in stage1().linear))))
+    assert torch.equal(one.weight, two.weight)
+
+
+@pytest.mark.parametrize('classifier', [LWS(), TauNorm(), TauNorm(tau=1.0)])
+def test_scaling_changes_norms_only(classifier):
+    found, start = fit(classifier, stage1(), clusters(), 0), stage1().linear
+    torch.testing.assert_close(torch.cosine_similarity(found.weight, start.weight), torch.ones(4))
+    ratio = found.weight.norm(dim=1) / start.weight.norm(dim=1)
+    torch.testing.assert_close(found.bias, ratio * start.bias)
+    assert ratio.max() > 1.01 * ratio.min()
+
+
+def test_tau_norm_is_its_formula():
+    start = stage1().linear
+    same = fit(TauNorm(tau=0.0), stage1(), clusters(), 0)
+    assert all(torch.equal(a, b) for a, b in zip(same, start, strict=True))
+    for tau in (0.3, 1.0):
+        expected = torch.stack([row / row.norm() ** tau for row in start.weight])
+        found = fit(TauNorm(tau=tau), stage1(), clusters(), 0).weight
+        torch.testing.assert_close(found / expected, (found / expected)[0, 0].expand(4, 8))  # but for a factor of all
+    assert fit(TauNorm(tau=1.0), stage1(), clusters(), 0).weight.norm(dim=1).std() < 1e-5
+
+
+def test_label_over_smoothing_pulls_towards_nearly_uniform_probabilities():
+    features = clusters(num_views=0)
+    found = fit(LabelOverSmoothing(lr=0.05, epochs=300), stage1(), features, 0)(features.plain).softmax(1)
+    assert found.gather(1, features.labels[:, None]).mean().item() == pytest.approx(0.02 + 0.98 / 4, abs=0.01)
+
+
+@pytest.mark.filterwarnings('ignore:invalid value encountered')  # scikit-learn's, of one image a class
+def test_nearest_class_mean_is_scikit_learns_on_normalised_features():
+    """Class means as scikit-learn has them; then, as the exported layer knows no norms, nearest of the normalised means."""
+    features, test = clusters(), clusters(seed=5).plain
+    unit = F.normalize(features.plain).numpy()
+    means = NearestCentroid().fit(unit, features.labels.numpy()).centroids_
+    nearest = NearestCentroid().fit(means / np.linalg.norm(means, axis=1, keepdims=True), np.arange(4))
+    found = fit(NearestClassMean(), stage1(), features, 0)
+    assert (found(test).argmax(1).numpy() == nearest.predict(F.normalize(test).numpy())).all()
+    raw = NearestCentroid().fit(unit, features.labels.numpy()).predict(F.normalize(test).numpy())
+    assert (found(test).argmax(1).numpy() == raw).mean() > 0.9
+
+
+@pytest.mark.parametrize('name', CLASSIFIERS)
+def test_a_classifier_repeats_and_changes_nothing(name):
+    start, features = stage1(), clusters()
+    before = [tensor.clone() for tensor in (*start.linear, features.views)]
+    one, two = (fit(CLASSIFIERS[name](), start, features, seed=3) for _ in range(2))
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(one, two, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*start.linear, features.views), strict=True))
+    assert one.weight.shape == (4, 8) and one.bias.shape == (4,) and all(tensor.isfinite().all() for tensor in one)
+
+
+@pytest.mark.parametrize('weight, tau', [(1.0, 0.0), (0.0, 1.0), (0.3, 0.5)])
+def test_averaged_heads_average_logits(weight, tau):
+    start, test = stage1(), clusters(seed=2).plain
+    prior = torch.tensor(COUNTS) / sum(COUNTS)
+    expected = weight * start.linear(test) + (1 - weight) * (start.conventional(test) - tau * prior.log())
+    torch.testing.assert_close(fit(HeadAverage(weight, tau), start, clusters(), 0)(test), expected)
+
+
+# --- choosing ---
+
+@pytest.mark.parametrize('holdout, expected', [(0.2, [12, 5, 2, 1, 0]), (0.01, [1, 1, 1, 1, 0]), (3, [3, 3, 3, 3, 0])])
+def test_split_takes_of_every_class_and_leaves_some(holdout, expected):
+    labels = np.repeat(np.arange(5), [*COUNTS[:3], 5, 1])
+    train, held = stratified_split(labels, holdout, 'abcde', seed=0)
+    assert np.bincount(labels[held], minlength=5).tolist() == expected
+    assert sorted([*train, *held]) == list(range(len(labels)))
+    assert (stratified_split(labels, holdout, 'abcde', seed=0)[1] == held).all()
+    assert holdout < 1 or (stratified_split(labels, holdout, 'abcde', seed=1)[1] != held).any()
+
+
+@pytest.mark.parametrize('holdout, counts, message', [
+    (4, [9, 4], "class 'b' has 4 training images, setting 4 aside leaves none"),
+    (0.5, [1, 1], 'every class has a single image')])
+def test_a_split_that_leaves_a_class_empty_is_an_error(holdout, counts, message):
+    with pytest.raises(InputError, match=f'--stage2-holdout {holdout:g}: .*{message}'):
+        stratified_split(np.repeat(np.arange(2), counts), holdout, 'ab', seed=0)
+
+
+def test_search_takes_the_best_of_the_grid_and_prefers_the_default():
+    train, held = clusters(), clusters(seed=4)
+    chosen, score = search(TauNorm(), stage1(), train, held, seed=0)
+    scores = {tau: measure(fit(TauNorm(tau), stage1(), train, 0), held, COUNTS)[0]['class_mean']
+              for tau in TauNorm.grid['tau']}
+    assert score == max(scores.values()) == scores[chosen.tau]
+    assert scores[0.7] < score or chosen.tau == 0.7
+    assert search(NearestClassMean(), stage1(), train, held, seed=0)[0] == NearestClassMean()
+    worst = TauNorm(min(scores, key=scores.get))
+    assert search(worst, stage1(), train, held, seed=0)[0] == chosen != worst
+    assert search(worst, stage1(), train, held, seed=0, fixed=['tau']) == (worst, scores[worst.tau])
+
+
+def test_classifiers_by_name():
+    assert list(parse_classifiers('all', {})) == list(CLASSIFIERS)
+    assert list(parse_classifiers('all', {}, two_heads=False)) == [name for name in CLASSIFIERS if name != 'average']
+    found = parse_classifiers('los,maxnorm', {'maxnorm.project': 'epoch', 'los.lr': 1})
+    assert found == {'los': LabelOverSmoothing(lr=1.0), 'maxnorm': MaxNorm(project='epoch')}
+
+
+@pytest.mark.parametrize('names, settings, message', [
+    ('maxnrm', {}, "found 'maxnrm'; did you mean maxnorm"), ('los,', {}, "found ''"),
+    ('los', {'crt.lr': 1.0}, 'crt.lr: expected NAME.FIELD, NAME of los'), ('los', {'lr': 1.0}, 'expected NAME.FIELD'),
+    ('los', {'los.epoch': 3}, 'los.epoch: expected one of lr, epochs.*; did you mean epochs'),
+    ('los', {'los.epochs': 1.5}, 'los.epochs: expected int, found 1.5'),
+    ('los', {'los.lr': 'x'}, "expected float, found 'x'"),
+    ('maxnorm', {'maxnorm.project': 'never'}, "expected step or epoch, found 'never'")])
+def test_names_and_settings_that_are_wrong_are_one_line(names, settings, message):
+    with pytest.raises(InputError, match=message):
+        parse_classifiers(names, settings)
+
+
+def test_help_names_every_classifier():
+    from glmc.config import finetune_parser
+    text = finetune_parser()._option_string_actions['--stage2'].help
+    assert all(name in text for name in CLASSIFIERS)
