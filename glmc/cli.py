@@ -1,4 +1,4 @@
-"""Strict options: defaults < YAML file < command line; whatever is wrong is one line that says what to do."""
+"""Strict options: defaults < YAML file < command line. Each mistake is one line that says what to do."""
 import argparse
 import difflib
 import math
@@ -14,28 +14,79 @@ from glmc.errors import ImageError, InputError, RunError
 Options = argparse.Namespace  # parsed options, by name
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's help, with the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default, text = action.default, action.help or ''
+        if default is None or default is False or default in ('', [], {}, argparse.SUPPRESS) or 'default' in text:
+            return text
+        values = default if isinstance(default, list) else [default]
+        shown = ' '.join(f'{value:g}' if isinstance(value, float) else str(value) for value in values)
+        return f'{text} (default: {shown})'
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, no abbreviated flags, and defaults in the help.
 
     Args:
-        verbatim: Print the description as it is, lines and blanks included.
-        **kwargs: For argparse.
+        verbatim: Print the description as it is, with its line breaks.
+        **kwargs: Arguments of `argparse.ArgumentParser`.
 
     Attributes:
         presets: Options -> defaults that follow from them.
+        hidden: Names of the options that only `--help-all` shows.
     """
 
     def __init__(self, verbatim: bool = False, **kwargs):
-        formatter = argparse.RawDescriptionHelpFormatter if verbatim else argparse.ArgumentDefaultsHelpFormatter
+        formatter = argparse.RawDescriptionHelpFormatter if verbatim else HelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
         self.presets: Callable[[argparse.Namespace], dict] = lambda options: {}
+        self.hidden: frozenset[str] = frozenset()
+
+    def hide(self, names: Iterable[str]) -> None:
+        """Leave options out of `--help` and add `--help-all`, which shows them."""
+        self.hidden, self.usage = frozenset(names), '%(prog)s [options]'
+        self.add_argument('--help-all', action=HelpAll, help='show all options and exit')
+
+    def format_help(self) -> str:
+        hidden = [(action, action.help) for action in self._actions if action.dest in self.hidden]
+        self.epilog = f'… {len(hidden)} more options: --help-all' if hidden else None
+        for action, _ in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in hidden:
+                action.help = text
 
     def error(self, message: str):
         raise InputError(message.removeprefix('argument '))
 
+    def _check_value(self, action: argparse.Action, value) -> None:
+        """Same check as argparse's, with a message that does not depend on the Python version."""
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}, expected one of {', '.join(choices)}{nearest(str(value), choices)}")
+
+
+class HelpAll(argparse.Action):
+    """`--help-all`: print the help of every option; an action's `full_help` replaces its `help`."""
+
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: Parser, namespace, values, option_string=None):
+        parser.hidden = frozenset()
+        for action in parser._actions:
+            action.help = getattr(action, 'full_help', action.help)
+        parser.print_help()
+        parser.exit()
+
 
 class ParseKwargs(TimmParseKwargs):
-    """timm's KEY=VALUE options, with an error for what is none."""
+    """timm's KEY=VALUE options; any other word is an error."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         for value in values:
@@ -45,7 +96,7 @@ class ParseKwargs(TimmParseKwargs):
 
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
-    """Options from the YAML file of `--config` and the command line.
+    """Read the options from the YAML file of `--config` and the command line.
 
     Returns:
         The options, and the names of those that the user set.
@@ -72,7 +123,7 @@ def _reject_unknown_flags(parser: Parser, argv: list[str] | None) -> None:
 
 
 def _parse_given(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
-    """Only what stands on the command line."""
+    """Options of the command line, without defaults."""
     defaults = [(action, action.default) for action in parser._actions]
     file_defaults, parser._defaults = parser._defaults, {}
     for action, _ in defaults:
@@ -86,7 +137,7 @@ def _parse_given(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_yaml(parser: Parser, path: str) -> dict:
-    """Options from a YAML file, each key and each value checked as the command line would.
+    """Read options from a YAML file; each key and value is checked as on the command line.
 
     Raises:
         InputError: If the file cannot be read, or a key or value is not one of the parser's.
@@ -97,7 +148,7 @@ def read_yaml(parser: Parser, path: str) -> dict:
         raise InputError(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f'--config {path}: expected `option: value` lines, found a {type(content).__name__}')
-    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config', argparse.SUPPRESS)}
     options = {}
     for key, value in content.items():
         name = str(key).replace('-', '_')
@@ -108,13 +159,13 @@ def read_yaml(parser: Parser, path: str) -> dict:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for a misspelt name, or nothing."""
+    """Return '; did you mean X?' for a misspelt name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f'; did you mean {close[0]}?' if close else ''
 
 
 def _check_value(action: argparse.Action, value, where: str):
-    """A YAML value as the option's type, or an InputError."""
+    """Convert a YAML value to the option's type, or raise an InputError."""
     if value is None and action.default is None:
         return None
     if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
@@ -150,7 +201,7 @@ def _check_scalar(action: argparse.Action, value, where: str):
 
 
 def pick(args: argparse.Namespace, names: Iterable[str]) -> dict:
-    """The named options as keyword arguments."""
+    """Return the named options as keyword arguments."""
     return {name: getattr(args, name) for name in names}
 
 
@@ -169,36 +220,29 @@ def number(convert: type, low: float, high: float = float('inf'), open_low: bool
 
 
 def run_script(main: Callable[[], None], main_process: bool = True, debug: bool = False) -> int:
-    """Exit code of a script: 0; with one line on standard error 2 for wrong input, 1 for a run that had to end, 130 for
-    an interrupt.
+    """Run a script and print an expected error as one line on standard error.
 
     Args:
         main: The script.
-        main_process: Whether to speak: wrong flags are found by every process and told by one; a broken image is
-            found by one process and told by it.
-        debug: Let the traceback through.
+        main_process: Whether to print errors that every process finds. An ImageError is always printed, because only
+            one process finds it.
+        debug: Show the traceback instead.
+
+    Returns:
+        Exit code: 0, 1 for a run that failed, 2 for wrong input, 130 for an interrupt.
     """
     try:
         main()
-    except InputError as error:
+    except (InputError, RunError, KeyboardInterrupt) as error:
         if debug:
             raise
         if main_process or isinstance(error, ImageError):
-            text = str(error).strip()
-            if 'Original Traceback' in text:  # torch's loader workers put one around what they raise
-                text = text.splitlines()[-1].split('Error: ', 1)[-1]
-            print(f'error: {text}', file=sys.stderr)
-        return 2
-    except RunError as error:
-        if debug:
-            raise
-        if main_process:
-            print(f'error: {error}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        if main_process:
-            print('interrupted', file=sys.stderr)
-        return 130
+            print('interrupted' if isinstance(error, KeyboardInterrupt) else f'error: {_one_line(error)}', file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1 if isinstance(error, RunError) else 130
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    """Return the message of an error; torch's loader workers wrap it in a traceback."""
+    text = str(error).strip()
+    return text.splitlines()[-1].split('Error: ', 1)[-1] if 'Original Traceback' in text else text

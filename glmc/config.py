@@ -1,11 +1,18 @@
-"""Options of train_glmc.py in pipeline order. Names and meaning are timm's wherever timm has the option."""
+"""Options of the scripts in pipeline order. Names and meaning are timm's wherever timm has the option.
+
+Two tables at the end say which options need others (NEEDS) and which exclude each other (CONFLICTS).
+"""
 import argparse
 import re
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import NamedTuple
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from timm.optim import get_optimizer_info
 
 from glmc.cli import Options, ParseKwargs, Parser, number, pick
+from glmc.errors import InputError
 
 positive_int = number(int, 1)
 count = number(int, 0)
@@ -17,10 +24,18 @@ part = number(float, 0, 1, open_low=True)
 finite = number(float, float('-inf'))
 
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
+PRECISIONS = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}  # Accelerate's names -> torch's
+VIEWS = ('global', 'local')  # views of each image, in the order of a batch
+# Values of these options for the embedded digits, which are used if no data is given.
+DEMONSTRATION = dict(epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
+COMMON = frozenset((  # options that `--help` shows; `--help-all` shows all
+    'config', 'data_dir', 'dataset', 'train_list', 'val_list', 'val_split', 'holdout', 'imbalance_factor', 'augmentation',
+    'model', 'pretrained', 'img_size', 'method', 'stage2', 'batch_size', 'opt', 'lr', 'weight_decay', 'epochs',
+    'warmup_epochs', 'amp_dtype', 'workers', 'seed', 'output', 'experiment', 'resume', 'push_to_hub'))
 
 
 def trackers(text: str) -> str:
-    """argparse type: names of TRACKERS with commas between."""
+    """argparse type: names of TRACKERS, separated by commas."""
     unknown = [name for name in text.split(',') if name not in TRACKERS]
     if unknown:
         raise argparse.ArgumentTypeError(f"expected names of {', '.join(TRACKERS)}; found {unknown[0]!r}")
@@ -28,7 +43,7 @@ def trackers(text: str) -> str:
 
 
 def interval(text: str) -> str:
-    """argparse type: steps as 500, or minutes as 10m."""
+    """argparse type: a number of steps (500) or of minutes (10m)."""
     if not re.fullmatch(r'0*[1-9]\d*|(?=.*[1-9])\d+(\.\d+)?m', text):
         raise argparse.ArgumentTypeError(f'expected steps as 500 or minutes as 10m, found {text}')
     return text
@@ -43,14 +58,8 @@ def repo_id(text: str) -> str:
     return text
 
 
-VIEWS = ('global', 'local')  # of each image, in their order in a batch
-
-# Without any data, the embedded digits are trained on; these stand in for what the user did not say.
-DEMONSTRATION = dict(epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
-
-
 def train_parser(methods: dict) -> Parser:
-    """Parser of train_glmc.py.
+    """Return the parser of train_glmc.py.
 
     Args:
         methods: Name -> row of the table of methods.
@@ -58,96 +67,118 @@ def train_parser(methods: dict) -> Parser:
     parser = Parser(
         prog='train_glmc.py',
         description='Train a timm model on long-tailed images with GLMC. Without data: a demonstration on digits.')
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
+    _config(parser)
     add_groups(parser, *GROUPS)
-    methods_help = '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
-    parser._option_string_actions['--method'].choices = list(methods)
-    parser._option_string_actions['--method'].help += f' ({methods_help})'
+    method = parser._option_string_actions['--method']
+    method.choices = list(methods)
+    method.full_help = f"{method.help}. " + '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
+    method.help += f": {', '.join(methods)}; see docs/methods.md"
     parser.presets = lambda options: dict(methods[options.method].defaults)
+    parser.hide({*names(*GROUPS)} - COMMON)
     return parser
 
 
 def finetune_parser() -> Parser:
-    """Parser of finetune_glmc.py."""
+    """Return the parser of finetune_glmc.py."""
     parser = Parser(
         prog='finetune_glmc.py',
         description='Stage 2: train classifiers on the features of a trained model, in seconds, and compare them.')
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
+    _config(parser)
     parser.add_argument('--model', nargs='+', metavar='NAME',
-        help='of stage 1: export folder, run folder, checkpoint, hf-hub:ORG/NAME; of several, a table of means')
+        help='trained model: export folder, run folder, checkpoint or hf-hub:ORG/NAME; several give a table of means')
     add_groups(parser, *DATA, 'augmentation', 'stage 2')
-    _finetuning(parser)
+    group = parser.add_argument_group('running and output')
+    job_options(group, experiment='stage2-MODEL')
+    group.add_argument('--seed', type=count, default=42, help='seed of all random numbers')
+    hub_options(group)
     parser.set_defaults(stage2='all')
+    parser.hide({*names(*DATA, 'augmentation')} - COMMON)
     return parser
 
 
+def _config(parser: Parser) -> None:
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line takes precedence')
+
+
+def job_options(group, experiment: str) -> None:
+    """Options of finetune_glmc.py and validate_glmc.py: loading, precision and results.
+
+    Args:
+        group: Argument group.
+        experiment: Default name of the folder of results.
+    """
+    add = group.add_argument
+    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per process and step')
+    add('-j', '--workers', type=count, default=2, metavar='N', help='loader processes per process')
+    precision_options(group, "the launcher's, else that of the training")
+    add('--output', default='output', metavar='DIR', help='parent folder of the results')
+    add('--experiment', metavar='NAME', help=f'folder of these results; default: {experiment}, numbered')
+    add('--report', action=argparse.BooleanOptionalAction, default=True, help='write report.html and plots')
+    add('--debug', action='store_true', help='show the traceback of an error')
+
+
+def precision_options(group, default: str) -> None:
+    """Options of mixed precision."""
+    add = group.add_argument
+    add('--amp', action='store_true', help='mixed precision in float16')
+    add('--amp-dtype', choices=('float16', 'bfloat16'), help=f'mixed precision; default: {default}')
+
+
 def stage2_group(parser: Parser) -> None:
-    """Options of stage 2, at the end of a run or by itself."""
+    """Options of stage 2, as a script or at the end of a run."""
     group = parser.add_argument_group('stage 2')
     add = group.add_argument
     add('--stage2', metavar='NAME[,NAME]', help='classifiers to train on the features of the trained model: all, or some of '
         'maxnorm, balanced_softmax, logit_adjust, crt, lws, tau_norm, los, ncm, average')
-    add('--feature-views', type=count, default=2, metavar='V', help='augmented views of each image, beside the plain one')
+    add('--feature-views', type=count, default=2, metavar='V', help='augmented views of each image, besides the plain image')
     add('--stage2-holdout', type=positive, metavar='N',
-        help='choose hyper-parameters on training images set aside (a number of each class, or a part); with --holdout, on '
-        'those; default: no choice, published values')
+        help='set training images aside (a number per class, or a fraction) to choose hyper-parameters on; with --holdout, '
+        'those images are used; default: published values, no choice')
     add('--stage2-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME.FIELD=V',
-        help='hyper-parameters, which no choice then changes, e.g. maxnorm.project=epoch los.epochs=5')
-    add('--feature-cache', metavar='DIR', help='where features are kept and found again; default: in the output')
-
-
-def _finetuning(parser: Parser) -> None:
-    group = parser.add_argument_group('running and output')
-    add = group.add_argument
-    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images at a time through the encoder')
-    add('-j', '--workers', type=count, default=2, metavar='N', help='loader processes')
-    add('--amp', action='store_true', help='mixed precision in float16, or in --amp-dtype')
-    add('--amp-dtype', choices=('float16', 'bfloat16'), help="of the encoder; default: as the launcher says, else stage 1's")
-    add('--seed', type=count, default=42, help='of everything random')
-    add('--output', default='output', metavar='DIR', help='parent folder of the results')
-    add('--experiment', metavar='NAME', help='folder of these results; default: stage2-model, numbered')
-    add('--report', action=argparse.BooleanOptionalAction, default=True, help='draw all classifiers together: report.html')
-    add('--debug', action='store_true', help='show a traceback where an error is one line otherwise')
-    hub_options(group)
+        help='fixed hyper-parameters, e.g. maxnorm.project=epoch los.epochs=5')
+    add('--feature-cache', metavar='DIR', help='folder that keeps extracted features for later runs; default: in the output')
 
 
 def data_group(parser: Parser) -> None:
-    """Options of every script that reads images."""
+    """Options of all scripts that read images."""
     group = parser.add_argument_group('data')
     add = group.add_argument
-    add('--data-dir', metavar='DIR', help='image folders (or a tar), root of a list, or download folder')
-    add('--dataset', default='', metavar='NAME', help="timm's source: empty for folders, torch/…, hfds/…, wds/…, tfds/…")
-    add('--val-split', default='validation', help='name of the split to evaluate on; with --holdout it may be none')
-    add('--val-list', metavar='FILE', help='`path label` lines (may be .gz) to evaluate on, paths relative to --data-dir')
-    add('--num-classes', type=positive_int, help='number of classes; default: as found in the training data')
-    add('--class-map', metavar='FILE', help="timm's class-to-index file")
-    add('--input-key', help='column or key of the image (hfds, wds, tfds)')
-    add('--target-key', help='column or key of the label')
-    add('--dataset-download', action='store_true', help='let torch/ and tfds/ sources download')
-    add('--class-counts', metavar='FILE', help='training images per class, for sources that cannot be indexed: '
-        'JSON list, metrics.json of a run, or one number a line; default: one counting pass')
+    add('--data-dir', metavar='DIR',
+        help='folder of image folders (or a tar), root of the paths in a list, or download folder')
+    add('--dataset', default='', metavar='NAME',
+        help='data set of timm: torch/…, hfds/…, wds/…, tfds/…; empty for image folders')
+    add('--val-split', default='validation', help='name of the split to evaluate on; none is allowed with --holdout')
+    add('--val-list', metavar='FILE',
+        help='file of `path label` lines (may be .gz) to evaluate on; paths are relative to --data-dir')
+    add('--num-classes', type=positive_int, help='number of classes; default: that of the training data')
+    add('--class-map', metavar='FILE', help='file that maps class names to indices, as in timm')
+    add('--input-key', help='column or key of the image (hfds, wds, tfds), or image extensions (folders)')
+    add('--target-key', help='column or key of the label (hfds, wds, tfds)')
+    add('--dataset-download', action='store_true', help='download the data set (torch, tfds)')
+    add('--class-counts', metavar='FILE', help='training images per class, for sources without an index (wds, tfds): JSON '
+        'list, metrics.json of a run, or one number per line; default: count them in one pass')
 
 
 def training_data_group(parser: Parser) -> None:
-    """Options of what is trained on."""
+    """Options of the training set."""
     group = parser.add_argument_group('training data')
     add = group.add_argument
     add('--train-split', default='train', help='name of the training split')
-    add('--train-list', metavar='FILE', help='`path label` lines to train on')
+    add('--train-list', metavar='FILE', help='file of `path label` lines to train on')
     add('--holdout', type=positive, default=None, metavar='N',
-        help='evaluate each epoch on training images set aside per class (a number, taken before the long tail is '
-        'cut, or a fraction), keep the best epoch by class mean, and read the validation split once, at the end')
+        help='set training images of each class aside (a number, taken before --imbalance-factor, or a fraction); evaluate '
+        'each epoch on them, keep the best epoch by class mean, and use the validation split once, at the end')
 
 
 def long_tail_group(parser: Parser) -> None:
-    """Options of the profile."""
+    """Options of the class counts."""
     group = parser.add_argument_group('long tail')
     add = group.add_argument
     add('--imbalance-factor', type=number(float, 1), metavar='F',
-        help='cut a long tail into a balanced set: the smallest class gets 1/F of the largest')
-    add('--lt-type', choices=('exp', 'step'), default='exp', help='shape of the tail')
-    add('--lt-split', choices=('cao', 'first', 'random'), default='cao', help='which images stay')
-    add('--lt-seed', type=count, default=0, help='for --lt-split random')
+        help='make a balanced set long-tailed: the smallest class keeps 1/F of the images of the largest')
+    add('--lt-type', choices=('exp', 'step'), default='exp', help='class counts fall exponentially, or in one step')
+    add('--lt-split', choices=('cao', 'first', 'random'), default='cao', help='which images are kept')
+    add('--lt-seed', type=count, default=0, help='seed of --lt-split random')
     add('--shot-thresholds', type=count, nargs=2, default=[20, 100], metavar=('FEW', 'MANY'),
         help='few-shot <= FEW < medium-shot <= MANY < many-shot training images')
 
@@ -156,99 +187,107 @@ def _augmentation(parser: Parser) -> None:
     group = parser.add_argument_group('augmentation')
     add = group.add_argument
     add('--augmentation', choices=('timm', 'cifar', 'imagenet_lt'), default='timm',
-        help='timm: by the flags below; cifar: crop with padding 4 and flip; imagenet_lt: random resized crop, '
+        help='timm: by the options of this group; cifar: crop with padding 4 and flip; imagenet_lt: random resized crop, '
         'jitter 0.4, grey 0.2, blur 0.5, flip')
-    add('--no-aug', action='store_true', help='no augmentation: resize and centre crop')
-    add('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='random resized crop or its aspect-keeping kin')
-    add('--scale', type=positive, nargs=2, default=[0.08, 1.0], metavar='PCT', help='area of the random resized crop')
-    add('--ratio', type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar='RATIO', help='its aspect ratio')
+    add('--no-aug', action='store_true', help='no augmentation, only resize and centre crop')
+    add('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'),
+        help='random resized crop (rrc), or random resize that keeps the aspect ratio, then a centre (rkrc) or random (rkrr) '
+        'crop; default: rrc')
+    add('--scale', type=positive, nargs=2, default=[0.08, 1.0], metavar='PCT', help='area of the random crop')
+    add('--ratio', type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar='RATIO', help='aspect ratio of the random crop')
     add('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
     add('--vflip', type=fraction, default=0.0, help='probability of a vertical flip')
-    add('--color-jitter', type=non_negative, default=0.4, metavar='PCT', help='brightness, contrast, saturation')
-    add('--color-jitter-prob', type=fraction, metavar='P', help='probability of the jitter; default: always')
+    add('--color-jitter', type=non_negative, default=0.4, metavar='PCT',
+        help='strength of colour jitter (brightness, contrast, saturation)')
+    add('--color-jitter-prob', type=fraction, metavar='P', help='probability of colour jitter; default: 1')
     add('--grayscale-prob', type=fraction, default=0.0, metavar='P', help='probability of a grey image')
     add('--gaussian-blur-prob', type=fraction, default=0.0, metavar='P', help='probability of a blur')
-    add('--aa', metavar='NAME', help='AutoAugment policy, e.g. rand-m9-mstd0.5, v0, augmix-…')
+    add('--aa', metavar='NAME', help='AutoAugment policy, e.g. rand-m9-mstd0.5, v0, augmix-m3-w3')
     add('--train-interpolation', default='random', choices=('random', 'bilinear', 'bicubic', 'nearest', 'lanczos'),
-        help='of the training resize')
+        help='interpolation of the training resize')
 
 
 def _erasing(parser: Parser) -> None:
     group = parser.add_argument_group('random erasing')
     add = group.add_argument
     add('--reprob', type=fraction, default=0.0, metavar='P', help='probability of random erasing')
-    add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='what an erased box is filled with')
-    add('--recount', type=positive_int, default=1, help='erased boxes')
+    add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='values of an erased box')
+    add('--recount', type=positive_int, default=1, help='maximum number of erased boxes')
     add('--rearea', type=fraction, nargs=2, default=[0.02, 1 / 3], metavar=('MIN', 'MAX'),
-        help='their part of the image; 0.25 0.25 with --reaspect 1 --remode const is a Cutout of 16 in 32 pixels')
-    add('--reaspect', type=part, default=0.3, metavar='MIN', help='their aspect ratio, MIN to 1 / MIN')
+        help='area of a box as a fraction of the image; 0.25 0.25 with --reaspect 1 --remode const is Cutout (16 of 32 '
+        'pixels)')
+    add('--reaspect', type=part, default=0.3, metavar='MIN', help='aspect ratio of a box, from MIN to 1 / MIN')
 
 
 def _model(parser: Parser) -> None:
     group = parser.add_argument_group('model')
     add = group.add_argument
-    add('--model', default='resnet18', metavar='NAME', help='any timm architecture, hf-hub:… or local-dir:…')
-    add('--pretrained', action='store_true', help="start from the architecture's pretrained weights")
+    add('--model', default='resnet18', metavar='NAME', help='timm architecture, hf-hub:ORG/NAME or local-dir:FOLDER')
+    add('--pretrained', action='store_true', help='start from pretrained weights')
     add('--initial-checkpoint', metavar='FILE', help='start from these weights (.safetensors or .pth)')
-    add('--drop', type=fraction, metavar='PCT', help='drop-out before the classifier')
-    add('--drop-path', type=fraction, metavar='PCT', help='stochastic depth')
-    add('--grad-checkpointing', action='store_true', help='trade compute for memory')
+    add('--drop', type=fraction, metavar='PCT', help='dropout rate before the classifier')
+    add('--drop-path', type=fraction, metavar='PCT', help='stochastic depth rate')
+    add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
 
 
 def input_group(parser: Parser) -> None:
-    """Options of what goes into a model, and of its shape."""
+    """Options of the model input and of the model's shape."""
     group = parser.add_argument_group('model input')
     add = group.add_argument
     add('--img-size', type=positive_int, metavar='N', help="side of the input in pixels; default: the model's")
     add('--in-chans', type=int, choices=(1, 3), help="image channels, 1 or 3; default: the model's")
     add('--gp', metavar='POOL', help='global pooling: avg, max, avgmax, …')
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='more for timm.create_model')
-    add('--mean', type=finite, nargs='+', metavar='M', help="normalisation; default: the model's")
-    add('--std', type=positive, nargs='+', metavar='S', help="normalisation; default: the model's")
-    add('--interpolation', choices=('bilinear', 'bicubic', 'nearest', 'lanczos'), help='of the evaluation resize')
-    add('--crop-pct', type=positive, metavar='PCT', help='of the evaluation centre crop')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
+        help='more arguments of timm.create_model')
+    add('--mean', type=finite, nargs='+', metavar='M', help="mean of the pixels; default: the model's")
+    add('--std', type=positive, nargs='+', metavar='S', help="standard deviation of the pixels; default: the model's")
+    add('--interpolation', choices=('bilinear', 'bicubic', 'nearest', 'lanczos'),
+        help="interpolation of the evaluation resize; default: the model's")
+    add('--crop-pct', type=positive, metavar='PCT',
+        help="fraction of the image in the evaluation centre crop; default: the model's")
     add('--channels-last', action=argparse.BooleanOptionalAction, default=True,
-        help='memory layout that convolutions like')
+        help='channels-last memory layout, faster for most convolutions')
 
 
 def _views(parser: Parser) -> None:
     group = parser.add_argument_group('views')
     group.add_argument('--aug-views', choices=('both', *VIEWS), default='both',
-        help='which view of each image gets --aa and --reprob, of methods with a global and a local one')
+        help='views that --aa and --reprob change, for methods with a global and a local view')
 
 
 def _method(parser: Parser) -> None:
     group = parser.add_argument_group('method')
     add = group.add_argument
-    add('--method', default='glmc', help='row of the table of methods')
+    add('--method', default='glmc', metavar='NAME', help='training method')
     add('--resample-power', type=finite, default=0.0, metavar='Q',
-        help='q: the second image of a pair is drawn with P ∝ n^-q; 0 uniform over images, 1 over classes; '
-        'default of ce_resample and cmo: 1, of bbn: 2')
+        help='q: the second image of a pair is sampled with P ∝ n^-q; 0: uniform over images, 1: uniform over classes; '
+        'default: 0, 1 for ce_resample and cmo, 2 for bbn')
     add('--partner', choices=('sampler', 'batch'), default='sampler',
-        help='draw the second image from all (as the paper) or inside the batch (half the decoding)')
-    add('--mix-beta', type=positive, default=1.0, metavar='BETA', help='β of λ ~ Beta(β, β); default of the glmc rows: 0.2')
+        help='sample the second image of a pair from the whole set (paper) or from the batch (half the decoding)')
+    add('--mix-beta', type=positive, default=1.0, metavar='BETA',
+        help='β of λ ~ Beta(β, β); default: 1, 0.2 for the glmc methods')
     add('--mixup-prob', type=fraction, default=1.0, metavar='P',
-        help='probability that a batch is mixed; default of cmo: 0.5')
+        help='probability that a batch is mixed; default: 1, 0.5 for cmo')
     add('--mix-lambda', choices=('shared', 'per_view'), default='shared',
-        help='one λ for the global and the local view (as the paper), or one drawn for each')
+        help='one λ for both views (paper), or one for each view')
     add('--cutmix-lambda', choices=('nominal', 'area'), default='nominal',
-        help='label weight of a patch: λ, as the released code, or its pixels, clipped at the border; default of cutmix, '
-        'cmo and the glmc rows: area')
+        help='label weight of a patch: λ (released code), or its area after clipping at the border; default: nominal, area '
+        'for cutmix, cmo and the glmc methods')
     add('--reweight-power', type=finite, default=1.0, metavar='K', help='k: class weights ∝ n^-k')
     add('--consistency-weight', type=non_negative, default=1.0, metavar='GAMMA', help='γ of the consistency loss')
     add('--alpha-power', type=positive, default=2.0, metavar='P',
-        help='α = 1 - (T/T_max)^P; 2 in the paper, the larger, the longer the conventional classifier leads')
+        help='P of α = 1 - (T/T_max)^P; a larger P favours the conventional classifier for longer (paper: 2)')
     add('--alpha-scope', choices=('losses', 'encoder'), default='losses',
-        help='what α moves from the conventional to the rebalanced classifier: the weight of their losses, as the paper, or '
-        'only of what reaches the encoder, so that both learn in full all along, L_cb as a weighted mean; default of glmc: '
-        'encoder')
-    add('--projection-dim', type=positive_int, default=256, metavar='D', help='width d of projection and prediction')
-    add('--joint-forward', action='store_true', help='encode both views as one batch; BatchNorm sees them together')
-    add('--balanced', action='store_true', help='balanced data: no rebalanced classifier, L = L_c + γ·L_sim')
+        help='whether α weights the losses (paper) or only the gradients into the encoder, so that both classifiers learn at '
+        'full weight throughout; default: losses, encoder for glmc, glmc_cosine and glmc_no_consistency')
+    add('--projection-dim', type=positive_int, default=256, metavar='D', help='dimension d of projection and prediction')
+    add('--joint-forward', action='store_true', help='encode both views as one batch, with common BatchNorm statistics')
+    add('--balanced', action='store_true', help='for balanced data: no rebalanced classifier, L = L_c + γ·L_sim')
     add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')
     add('--effective-beta', type=below_one, default=0.9999, metavar='BETA',
         help='β of the effective number of images, (1 - β^n) / (1 - β)')
-    add('--drw-start', type=fraction, default=0.8, metavar='PART', help='part of the epochs before deferred re-weighting')
+    add('--drw-start', type=fraction, default=0.8, metavar='PART',
+        help='fraction of the epochs before deferred re-weighting starts')
     add('--adjustment-tau', type=finite, default=1.0, metavar='TAU', help='τ of logit adjustment')
     add('--ldam-margin', type=positive, default=0.5, metavar='M', help='margin of the smallest class')
     add('--cosine-scale', type=positive, default=30.0, metavar='S', help='scale of the cosine classifier')
@@ -258,107 +297,116 @@ def _optimizer(parser: Parser) -> None:
     group = parser.add_argument_group('optimizer')
     add = group.add_argument
     add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per process and step')
-    add('--grad-accum-steps', type=positive_int, default=1, metavar='N', help='steps per update')
-    add('--opt', default='momentum', metavar='NAME', help="any timm optimizer; momentum is SGD as published, sgd Nesterov's")
+    add('--grad-accum-steps', type=positive_int, default=1, metavar='N', help='steps per optimizer update')
+    add('--opt', default='momentum', metavar='NAME',
+        help='timm optimizer; momentum: SGD as published, sgd: with Nesterov momentum')
     add('--lr', type=positive, help='learning rate; default: --lr-base scaled by the global batch')
-    add('--lr-base', type=positive, default=0.2, help='learning rate for --lr-base-size images an update')
-    add('--lr-base-size', type=positive_int, default=256, help='see --lr-base')
-    add('--lr-base-scale', choices=('linear', 'sqrt'), help='default: sqrt for adaptive optimizers, else linear')
-    add('--weight-decay', type=non_negative, default=5e-4, help='on every parameter, as the published recipes')
-    add('--filter-bias-and-bn', action='store_true', help="no weight decay on biases and norms, timm's own habit")
-    add('--momentum', type=fraction, default=0.9, metavar='M', help='of SGD')
-    add('--opt-eps', type=positive, metavar='EPS', help='optimizer epsilon')
-    add('--opt-betas', type=fraction, nargs='+', metavar='BETA', help='optimizer betas')
-    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='more for the optimizer')
-    add('--layer-decay', type=fraction, help='learning rate decay from the head down to the stem')
+    add('--lr-base', type=positive, default=0.2, help='learning rate for --lr-base-size images per update')
+    add('--lr-base-size', type=positive_int, default=256, help='images per update that --lr-base is for')
+    add('--lr-base-scale', choices=('linear', 'sqrt'),
+        help='scaling of --lr-base with the batch; default: sqrt for adaptive optimizers, else linear')
+    add('--weight-decay', type=non_negative, default=5e-4, help='weight decay of every parameter')
+    add('--filter-bias-and-bn', action='store_true', help='no weight decay of biases and norms, as in timm')
+    add('--momentum', type=fraction, default=0.9, metavar='M', help='momentum of SGD')
+    add('--opt-eps', type=positive, metavar='EPS', help="epsilon of the optimizer; default: the optimizer's")
+    add('--opt-betas', type=fraction, nargs='+', metavar='BETA', help="betas of the optimizer; default: the optimizer's")
+    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='more arguments of the optimizer')
+    add('--layer-decay', type=fraction, help='learning rate decay per layer, from the classifier to the stem')
     add('--sam-rho', type=non_negative, default=0.0, metavar='RHO',
-        help='ρ of sharpness-aware minimisation, usually 0.05; 0 is without; a step takes two passes')
-    add('--clip-grad', type=positive, metavar='NORM', help='clip gradients')
-    add('--clip-mode', choices=('norm', 'value', 'agc'), default='norm', help='how')
+        help='ρ of sharpness-aware minimisation, usually 0.05; 0: off; a step takes two passes')
+    add('--clip-grad', type=positive, metavar='NORM', help='limit of gradient clipping')
+    add('--clip-mode', choices=('norm', 'value', 'agc'), default='norm', help='kind of gradient clipping')
 
 
 def _schedule(parser: Parser) -> None:
     group = parser.add_argument_group('schedule')
     add = group.add_argument
-    add('--epochs', type=positive_int, default=60, metavar='N', help='T_max')
+    add('--epochs', type=positive_int, default=60, metavar='N', help='number of epochs, T_max')
     add('--sched', default='cosine', metavar='NAME',
         choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none'),
         help='learning rate schedule')
-    add('--sched-on-updates', action='store_true', help='step it per update instead of per epoch')
-    add('--warmup-epochs', type=count, default=0, metavar='N', help='linear warm-up')
-    add('--warmup-lr', type=non_negative, default=1e-5, help='where the warm-up starts')
-    add('--warmup-prefix', action='store_true', help='the warm-up comes before the schedule instead of inside it')
-    add('--min-lr', type=non_negative, default=0.0, help='where the schedule ends')
-    add('--decay-epochs', type=positive, help='of step')
-    add('--decay-milestones', type=positive_int, nargs='+', default=[90, 180, 270], help='of multistep')
-    add('--decay-rate', type=positive, default=0.1, help='of step and multistep; power of poly')
+    add('--sched-on-updates', action='store_true', help='change the learning rate after each update instead of each epoch')
+    add('--warmup-epochs', type=count, default=0, metavar='N', help='epochs of linear warm-up')
+    add('--warmup-lr', type=non_negative, default=1e-5, help='learning rate at the start of the warm-up')
+    add('--warmup-prefix', action='store_true', help='add the warm-up before the schedule instead of inside it')
+    add('--min-lr', type=non_negative, default=0.0, help='learning rate at the end of the schedule')
+    add('--decay-epochs', type=positive, metavar='N',
+        help='epochs between the drops of step (default: 90), or of the decay phase of wsd and rsqrt')
+    add('--decay-milestones', type=positive_int, nargs='+', default=[90, 180, 270], metavar='N',
+        help='epochs at which multistep drops the learning rate')
+    add('--decay-rate', type=positive, default=0.1, help='factor of step and multistep; power of poly')
 
 
 def _running(parser: Parser) -> None:
     group = parser.add_argument_group('running')
     add = group.add_argument
-    add('--amp', action='store_true', help='mixed precision in float16, or in --amp-dtype')
-    add('--amp-dtype', choices=('float16', 'bfloat16'), help='mixed precision; default: as the launcher says')
-    add('--model-ema', action='store_true', help='keep, evaluate and export a moving average of the weights')
-    add('--model-ema-decay', type=fraction, default=0.9998, help='its decay')
-    add('--model-ema-warmup', action='store_true', help='a decay that grows to that')
+    precision_options(group, "the launcher's")
+    add('--model-ema', action='store_true', help='evaluate and export a moving average of the weights')
+    add('--model-ema-decay', type=fraction, default=0.9998, help='decay of the moving average')
+    add('--model-ema-warmup', action='store_true', help='let the decay grow to its value')
     add('--swa-start', type=fraction, metavar='PART',
-        help='keep, evaluate and export the plain mean of the weights after each update from this part of the epochs on '
-        '(SWA), e.g. 0.6')
-    add('--sync-bn', action='store_true', help='BatchNorm over all processes (GPU)')
+        help='evaluate and export the mean of the weights after each update from this fraction of the epochs on (SWA), '
+        'e.g. 0.6')
+    add('--sync-bn', action='store_true', help='BatchNorm statistics over all processes (GPU only)')
     add('--dist-bn', choices=('reduce', 'broadcast'), default='reduce',
-        help='make BatchNorm statistics of all processes equal before evaluation: mean, or those of the first')
+        help='make BatchNorm statistics equal in all processes before evaluation: their mean, or those of the first')
     add('--on-bad-image', choices=('stop', 'skip'), default='stop',
-        help='an image that cannot be decoded: stop and name it, or train on the next of its class instead and leave it out '
-        'of the evaluation; python -m glmc.data.check finds them beforehand')
+        help='an image that cannot be decoded: stop and name it, or replace it by another of its class in training and '
+        'exclude it from evaluation; python -m glmc.data.check finds such images')
     add('-j', '--workers', type=count, default=2, metavar='N', help='loader processes per process')
     add('--resident', choices=('auto', 'on', 'off'), default='auto',
-        help='keep the images on the device and crop and flip there; auto: cifar augmentation, up to 1 GiB')
+        help='keep the images on the device, crop and flip there; auto: with cifar augmentation, up to 1 GiB')
     add('--torchcompile', nargs='?', const='default', choices=('default', 'reduce-overhead', 'max-autotune'),
-        metavar='MODE', help='compile the step: mixing, forward passes and losses in one graph')
+        metavar='MODE', help='compile mixing, forward passes and losses as one graph')
     add('--max-skipped-steps', type=count, default=10, metavar='N',
-        help='updates of an epoch that may be skipped for a loss or gradient that is not finite, before the run stops')
-    add('--seed', type=count, default=42, help='of everything random')
+        help='updates per epoch that may be skipped because of a non-finite loss or gradient before the run stops')
+    add('--seed', type=count, default=42, help='seed of all random numbers')
 
 
 def _output(parser: Parser) -> None:
     group = parser.add_argument_group('output')
     add = group.add_argument
     add('--output', default='output', metavar='DIR', help='parent folder of all runs')
-    add('--experiment', metavar='NAME', help='folder of this run; default: data-model-method, numbered')
-    add('--resume', metavar='PATH', help='`auto` for the newest checkpoint of the experiment, or a checkpoint')
-    add('--val-interval', type=positive_int, default=1, metavar='N', help='epochs between evaluations; the last is one')
+    add('--experiment', metavar='NAME', help='folder of this run; default: DATA-MODEL-METHOD, numbered')
+    add('--resume', metavar='PATH', help='checkpoint to continue from, or auto: the newest of --experiment')
+    add('--val-interval', type=positive_int, default=1, metavar='N',
+        help='epochs between evaluations; the last epoch is always evaluated')
     add('--checkpoint-interval', type=interval, default='30m', metavar='N|Nm',
-        help='steps (500) or minutes (10m) between checkpoints inside an epoch; there is one after each epoch in any case')
-    add('--checkpoint-hist', type=positive_int, default=3, metavar='N', help='checkpoints to keep, the best aside')
+        help='steps (500) or minutes (10m) between checkpoints inside an epoch; each epoch ends with one')
+    add('--checkpoint-hist', type=positive_int, default=3, metavar='N',
+        help='number of checkpoints to keep, besides the best')
     add('--log-interval', type=positive_int, default=50, metavar='N', help='steps between log lines')
-    add('--debug', action='store_true', help='show a traceback where an error is one line otherwise')
+    add('--debug', action='store_true', help='show the traceback of an error')
 
 
 def share_group(parser: Parser) -> None:
-    """Options of what is shown and shared at the end of a run."""
+    """Options of the report, the trackers and the Hub."""
     group = parser.add_argument_group('report and sharing')
     add = group.add_argument
-    add('--report', action=argparse.BooleanOptionalAction, default=True, help='write report.html and plots at the end')
-    add('--report-to', type=trackers, metavar='NAMES', help=f"log to these as well, commas between: {', '.join(TRACKERS)}")
+    add('--report', action=argparse.BooleanOptionalAction, default=True,
+        help='write report.html and plots at the end of the run')
+    add('--report-to', type=trackers, metavar='NAMES',
+        help=f"also log to these trackers, separated by commas: {', '.join(TRACKERS)}")
     hub_options(group)
 
 
 def hub_options(group) -> None:
     """Options of uploading an export."""
     add = group.add_argument
-    add('--push-to-hub', type=repo_id, metavar='ORG/NAME', help='upload the export at the end; token from HF_TOKEN or login')
-    add('--hub-private', action='store_true', help='where the repository is new, make it private')
+    add('--push-to-hub', type=repo_id, metavar='ORG/NAME',
+        help='upload the export at the end; the token is that of HF_TOKEN or of a login')
+    add('--hub-private', action='store_true', help='create a new repository as private')
     add('--hub-revision', metavar='NAME', help='branch to upload to')
-    add('--hub-license', default='unknown', metavar='ID', help="licence on the model card, e.g. apache-2.0: yours to choose")
+    add('--hub-license', default='unknown', metavar='ID', help='licence on the model card, e.g. apache-2.0')
 
 
-GROUPS = {  # options of train_glmc.py in pipeline order: title of the argument group -> what adds it
+GROUPS = {  # title of an argument group -> function that adds it, in pipeline order
     'data': data_group, 'training data': training_data_group, 'long tail': long_tail_group, 'augmentation': _augmentation,
     'random erasing': _erasing, 'views': _views, 'model': _model, 'model input': input_group, 'method': _method,
     'optimizer': _optimizer, 'schedule': _schedule, 'running': _running, 'output': _output,
     'report and sharing': share_group, 'stage 2': stage2_group}
 DATA = ('data', 'training data', 'long tail')
+SAME_TRAINING = ('data', 'output', 'report and sharing', 'stage 2')  # groups that do not change what is trained
 
 
 def add_groups(parser: Parser, *titles: str) -> None:
@@ -368,14 +416,186 @@ def add_groups(parser: Parser, *titles: str) -> None:
 
 
 @lru_cache
-def names(*titles: str) -> tuple[str, ...]:
-    """Names of the options in these argument groups."""
+def _actions(*titles: str) -> tuple[argparse.Action, ...]:
     parser = Parser(add_help=False)
     add_groups(parser, *titles)
-    return tuple(action.dest for action in parser._actions)
+    return tuple(parser._actions)
+
+
+def names(*titles: str) -> tuple[str, ...]:
+    """Return the names of the options in these argument groups."""
+    return tuple(action.dest for action in _actions(*titles))
+
+
+NOT_TRAINING = frozenset((  # options that say where the data is and how it is computed, but not what is trained
+    *names(*SAME_TRAINING), 'config', 'train_list', 'workers', 'resident', 'channels_last', 'torchcompile',
+    'grad_checkpointing', 'seed'))
 
 
 def augmentation_options(args: Options) -> dict:
-    """Options of `transforms.view_transform`, which has two of them under the names of `timm.data.create_transform`."""
+    """Return the arguments of `transforms.view_transform`; two have the names of `timm.data.create_transform`."""
     options = pick(args, names('augmentation'))
     return {'auto_augment': options.pop('aa'), 'interpolation': options.pop('train_interpolation'), **options}
+
+
+# --- options that need others, and options that exclude each other ---
+
+
+class Need(NamedTuple):
+    """Condition under which options have an effect.
+
+    Attributes:
+        options: Names of the options.
+        otherwise: Text after 'has no effect', for options whose condition is not met.
+        is_met: Options and facts of the run -> whether the options have an effect.
+    """
+    options: tuple[str, ...]
+    otherwise: str
+    is_met: Callable[[Options], object]
+
+
+class Conflict(NamedTuple):
+    """Combination of options that is refused.
+
+    Attributes:
+        option: Name of the option that the error names.
+        text: Error text after the option and its value; may contain {NAME} of other options.
+        applies: Options and facts of the run -> whether the combination is present.
+    """
+    option: str
+    text: str
+    applies: Callable[[Options], object]
+
+
+def _source(options: Options, *prefixes: str) -> bool:
+    """Whether a data set with one of these prefixes is read; without prefixes, whether any source besides lists is."""
+    reads = bool(options.dataset or options.data_dir) and not (options.val_list and getattr(options, 'train_list', True))
+    return reads and (not prefixes or options.dataset.lower().startswith(tuple(f'{prefix}/' for prefix in prefixes)))
+
+
+def _iterable(options: Options) -> bool:
+    """Whether the training set has no index."""
+    return not options.train_list and _source(options, 'wds', 'tfds', 'hfids')
+
+
+def _optimizer_has(options: Options, argument: str) -> bool:
+    """Whether timm's optimizer has `momentum`, `eps` or `betas`; an unknown optimizer is an error elsewhere."""
+    try:
+        return getattr(get_optimizer_info(options.opt.lower().split('_')[-1]), f'has_{argument}')
+    except ValueError:
+        return True
+
+
+def _has_policy(options: Options) -> bool:
+    return bool(options.aa) and not options.no_aug
+
+
+NEEDS = (
+    Need(('val_split',), 'with --val-list', lambda o: not o.val_list),
+    Need(('train_split',), 'with --train-list', lambda o: not o.train_list),
+    Need(('dataset', 'class_map', 'input_key', 'target_key', 'dataset_download'),
+         'if all images are those of lists or of the embedded digits', _source),
+    Need(('class_map',), 'with a torch/ data set', lambda o: not _source(o, 'torch')),
+    Need(('dataset_download',), 'without a torch/, tfds/ or hfids/ data set', lambda o: _source(o, 'torch', 'tfds', 'hfids')),
+    Need(('lt_type', 'lt_split', 'lt_seed'), 'without --imbalance-factor', lambda o: o.imbalance_factor is not None),
+    Need(('lt_seed',), 'without --lt-split random', lambda o: o.lt_split == 'random'),
+    Need(('augmentation', *(name for name in names('augmentation') if name not in ('no_aug', 'train_interpolation'))),
+         'with --no-aug', lambda o: not o.no_aug),
+    Need(('vflip', 'train_crop_mode'), 'with --augmentation cifar', lambda o: o.augmentation != 'cifar'),
+    Need(('scale', 'ratio', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob'),
+         'without --augmentation timm', lambda o: o.augmentation == 'timm'),
+    Need(('color_jitter', 'color_jitter_prob'), 'with --aa, unless the policy has 3a in its name',
+         lambda o: not o.aa or '3a' in o.aa),
+    Need(('color_jitter_prob',), 'with --color-jitter 0', lambda o: o.color_jitter),
+    Need(('train_interpolation',), 'with --augmentation imagenet_lt', lambda o: o.augmentation != 'imagenet_lt'),
+    Need(('train_interpolation',), 'with --augmentation cifar without --aa',
+         lambda o: o.augmentation != 'cifar' or o.no_aug or o.aa),
+    Need(('remode', 'recount', 'rearea', 'reaspect'), 'without --reprob', lambda o: o.reprob),
+    Need(('aug_views',), 'without --aa or --reprob', lambda o: _has_policy(o) or o.reprob),
+    Need(('resample_power',), 'with --partner batch', lambda o: o.partner == 'sampler'),
+    Need(('reweight_power', 'alpha_power', 'alpha_scope'), 'with --balanced', lambda o: not o.balanced),
+    Need(('lr_base', 'lr_base_size', 'lr_base_scale'), 'with --lr', lambda o: o.lr is None),
+    Need(('filter_bias_and_bn',), 'with --weight-decay 0', lambda o: o.weight_decay),
+    Need(('momentum',), 'with an optimizer without momentum', lambda o: _optimizer_has(o, 'momentum')),
+    Need(('opt_eps',), 'with an optimizer without epsilon', lambda o: _optimizer_has(o, 'eps')),
+    Need(('opt_betas',), 'with an optimizer without betas', lambda o: _optimizer_has(o, 'betas')),
+    Need(('clip_mode',), 'without --clip-grad', lambda o: o.clip_grad),
+    Need(('warmup_lr', 'warmup_prefix'), 'without --warmup-epochs', lambda o: o.warmup_epochs),
+    Need(('warmup_epochs',), 'with --sched none', lambda o: o.sched != 'none' or o.warmup_prefix),
+    Need(('warmup_lr', 'sched_on_updates'), 'with --sched none', lambda o: o.sched != 'none'),
+    Need(('min_lr',), 'without --sched cosine, tanh, poly, wsd or rsqrt',
+         lambda o: o.sched in ('cosine', 'tanh', 'poly', 'wsd', 'rsqrt')),
+    Need(('decay_epochs',), 'without --sched step, wsd or rsqrt', lambda o: o.sched in ('step', 'wsd', 'rsqrt')),
+    Need(('decay_milestones',), 'without --sched multistep', lambda o: o.sched == 'multistep'),
+    Need(('decay_rate',), 'without --sched step, multistep or poly', lambda o: o.sched in ('step', 'multistep', 'poly')),
+    Need(('amp',), 'with --amp-dtype', lambda o: not o.amp_dtype),
+    Need(('model_ema_decay', 'model_ema_warmup'), 'without --model-ema', lambda o: o.model_ema),
+    Need(('sync_bn', 'dist_bn'), 'with one process', lambda o: o.processes > 1),
+    Need(('hub_private', 'hub_revision'), 'without --push-to-hub', lambda o: o.push_to_hub),
+    Need(('feature_views', 'stage2_holdout', 'stage2_kwargs', 'feature_cache'), 'without --stage2', lambda o: o.stage2),
+)
+TRAIN_NEEDS = (
+    *NEEDS,
+    Need(('class_counts',), 'with a data set that has an index', _iterable),
+    Need(('on_bad_image',), 'with a data set without an index', lambda o: not _iterable(o)),
+)
+FINETUNE_NEEDS = (
+    *NEEDS,
+    Need(names('augmentation'), 'with --feature-views 0', lambda o: o.feature_views),
+)
+CONFLICTS = (
+    Conflict('sam_rho', 'an update is one batch, expected --grad-accum-steps 1, found {grad_accum_steps}',
+             lambda o: o.sam_rho and o.grad_accum_steps > 1),
+    Conflict('sam_rho', 'not with the loss scaling of float16, expected --amp-dtype bfloat16 or no mixed precision',
+             lambda o: o.sam_rho and o.precision == 'fp16'),
+    Conflict('swa_start', 'one average of the weights at a time, expected no --model-ema',
+             lambda o: o.swa_start is not None and o.model_ema),
+    Conflict('torchcompile', 'CUDA graphs cannot accumulate gradients, expected --grad-accum-steps 1, found '
+             '{grad_accum_steps}', lambda o: o.torchcompile in ('reduce-overhead', 'max-autotune') and o.grad_accum_steps > 1),
+    Conflict('sync_bn', 'needs a GPU per process, found {processes} processes on CPUs; expected no --sync-bn',
+             lambda o: o.sync_bn and o.processes > 1 and o.device == 'cpu'),
+)
+
+
+def unused_options(options: Options, explicit: Iterable[str], needs: Iterable[Need], **facts) -> list[str]:
+    """Return one warning for each option that the user set and that has no effect.
+
+    With a YAML file, options at their default are skipped: args.yaml of a run contains every option.
+
+    Args:
+        options: Parsed options.
+        explicit: Names of the options that the user set.
+        needs: Rows of a table; the first unmet row of an option gives its warning.
+        **facts: Facts of the run that conditions refer to: `processes`.
+    """
+    defaults = {action.dest: action.default for action in _actions(*GROUPS)} if options.config else {}
+    changed = {name for name in explicit if name not in defaults or getattr(options, name) != defaults[name]}
+    reasons, known = {}, Options(**vars(options), **facts)
+    for need in needs:
+        for name in changed & set(need.options) - reasons.keys():
+            if not need.is_met(known):
+                reasons[name] = need.otherwise
+    return [f'{flag(name)} has no effect {reason}' for name, reason in sorted(reasons.items())]
+
+
+def refuse_conflicts(options: Options, **facts) -> None:
+    """Refuse the combinations of CONFLICTS.
+
+    Args:
+        options: Parsed options.
+        **facts: Facts of the run that conditions refer to: `processes`, `device`, `precision` (Accelerate's name).
+
+    Raises:
+        InputError: For the first combination that is present.
+    """
+    known = Options(**vars(options), **facts)
+    for option, text, applies in CONFLICTS:
+        if applies(known):
+            value = getattr(options, option)
+            shown = '' if value is True else f' {value:g}' if isinstance(value, float) else f' {value}'
+            raise InputError(f'{flag(option)}{shown}: {text.format(**vars(known))}')
+
+
+def flag(name: str) -> str:
+    """Return the flag of an option."""
+    return f"--{name.replace('_', '-')}"

@@ -1,13 +1,13 @@
-"""What can end a run with one line instead of a traceback."""
+"""Errors that end a run with one line instead of a traceback."""
 
 
 def first_line(error: Exception) -> str:
-    """First line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class InputError(ValueError):
-    """Wrong input: one line that names the flag or file, what was found and what is expected."""
+    """Wrong input: one line that names the flag or file, the value found and the value expected."""
 
 
 class ImageError(InputError):
@@ -15,4 +15,4 @@ class ImageError(InputError):
 
 
 class RunError(Exception):
-    """What ends a run that began well: one line, exit code 1."""
+    """An error after the run has started: one line, exit code 1."""
