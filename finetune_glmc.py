@@ -10,18 +10,28 @@ import logging
 import sys
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from glmc.cli import Options, parse_args, pick, run_script
-from glmc.config import DATA, DEMONSTRATION, augmentation_options, finetune_parser, names
+from glmc.config import (
+    DATA,
+    DEMONSTRATION,
+    FINETUNE_NEEDS,
+    augmentation_options,
+    finetune_parser,
+    flag,
+    names,
+    unused_options,
+)
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
 from glmc.export.hub import try_push, warn_without_token
-from glmc.export.load import TrainedModel, load_trained
+from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
 from glmc.report.report import write_comparison
 from glmc.run_folder import open_run_folder
 from glmc.stage2.finetune import CHOICE, OPTIONS, check_stage2, run_stage2
 from glmc.stage2.tables import TABLE, Trained, chosen, table, write_table
 from glmc.training.launch import create_accelerator, device_name, is_main_process
-from validate_glmc import trained_precision, training_counts
 
 _logger = logging.getLogger('glmc.finetune')
 
@@ -36,20 +46,24 @@ def main() -> None:
     jobs = {name: prepare(args, explicit, trained, accelerator) for name, trained in models.items()}
     check_push(args)
     folder = open_run_folder(args.output, args.experiment, f'stage2-{first.architecture}', resume=False)
-    places = {name: folder / f'{number}-{Path(name).name}' if len(jobs) > 1 else folder
-              for number, name in enumerate(jobs, 1)}
-    runs = {name: run_stage2(places[name], args.stage2, accelerator=accelerator, **job) for name, job in jobs.items()}
+    folders = {name: folder / f'{number}-{Path(name).name}' if len(jobs) > 1 else folder
+               for number, name in enumerate(jobs, 1)}
+    runs = {name: run_stage2(folders[name], args.stage2, accelerator=accelerator, **job) for name, job in jobs.items()}
     if accelerator.is_main_process:
-        leave(args, folder, places, runs)
+        finish(args, folder, folders, runs)
 
 
-def prepare(args: Options, explicit: set[str], trained: TrainedModel, accelerator) -> dict:
-    """What `run_stage2` takes for one model; whatever is wrong is said before any work."""
-    args = Options(**vars(args))
-    args.model = trained.name
-    follow_stage1(args, explicit, trained)
-    counts = training_counts(args, trained)
-    data = open_data(args, trained)
+def prepare(args: Options, explicit: set[str], trained: TrainedModel, accelerator: Accelerator) -> dict:
+    """Return the arguments of `run_stage2` for one model.
+
+    Raises:
+        InputError: For wrong input, before any training.
+    """
+    args = follow_stage1(args, explicit, trained)
+    for warning in unused_options(args, explicit, FINETUNE_NEEDS):
+        _logger.warning(warning)
+    counts = training_counts(trained, args.class_counts)
+    data = load_data(args, trained)
     check_stage2(args.stage2, model=trained.model, data=data, conventional=trained.conventional, **pick(args, CHOICE))
     args.feature_cache = args.feature_cache or Path(args.output) / 'features'
     return dict(
@@ -59,27 +73,28 @@ def prepare(args: Options, explicit: set[str], trained: TrainedModel, accelerato
         **pick(args, OPTIONS))
 
 
-def follow_stage1(args: Options, explicit: set[str], trained: TrainedModel) -> None:
-    """Take what the user did not say from stage 1, or, without any data, from the demonstration."""
+def follow_stage1(args: Options, explicit: set[str], trained: TrainedModel) -> Options:
+    """Return the options for one model, with those of its training where the user set none.
+
+    Without data, the options of the demonstration come first.
+    """
     recipe, profile = trained.facts.get('recipe', {}), trained.facts.get('profile', {})
-    known = {**pick_known(recipe, ('augmentation', 'imbalance_factor')), **pick_known(profile, ('shot_thresholds',))}
+    known = {name: source[name] for source, options in ((recipe, ('augmentation', 'imbalance_factor')),
+                                                        (profile, ('shot_thresholds',)))
+             for name in options if source.get(name) is not None}
     if not (args.data_dir or args.dataset or args.train_list):
         known = {**DEMONSTRATION, **known}
+    known = {name: value for name, value in known.items() if name not in explicit and name in vars(args)}
     for name, value in known.items():
-        if name not in explicit and name in vars(args):
-            setattr(args, name, value)
-            _logger.info(f"--{name.replace('_', '-')} {value}, as stage 1")
+        _logger.info(f'{flag(name)} {value}, as in stage 1')
+    return Options(**{**vars(args), **known, 'model': trained.name})
 
 
-def pick_known(facts: dict, names: tuple[str, ...]) -> dict:
-    return {name: facts[name] for name in names if facts.get(name) is not None}
-
-
-def open_data(args: Options, trained: TrainedModel) -> TrainingData:
-    """The sets that the options name, labelled as the model was trained.
+def load_data(args: Options, trained: TrainedModel) -> TrainingData:
+    """Load the sets of the data options, labelled as the model was trained.
 
     Raises:
-        InputError: If they are of other classes.
+        InputError: If their classes are not those of the model.
     """
     data = load_training_data(**pick(args, (*names(*DATA), 'seed', 'batch_size')))
     if len(data.class_names) != trained.num_classes:
@@ -97,7 +112,7 @@ def open_data(args: Options, trained: TrainedModel) -> TrainingData:
 
 
 def check_push(args: Options) -> None:
-    """One classifier can be pushed: the only one, or the one chosen on held-out images."""
+    """Refuse `--push-to-hub` unless one classifier is trained, or one is chosen on held-out images."""
     if not args.push_to_hub:
         return
     warn_without_token()
@@ -107,8 +122,8 @@ def check_push(args: Options) -> None:
                          '--stage2-holdout to choose one')
 
 
-def describe(args: Options, trained: TrainedModel, data: TrainingData, accelerator) -> dict:
-    """What metrics.json says beside the metrics."""
+def describe(args: Options, trained: TrainedModel, data: TrainingData, accelerator: Accelerator) -> dict:
+    """Return the entries of metrics.json besides the metrics."""
     return {
         'model': trained.architecture, 'weights': args.model, 'method': trained.facts.get('method') or 'unknown',
         'data': args.train_list or args.dataset or args.data_dir or 'digits', 'num_classes': trained.num_classes,
@@ -121,15 +136,15 @@ def describe(args: Options, trained: TrainedModel, data: TrainingData, accelerat
 
 
 def export_options(args: Options, trained: TrainedModel, data: TrainingData) -> dict:
-    """What `export_model` writes beside the weights."""
+    """Return the arguments of `export_model` besides the weights."""
     source = {'profile': data.profile.as_dict(), **trained.facts}
     if args.hub_license != 'unknown':
         source['license'] = args.hub_license
     return dict(data_config=trained.data_config, class_names=list(map(str, data.class_names)), source=source)
 
 
-def leave(args: Options, folder: Path, places: dict[str, Path], runs: dict[str, list[Trained]]) -> None:
-    """Say where everything is, with the mean of several models; push the chosen one of a single model."""
+def finish(args: Options, folder: Path, folders: dict[str, Path], runs: dict[str, list[Trained]]) -> None:
+    """Print where the results are, with the means of several models; write reports; push the chosen classifier."""
     if len(runs) > 1:
         write_table(folder / TABLE, runs)
         print(f'\nMean of {len(runs)} models:\n{table(list(runs.values()))}')
@@ -137,18 +152,18 @@ def leave(args: Options, folder: Path, places: dict[str, Path], runs: dict[str, 
     print(f'Written to {folder}: {TABLE}, and NAME/export of {names}', flush=True)
     if args.report:
         for name, results in runs.items():
-            try_compare(places[name], Path(name), results)
+            try_compare(folders[name], Path(name), results)
     if args.push_to_hub:
-        (place,), (results,) = places.values(), runs.values()
-        try_push(place / chosen(results).name / 'export', args.push_to_hub, args.hub_private, args.hub_revision)
+        (result_folder,), (results,) = folders.values(), runs.values()
+        try_push(result_folder / chosen(results).name / 'export', args.push_to_hub, args.hub_private, args.hub_revision)
 
 
 def try_compare(folder: Path, stage1: Path, results: list[Trained]) -> None:
-    """Both stages in one report; if that fails, the results stand."""
-    before = [stage1] if any((stage1 / place / 'metrics.json').is_file() for place in ('.', 'export')) else []
+    """Write one report of both stages; a failure is only a warning."""
+    before = [stage1] if any((stage1 / name / 'metrics.json').is_file() for name in ('.', 'export')) else []
     try:
         write_comparison(folder, [*before, *(folder / result.name for result in results[1:])])
-    except Exception as error:  # an odd metrics.json of stage 1, a full disk
+    except Exception as error:  # e.g. a malformed metrics.json of stage 1, or a full disk
         _logger.warning(f'No report: {type(error).__name__}: {error}')
 
 

@@ -6,24 +6,33 @@
     python validate_glmc.py --model resnet50 --class-counts counts.json --dataset torch/imagenet --data-dir data
     python validate_glmc.py --compare output/RUN-A output/RUN-B
 """
-import argparse
 import json
 import logging
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from timm.data import IterableImageDataset
 from torch import Tensor, nn
 
 from glmc.cli import Options, Parser, number, parse_args, pick, run_script
-from glmc.config import add_groups, count, names, positive_int
+from glmc.config import (
+    COMMON,
+    NEEDS,
+    Need,
+    add_config,
+    add_groups,
+    count,
+    job_options,
+    names,
+    unused_options,
+)
 from glmc.data.loaders import create_eval_loader
 from glmc.data.profiles import long_tail_indices
-from glmc.data.sources import load_evaluation_data, read_class_counts
+from glmc.data.sources import load_evaluation_data
 from glmc.errors import InputError
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.evaluation.priors import (
@@ -33,23 +42,29 @@ from glmc.evaluation.priors import (
     prior_shift,
     ranked_counts,
     read_prior,
+    resolve_prior,
     target_prior,
 )
 from glmc.evaluation.text import detail_table, shot_table
-from glmc.export.load import TrainedModel, load_trained
+from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
 from glmc.report.report import ReportInputs, classifier_norms, try_report, write_comparison
 from glmc.run_folder import open_run_folder, provenance, write_tables
 from glmc.training.engine import evaluate
 from glmc.training.launch import create_accelerator, is_main_process, setup_logging
 
 _logger = logging.getLogger('glmc.validate')
-PRECISIONS = {'bf16': 'bfloat16', 'fp16': 'float16'}
-HELP = {  # of options that train_glmc.py has, too, where they say something else here
+HELP = {  # help of options that train_glmc.py has with another meaning
     'class_counts': "training images per class, which decide the shot groups: JSON list, metrics.json of a run, or one "
-    "number a line; default: the export's",
-    'num_classes': "classes of an architecture of timm; default: of its pretrained weights",
+    "number per line; default: the export's",
+    'num_classes': 'classes of a timm architecture; default: those of its pretrained weights',
 }
 DATA_CONFIG = ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')
+SHARED = ('data', 'model input')  # argument groups of train_glmc.py
+VALIDATE_NEEDS = (
+    Need(('source_prior',), 'without --target-prior', lambda o: o.target_prior),
+    Need(('target_imbalance',), 'without forward or backward in --target-prior or --test-distribution',
+         lambda o: {o.target_prior, o.test_distribution} & {'forward', 'backward'}),
+    *NEEDS)
 
 
 def main() -> None:
@@ -61,47 +76,45 @@ def main() -> None:
 
 
 def validate(args: Options, explicit: set[str]) -> None:
+    """Evaluate one model and write its results."""
     trained = load_trained(
         args.model, checkpoint=args.checkpoint, data_options=pick(args, DATA_CONFIG), num_classes=args.num_classes,
         img_size=args.img_size, in_chans=args.in_chans, global_pool=args.gp, **args.model_kwargs)
     folder = results_folder(args, f'validate-{trained.architecture}')
-    counts = training_counts(args, trained)
+    counts = training_counts(trained, args.class_counts)
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
-    warn_of_unused(explicit, unused_options(args))
+    warn_unused(args, explicit, VALIDATE_NEEDS)
     images = choose_images(args, trained, counts)
-    prior = choose_prior(args, trained, counts, images)
+    model = prepare_model(args, trained, logit_shift(args, trained, counts, images), accelerator.device)
     loader = create_eval_loader(
         images, batch_size=args.batch_size, data_config=trained.data_config, device=accelerator.device,
         workers=args.workers, rank=accelerator.process_index, world_size=accelerator.num_processes)
     thresholds = args.shot_thresholds or trained.facts.get('profile', {}).get('shot_thresholds', [20, 100])
     evaluator = LongTailEvaluator(counts, thresholds, device=accelerator.device)
-    metrics = evaluate(accelerator, prepare_model(args, trained, prior, accelerator.device), loader, evaluator)
+    metrics = evaluate(accelerator, model, loader, evaluator)
     predictions = evaluator.predictions(accelerator.num_processes > 1)
     if accelerator.is_main_process:
-        facts = describe(args, trained, accelerator)
-        write_results(args, folder, trained, {**facts, **metrics, **provenance()}, predictions, images)
+        metrics = {**describe(args, trained, accelerator), **metrics, **provenance()}
+        write_results(args, folder, trained, metrics, predictions, images)
 
 
 def validate_parser() -> Parser:
     parser = Parser(
         prog='validate_glmc.py',
-        description='Evaluate any export, checkpoint, Hub id or timm model on long-tailed classes.')
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
+        description='Evaluate an export, checkpoint, Hub id or timm model on long-tailed classes.')
+    add_config(parser)
     add_groups(parser, 'data')
-    _model_group(parser)
-    add_groups(parser, 'model input')
-    _evaluation_group(parser)
-    _running_group(parser)
-    for action in parser._actions:
-        action.help = HELP.get(action.dest, action.help)
-    return parser
-
-
-def _model_group(parser: Parser) -> None:
     add = parser.add_argument_group('model').add_argument
     add('--model', default='resnet18', metavar='NAME',
-        help='export folder, run folder, checkpoint, hf-hub:ORG/NAME, or a timm architecture with its pretrained weights')
+        help='export folder, run folder, checkpoint, hf-hub:ORG/NAME, or timm architecture with its pretrained weights')
     add('--checkpoint', metavar='FILE', help='weights for an architecture (.safetensors or .pth)')
+    add_groups(parser, 'model input')
+    _evaluation_group(parser)
+    job_options(parser.add_argument_group('running and output'), experiment='validate-MODEL')
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
+    parser.hide({*names(*SHARED)} - COMMON - {*HELP})
+    return parser
 
 
 def _evaluation_group(parser: Parser) -> None:
@@ -110,53 +123,25 @@ def _evaluation_group(parser: Parser) -> None:
         help="few-shot <= FEW < medium-shot <= MANY < many-shot training images; default: the training's, else 20 100")
     add('--flip-tta', action='store_true', help='average the logits of image and mirror image')
     add('--test-distribution', choices=TARGETS,
-        help='keep test images so that they are distributed like the training set (forward) or the other way round '
-        '(backward), as in the test-agnostic benchmark (arXiv 2107.09249)')
+        help='keep test images so that their class distribution is uniform, that of the training set (forward) or its '
+        'reverse (backward), as in the test-agnostic benchmark (arXiv 2107.09249)')
     add('--target-prior', metavar='PRIOR',
-        help='move the logits to this class prior: uniform, forward or backward as above, test (that of the images '
-        'evaluated on), or a file with a weight per class (JSON list, or one number a line)')
+        help='adjust the logits to this class prior: uniform, forward or backward as above, test (that of the evaluated '
+        'images), or a file with a weight per class (JSON list, or one number per line)')
     add('--source-prior', choices=('train', 'uniform'),
-        help="prior that the classifier has learnt; default: the export's, train for a plain timm model")
-    add('--target-imbalance', type=number(float, 1), default=50.0, metavar='F', help='of forward and backward')
-    add('--compare', nargs='+', metavar='FOLDER', help='evaluate nothing: draw the results in these folders together')
+        help="class prior that the classifier has learnt; default: the export's, train for a plain timm model")
+    add('--target-imbalance', type=number(float, 1), default=50.0, metavar='F',
+        help='ratio of the largest to the smallest class of forward and backward')
+    add('--compare', nargs='+', metavar='FOLDER', help='compare the results in these folders in one report; no evaluation')
 
 
-def _running_group(parser: Parser) -> None:
-    add = parser.add_argument_group('running').add_argument
-    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per process and step')
-    add('-j', '--workers', type=count, default=2, metavar='N', help='loader processes per process')
-    add('--amp', action='store_true', help='mixed precision in float16, or in --amp-dtype')
-    add('--amp-dtype', choices=('float16', 'bfloat16'), help="default: as the launcher says, else training's")
-    add('--output', default='output', metavar='DIR', help='parent folder of the results')
-    add('--experiment', metavar='NAME', help='folder of these results; default: validate-model, numbered')
-    add('--report', action=argparse.BooleanOptionalAction, default=True, help='write report.html and plots')
-    add('--debug', action='store_true', help='show a traceback where an error is one line otherwise')
+def warn_unused(args: Options, explicit: set[str], needs: Sequence[Need]) -> None:
+    for warning in unused_options(args, explicit, needs):
+        _logger.warning(warning)
 
 
-def training_counts(args: Options, trained: TrainedModel) -> list[int]:
-    """Training images per class, which decide the shot groups."""
-    counts = trained.facts.get('profile', {}).get('class_counts')
-    if args.class_counts:
-        counts = read_class_counts(args.class_counts)
-    if counts is None:
-        raise InputError(f'--model {args.model}: nothing says how many training images each class had; expected '
-                         '--class-counts FILE (JSON list, metrics.json of a run, or one number a line)')
-    if len(counts) != trained.num_classes:
-        raise InputError(f'--class-counts {args.class_counts or "of the export"}: found {len(counts)} classes, '
-                         f'--model {args.model} has {trained.num_classes}')
-    return counts
-
-
-def trained_precision(trained: TrainedModel, amp: bool) -> str | None:
-    """The training's mixed precision, unless a flag or the launcher names one or this device cannot do it."""
-    precision = trained.facts.get('precision')
-    if amp or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no') != 'no':
-        return None
-    return None if precision == 'fp16' and not torch.cuda.is_available() else PRECISIONS.get(precision)
-
-
-def choose_images(args: Options, trained: TrainedModel, counts: list[int]):
-    """The set that the data options name, cut to the test distribution."""
+def choose_images(args: Options, trained: TrainedModel, counts: Sequence[int]):
+    """Return the set of the data options, cut to the test distribution."""
     images = load_evaluation_data(
         class_names=trained.class_names, num_classes=trained.num_classes,
         **pick(args, {*names('data'), 'batch_size'} - {'num_classes', 'class_counts'}))
@@ -177,8 +162,8 @@ def require_index(images, flag: str, value: str) -> None:
         raise InputError(f'{flag} {value}: needs a source with an index')
 
 
-def choose_prior(args: Options, trained: TrainedModel, counts: list[int], images) -> Tensor | None:
-    """What to add to the logits for the class prior that the user expects."""
+def logit_shift(args: Options, trained: TrainedModel, counts: Sequence[int], images) -> Tensor | None:
+    """Return the (C,) shift of the logits for `--target-prior`, or None without it."""
     if not args.target_prior:
         return None
     if args.target_prior == 'test':
@@ -188,42 +173,24 @@ def choose_prior(args: Options, trained: TrainedModel, counts: list[int], images
         target = target_prior(counts, args.target_prior, args.target_imbalance)
     else:
         target = read_prior(args.target_prior, len(counts))
-    source = normalized(counts if source_prior(args, trained) == 'train' else np.ones(len(counts)))
-    return prior_shift(source, target)
+    return prior_shift(resolve_prior(source_prior(args, trained), counts), target)
 
 
-def source_prior(args: Options, trained: TrainedModel) -> str:
+def source_prior(args: Options, trained: TrainedModel) -> str | list[float]:
+    """Return the class prior that the classifier has learnt: `train`, `uniform`, or C probabilities."""
     return args.source_prior or trained.facts.get('prior', 'train')
 
 
-def prepare_model(
-        args: Options, trained: TrainedModel, shift: Tensor | None, device: torch.device) -> nn.Module:
-    """The model where it will run, with whatever is done to its logits."""
+def prepare_model(args: Options, trained: TrainedModel, shift: Tensor | None, device: torch.device) -> nn.Module:
+    """Return the model on the device, with the changes to its logits."""
     model = trained.model.to(device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model if shift is None and not args.flip_tta else AdjustedModel(model, shift, args.flip_tta).to(device)
 
 
-def unused_options(args: Options) -> set[str]:
-    """Options that say more about something that was not asked for."""
-    unused = set()
-    if not args.target_prior:
-        unused.add('source_prior')
-    if not {args.target_prior, args.test_distribution} & {'forward', 'backward'}:
-        unused.add('target_imbalance')
-    if args.val_list:
-        unused.add('val_split')
-    return unused
-
-
-def warn_of_unused(explicit: set[str], unused: set[str]) -> None:
-    for name in sorted(explicit & unused):
-        _logger.warning(f"--{name.replace('_', '-')} has no effect here")
-
-
 def describe(args: Options, trained: TrainedModel, accelerator) -> dict:
-    """What metrics.json says beside the metrics."""
+    """Return the entries of metrics.json besides the metrics."""
     options = pick(args, ('flip_tta', 'test_distribution', 'target_prior', 'target_imbalance'))
     return {
         'model': trained.architecture, 'weights': args.model, 'method': trained.facts.get('method'),
@@ -235,16 +202,21 @@ def describe(args: Options, trained: TrainedModel, accelerator) -> dict:
 
 
 def results_folder(args: Options, name: str) -> Path:
-    """Where the results will go; that they cannot is told before the evaluation, not after it."""
+    """Return the folder of the results.
+
+    Raises:
+        InputError: Before the evaluation, if the folder exists or cannot be written.
+    """
     folder = open_run_folder(args.output, args.experiment, re.sub(r'[^\w.-]', '-', name), resume=False)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(f'--output: cannot write to {folder}: {nearest} is no folder that can be written')
+        raise InputError(f'--output: cannot write to {folder}: {nearest} is not a writable folder')
     return folder
 
 
 def write_results(
         args: Options, folder: Path, trained: TrainedModel, metrics: dict, predictions, images) -> None:
+    """Write metrics, tables and report, and print the tables."""
     class_names = trained.class_names or getattr(images, 'class_names', None)
     try:
         folder.mkdir(parents=True)
@@ -260,10 +232,12 @@ def write_results(
 
 
 def compare(args: Options, explicit: set[str]) -> None:
+    """Write one report of several folders of results."""
     setup_logging(main_process=True)
     folder = results_folder(args, 'compare')
     print(write_comparison(folder, [Path(name) for name in args.compare]))
-    warn_of_unused(explicit, explicit - {'compare', 'output', 'experiment', 'debug'})
+    others = explicit - {'compare', 'output', 'experiment', 'debug'}
+    warn_unused(args, explicit, [Need(tuple(others), 'with --compare', lambda options: False)])
 
 
 if __name__ == '__main__':

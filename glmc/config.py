@@ -67,7 +67,7 @@ def train_parser(methods: dict) -> Parser:
     parser = Parser(
         prog='train_glmc.py',
         description='Train a timm model on long-tailed images with GLMC. Without data: a demonstration on digits.')
-    _config(parser)
+    add_config(parser)
     add_groups(parser, *GROUPS)
     method = parser._option_string_actions['--method']
     method.choices = list(methods)
@@ -83,7 +83,7 @@ def finetune_parser() -> Parser:
     parser = Parser(
         prog='finetune_glmc.py',
         description='Stage 2: train classifiers on the features of a trained model, in seconds, and compare them.')
-    _config(parser)
+    add_config(parser)
     parser.add_argument('--model', nargs='+', metavar='NAME',
         help='trained model: export folder, run folder, checkpoint or hf-hub:ORG/NAME; several give a table of means')
     add_groups(parser, *DATA, 'augmentation', 'stage 2')
@@ -96,7 +96,8 @@ def finetune_parser() -> Parser:
     return parser
 
 
-def _config(parser: Parser) -> None:
+def add_config(parser: Parser) -> None:
+    """Add `--config`."""
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line takes precedence')
 
 
@@ -147,7 +148,8 @@ def data_group(parser: Parser) -> None:
         help='folder of image folders (or a tar), root of the paths in a list, or download folder')
     add('--dataset', default='', metavar='NAME',
         help='data set of timm: torch/…, hfds/…, wds/…, tfds/…; empty for image folders')
-    add('--val-split', default='validation', help='name of the split to evaluate on; none is allowed with --holdout')
+    add('--val-split', default='validation', metavar='NAME',
+        help='name of the split to evaluate on; none is allowed with --holdout')
     add('--val-list', metavar='FILE',
         help='file of `path label` lines (may be .gz) to evaluate on; paths are relative to --data-dir')
     add('--num-classes', type=positive_int, help='number of classes; default: that of the training data')
@@ -191,8 +193,8 @@ def _augmentation(parser: Parser) -> None:
         'jitter 0.4, grey 0.2, blur 0.5, flip')
     add('--no-aug', action='store_true', help='no augmentation, only resize and centre crop')
     add('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'),
-        help='random resized crop (rrc), or random resize that keeps the aspect ratio, then a centre (rkrc) or random (rkrr) '
-        'crop; default: rrc')
+        help='random resized crop (rrc), or random resize that keeps the aspect ratio, then a centre (rkrc) or random '
+        '(rkrr) crop; default: rrc')
     add('--scale', type=positive, nargs=2, default=[0.08, 1.0], metavar='PCT', help='area of the random crop')
     add('--ratio', type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar='RATIO', help='aspect ratio of the random crop')
     add('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
@@ -278,8 +280,8 @@ def _method(parser: Parser) -> None:
     add('--alpha-power', type=positive, default=2.0, metavar='P',
         help='P of α = 1 - (T/T_max)^P; a larger P favours the conventional classifier for longer (paper: 2)')
     add('--alpha-scope', choices=('losses', 'encoder'), default='losses',
-        help='whether α weights the losses (paper) or only the gradients into the encoder, so that both classifiers learn at '
-        'full weight throughout; default: losses, encoder for glmc, glmc_cosine and glmc_no_consistency')
+        help='whether α weights the losses (paper) or only the gradients into the encoder, so that both classifiers learn '
+        'at full weight throughout; default: losses, encoder for glmc, glmc_cosine and glmc_no_consistency')
     add('--projection-dim', type=positive_int, default=256, metavar='D', help='dimension d of projection and prediction')
     add('--joint-forward', action='store_true', help='encode both views as one batch, with common BatchNorm statistics')
     add('--balanced', action='store_true', help='for balanced data: no rebalanced classifier, L = L_c + γ·L_sim')
@@ -305,7 +307,7 @@ def _optimizer(parser: Parser) -> None:
     add('--lr-base-size', type=positive_int, default=256, help='images per update that --lr-base is for')
     add('--lr-base-scale', choices=('linear', 'sqrt'),
         help='scaling of --lr-base with the batch; default: sqrt for adaptive optimizers, else linear')
-    add('--weight-decay', type=non_negative, default=5e-4, help='weight decay of every parameter')
+    add('--weight-decay', type=non_negative, default=5e-4, metavar='W', help='weight decay of every parameter')
     add('--filter-bias-and-bn', action='store_true', help='no weight decay of biases and norms, as in timm')
     add('--momentum', type=fraction, default=0.9, metavar='M', help='momentum of SGD')
     add('--opt-eps', type=positive, metavar='EPS', help="epsilon of the optimizer; default: the optimizer's")
@@ -324,7 +326,7 @@ def _schedule(parser: Parser) -> None:
     add('--epochs', type=positive_int, default=60, metavar='N', help='number of epochs, T_max')
     add('--sched', default='cosine', metavar='NAME',
         choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none'),
-        help='learning rate schedule')
+        help='learning rate schedule: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, none')
     add('--sched-on-updates', action='store_true', help='change the learning rate after each update instead of each epoch')
     add('--warmup-epochs', type=count, default=0, metavar='N', help='epochs of linear warm-up')
     add('--warmup-lr', type=non_negative, default=1e-5, help='learning rate at the start of the warm-up')
@@ -357,7 +359,8 @@ def _running(parser: Parser) -> None:
     add('--resident', choices=('auto', 'on', 'off'), default='auto',
         help='keep the images on the device, crop and flip there; auto: with cifar augmentation, up to 1 GiB')
     add('--torchcompile', nargs='?', const='default', choices=('default', 'reduce-overhead', 'max-autotune'),
-        metavar='MODE', help='compile mixing, forward passes and losses as one graph')
+        metavar='MODE',
+        help='compile mixing, forward passes and losses as one graph; MODE is default, reduce-overhead or max-autotune')
     add('--max-skipped-steps', type=count, default=10, metavar='N',
         help='updates per epoch that may be skipped because of a non-finite loss or gradient before the run stops')
     add('--seed', type=count, default=42, help='seed of all random numbers')
@@ -496,7 +499,8 @@ NEEDS = (
     Need(('dataset', 'class_map', 'input_key', 'target_key', 'dataset_download'),
          'if all images are those of lists or of the embedded digits', _source),
     Need(('class_map',), 'with a torch/ data set', lambda o: not _source(o, 'torch')),
-    Need(('dataset_download',), 'without a torch/, tfds/ or hfids/ data set', lambda o: _source(o, 'torch', 'tfds', 'hfids')),
+    Need(('dataset_download',), 'without a torch/, tfds/ or hfids/ data set',
+         lambda o: _source(o, 'torch', 'tfds', 'hfids')),
     Need(('lt_type', 'lt_split', 'lt_seed'), 'without --imbalance-factor', lambda o: o.imbalance_factor is not None),
     Need(('lt_seed',), 'without --lt-split random', lambda o: o.lt_split == 'random'),
     Need(('augmentation', *(name for name in names('augmentation') if name not in ('no_aug', 'train_interpolation'))),
@@ -550,9 +554,10 @@ CONFLICTS = (
              lambda o: o.sam_rho and o.precision == 'fp16'),
     Conflict('swa_start', 'one average of the weights at a time, expected no --model-ema',
              lambda o: o.swa_start is not None and o.model_ema),
-    Conflict('torchcompile', 'CUDA graphs cannot accumulate gradients, expected --grad-accum-steps 1, found '
-             '{grad_accum_steps}', lambda o: o.torchcompile in ('reduce-overhead', 'max-autotune') and o.grad_accum_steps > 1),
-    Conflict('sync_bn', 'needs a GPU per process, found {processes} processes on CPUs; expected no --sync-bn',
+    Conflict('torchcompile', 'its CUDA graphs overwrite the losses of an earlier step, expected --grad-accum-steps 1 or '
+             '--torchcompile default, found {grad_accum_steps} steps',
+             lambda o: o.torchcompile in ('reduce-overhead', 'max-autotune') and o.grad_accum_steps > 1),
+    Conflict('sync_bn', 'needs GPUs, found {processes} processes on the CPU',
              lambda o: o.sync_bn and o.processes > 1 and o.device == 'cpu'),
 )
 

@@ -12,7 +12,17 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 from glmc.cli import Options, pick
-from glmc.config import DATA, DEMONSTRATION, VIEWS, augmentation_options, names
+from glmc.config import (
+    DATA,
+    DEMONSTRATION,
+    TRAIN_NEEDS,
+    VIEWS,
+    Need,
+    augmentation_options,
+    names,
+    refuse_conflicts,
+    unused_options,
+)
 from glmc.data.check import readable_subset
 from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_loader
@@ -30,7 +40,6 @@ _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
           'warmup_epochs', 'imbalance_factor')  # on the model card, with the method's own
 LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0, aug_views='both')  # there too, unless off
-ERASING = ('remode', 'recount', 'rearea', 'reaspect')  # without effect where --reprob is 0
 SGD = ('sgd', 'momentum', 'nesterov')  # in the names of timm's optimizers that --lr-base fits
 
 
@@ -57,34 +66,26 @@ class Setup:
         set_seed(args.seed, device_specific=True)  # drop-out differs from process to process
 
     def _announce(self, explicit: set[str]) -> None:
-        args = self.args
-        for name in sorted(unused_method_options(args.method, explicit)):
-            _logger.warning(f"--{name.replace('_', '-')} has no effect with --method {args.method}")
-        if args.aa and args.no_aug:
-            _logger.warning('--aa has no effect with --no-aug')
-        for name in sorted(explicit & set(ERASING)) if not args.reprob else ():
-            _logger.warning(f'--{name} has no effect without --reprob')
-        if not explicit & {'lr', 'lr_base'} and not any(name in args.opt.lower() for name in SGD):
-            _logger.warning(f'--opt {args.opt}: the default --lr-base is for SGD, another optimizer wants its own --lr')
+        """Choose the demonstration if no data is given, and warn about options without effect."""
+        args, method = self.args, self.method
         if not (args.data_dir or args.dataset or args.train_list):
             for name, value in DEMONSTRATION.items():
                 if name not in explicit:
                     setattr(args, name, value)
             _logger.info("No data given: this is a demonstration on scikit-learn's handwritten digits, made long-tailed. "
                          'Train on your own with --data-dir, --dataset or --train-list.')
+        unused = unused_method_options(args.method, explicit) | ({'aug_views'} if method.num_views != len(VIEWS) else set())
+        needs = (Need(tuple(unused), f'with --method {args.method}', lambda options: False), *TRAIN_NEEDS)
+        for warning in unused_options(args, explicit, needs, processes=self.accelerator.num_processes):
+            _logger.warning(warning)
+        if not explicit & {'lr', 'lr_base'} and not any(name in args.opt.lower() for name in SGD):
+            _logger.warning(f'--opt {args.opt}: the default --lr-base is for SGD; set --lr for this optimizer')
 
     def _refuse(self) -> None:
-        """Options that do not go together."""
-        args = self.args
-        if args.sam_rho and args.grad_accum_steps > 1:
-            raise InputError(f'--sam-rho {args.sam_rho:g}: an update is one batch, expected --grad-accum-steps 1, found '
-                             f'{args.grad_accum_steps}')
-        if args.sam_rho and self.accelerator.mixed_precision == 'fp16':
-            raise InputError(f'--sam-rho {args.sam_rho:g}: not with the loss scaling of float16, expected --amp-dtype '
-                             'bfloat16 or no mixed precision')
-        if args.swa_start is not None and args.model_ema:
-            raise InputError(f'--swa-start {args.swa_start:g}: one average of the weights at a time, expected no '
-                             '--model-ema')
+        """Refuse options that exclude each other."""
+        accelerator = self.accelerator
+        refuse_conflicts(self.args, processes=accelerator.num_processes, device=accelerator.device.type,
+                         precision=accelerator.mixed_precision)
 
     def _build_data(self) -> None:
         args = self.args
@@ -166,16 +167,8 @@ class Setup:
             self.data.profile.counts, args.shot_thresholds, device=accelerator.device)
 
     def _aug_views(self) -> str:
-        """`--aug-views`, or `both` where it has no effect."""
-        args = self.args
-        if args.aug_views == 'both':
-            return 'both'
-        if not args.reprob and (args.no_aug or not args.aa):
-            _logger.warning('--aug-views has no effect without --aa or --reprob')
-        elif self.method.num_views != len(VIEWS):
-            _logger.warning(f'--aug-views has no effect with --method {args.method}')
-            return 'both'
-        return args.aug_views
+        """Return `--aug-views`, or `both` for a method without a global and a local view."""
+        return self.args.aug_views if self.method.num_views == len(VIEWS) else 'both'
 
     def _build_optimizer(self) -> None:
         args, processes = self.args, self.accelerator.num_processes

@@ -24,7 +24,7 @@ from glmc.config import finetune_parser  # noqa: E402
 from glmc.data.datasets import ImageSet  # noqa: E402
 from glmc.errors import InputError  # noqa: E402
 from glmc.evaluation.text import aligned  # noqa: E402
-from glmc.export.load import load_trained  # noqa: E402
+from glmc.export.load import load_trained, trained_precision  # noqa: E402
 from glmc.models.classifier import linear_classifier  # noqa: E402
 from glmc.run_folder import provenance  # noqa: E402
 from glmc.stage2.classifiers import Linear, Stage1  # noqa: E402
@@ -32,7 +32,6 @@ from glmc.stage2.features import Extractor, Features  # noqa: E402
 from glmc.stage2.select import fit, measure, parse_classifiers  # noqa: E402
 from glmc.sweep.runs import FIGURES  # noqa: E402
 from glmc.training.launch import create_accelerator  # noqa: E402
-from validate_glmc import trained_precision  # noqa: E402
 
 
 class FreshViews:

@@ -1,13 +1,17 @@
 """Trained models wherever they are: export folder, run, checkpoint, Hub id, or a plain timm model."""
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
+import torch
 from timm.data import resolve_input_data_config
 from timm.models._hub import download_from_hf
 from torch import nn
 
+from glmc.config import PRECISIONS
+from glmc.data.sources import read_class_counts
 from glmc.errors import InputError, first_line
 from glmc.models.backbone import create_backbone
 from glmc.training.checkpoint import load_checkpoint
@@ -194,3 +198,39 @@ def _with_data_config(found: TrainedModel, data_options: dict) -> TrainedModel:
         raise InputError(f'--model {found.name}: {first_line(error)}') from error
     return replace(found, model=found.model.eval(), data_config=data_config)
 
+
+
+def training_counts(trained: TrainedModel, class_counts: str | None = None) -> list[int]:
+    """Return the (C,) training images per class, which decide the shot groups.
+
+    Args:
+        trained: Model that may know them.
+        class_counts: File that takes precedence (`--class-counts`).
+
+    Raises:
+        InputError: If they are unknown, or of another number of classes.
+    """
+    counts = read_class_counts(class_counts) if class_counts else trained.facts.get('profile', {}).get('class_counts')
+    if counts is None:
+        raise InputError(f'--model {trained.name}: the number of training images per class is unknown; expected '
+                         '--class-counts FILE (JSON list, metrics.json of a run, or one number per line)')
+    if len(counts) != trained.num_classes:
+        raise InputError(f'--class-counts {class_counts or "of the export"}: found {len(counts)} classes, '
+                         f'--model {trained.name} has {trained.num_classes}')
+    return counts
+
+
+def trained_precision(trained: TrainedModel, amp: bool) -> str | None:
+    """Return the mixed precision of the training as a dtype name.
+
+    Args:
+        trained: Model that may know it.
+        amp: Whether `--amp` is given.
+
+    Returns:
+        None if `--amp` or the launcher chooses the precision, the training had none, or this device lacks it.
+    """
+    precision = trained.facts.get('precision')
+    if amp or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no') != 'no' or precision == 'no':
+        return None
+    return None if precision == 'fp16' and not torch.cuda.is_available() else PRECISIONS.get(precision)
