@@ -1,13 +1,26 @@
-"""Options: command line over YAML over default, each checked, each mistake one line that says what to do."""
+"""Options: command line over YAML over default; mistakes, help, options without effect and options that exclude others."""
+import re
 from argparse import ArgumentTypeError, Namespace
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from glmc.cli import number, parse_args, pick, run_script
-from glmc.config import DEMONSTRATION, train_parser
+from glmc.config import (
+    COMMON,
+    CONFLICTS,
+    DEMONSTRATION,
+    NOT_TRAINING,
+    TRAIN_NEEDS,
+    finetune_parser,
+    flag,
+    refuse_conflicts,
+    train_parser,
+    unused_options,
+)
 from glmc.errors import ImageError, InputError
-from glmc.methods import METHODS
+from glmc.methods import METHODS, unused_method_options
 from glmc.run_folder import create_run_folder
 
 
@@ -171,6 +184,195 @@ def test_number_accepts_its_range_only(low, high, open_low, accepted, refused):
 def test_every_option_has_a_help_text():
     assert [action.dest for action in train_parser(METHODS)._actions if not action.help] == []
     assert 'GLMC' in train_parser(METHODS).format_help()
+
+
+def flags_of(text: str) -> set[str]:
+    """Options that a help text has a line for."""
+    return set(re.findall(r'^  (?:-\w(?: \w+)?, )?(--[\w-]+)', text, re.M))
+
+
+def test_help_shows_the_common_options_and_counts_the_others():
+    parser = train_parser(METHODS)
+    text, options = parser.format_help(), {action.dest for action in parser._actions if action.dest in vars(parse()[0])}
+    assert flags_of(text) == {flag(name) for name in COMMON} | {'--help', '--help-all'} and len(COMMON) <= 27
+    assert text.endswith(f'… {len(options - COMMON)} more options: --help-all\n')
+    assert 'ce, mixup' in text and METHODS['ldam_drw'].summary.split()[0] not in text and 'default: 0.0005' in text
+    assert parser.format_help() == text
+
+
+@pytest.mark.parametrize('make', [lambda: train_parser(METHODS), finetune_parser], ids=['train', 'finetune'])
+def test_help_all_shows_every_option(make, capsys):
+    parser = make()
+    with pytest.raises(SystemExit) as end:
+        parse_args(parser, ['--help-all'])
+    text = capsys.readouterr().out
+    flags = {action.option_strings[-1].replace('--no-report', '--report').replace('--no-channels', '--channels')
+             for action in make()._actions}
+    assert end.value.code == 0 and flags == flags_of(text)
+    assert 'more options' not in text
+    if make is not finetune_parser:
+        assert all(re.sub(r'\s+', '', f'{name}: {row.summary}') in re.sub(r'\s+', '', text) for name, row in METHODS.items())
+
+
+def test_help_has_each_default_once():
+    text = re.sub(r'\s+', ' ', train_parser(METHODS).format_help())
+    assert '(default: 20 100)' not in text and '(default: 64)' in text and 'None' not in text and 'False' not in text
+    entries = re.split(r' --\w', text)
+    assert [entry for entry in entries if entry.count('default:') > 1] == []
+
+
+def test_not_training_are_the_options_that_do_not_change_the_training():
+    assert set(vars(parse()[0])) >= NOT_TRAINING
+    assert set(NOT_TRAINING) == {
+        'config', 'data_dir', 'dataset', 'dataset_download', 'val_split', 'val_list', 'train_list', 'class_map',
+        'class_counts', 'input_key', 'target_key', 'num_classes', 'workers', 'resident', 'channels_last', 'torchcompile',
+        'grad_checkpointing', 'seed', 'output', 'experiment', 'resume', 'debug', 'val_interval', 'log_interval',
+        'checkpoint_interval', 'checkpoint_hist', 'report', 'report_to', 'push_to_hub', 'hub_private', 'hub_revision',
+        'hub_license', 'stage2', 'feature_views', 'stage2_holdout', 'stage2_kwargs', 'feature_cache'}
+
+
+# --- options without effect ---
+
+
+UNUSED = {  # command line -> its only warning; one line or more for each row of TRAIN_NEEDS
+    '--val-list val.txt --val-split test': '--val-split has no effect with --val-list',
+    '--train-list train.txt --train-split all': '--train-split has no effect with --train-list',
+    '--train-list a.txt --val-list b.txt --data-dir images --dataset hfds/x':
+        '--dataset has no effect if all images are those of lists or of the embedded digits',
+    '--train-list a.txt --val-list b.txt --data-dir images --class-map c.txt':
+        '--class-map has no effect if all images are those of lists or of the embedded digits',
+    '--input-key png': '--input-key has no effect if all images are those of lists or of the embedded digits',
+    '--dataset torch/cifar10 --data-dir data --class-map c.txt': '--class-map has no effect with a torch/ data set',
+    '--data-dir images --dataset-download':
+        '--dataset-download has no effect without a torch/, tfds/ or hfids/ data set',
+    '--lt-type step': '--lt-type has no effect without --imbalance-factor',
+    '--lt-split random --lt-seed 1':
+        '--lt-seed has no effect without --imbalance-factor|--lt-split has no effect without --imbalance-factor',
+    '--imbalance-factor 10 --lt-seed 1': '--lt-seed has no effect without --lt-split random',
+    '--augmentation cifar --no-aug': '--augmentation has no effect with --no-aug',
+    '--hflip 0.1 --aa v0 --no-aug': '--aa has no effect with --no-aug|--hflip has no effect with --no-aug',
+    '--augmentation cifar --vflip 0.5': '--vflip has no effect with --augmentation cifar',
+    '--augmentation cifar --train-crop-mode rkrc': '--train-crop-mode has no effect with --augmentation cifar',
+    '--augmentation imagenet_lt --scale 0.5 1': '--scale has no effect without --augmentation timm',
+    '--augmentation cifar --gaussian-blur-prob 0.5': '--gaussian-blur-prob has no effect without --augmentation timm',
+    '--aa rand-m9 --color-jitter 0.1':
+        '--color-jitter has no effect with --aa, unless the policy has 3a in its name',
+    '--color-jitter 0 --color-jitter-prob 0.5': '--color-jitter-prob has no effect with --color-jitter 0',
+    '--augmentation imagenet_lt --train-interpolation bicubic':
+        '--train-interpolation has no effect with --augmentation imagenet_lt',
+    '--augmentation cifar --train-interpolation bicubic':
+        '--train-interpolation has no effect with --augmentation cifar without --aa',
+    '--remode const': '--remode has no effect without --reprob',
+    '--aug-views local': '--aug-views has no effect without --aa or --reprob',
+    '--partner batch --resample-power 1': '--resample-power has no effect with --partner batch',
+    '--balanced --alpha-power 3': '--alpha-power has no effect with --balanced',
+    '--lr 0.1 --lr-base 0.2': '--lr-base has no effect with --lr',
+    '--weight-decay 0 --filter-bias-and-bn': '--filter-bias-and-bn has no effect with --weight-decay 0',
+    '--opt adamw --momentum 0.8': '--momentum has no effect with an optimizer without momentum',
+    '--opt-eps 1e-6': '--opt-eps has no effect with an optimizer without epsilon',
+    '--opt lookahead_sgd --opt-betas 0.9 0.99': '--opt-betas has no effect with an optimizer without betas',
+    '--clip-mode agc': '--clip-mode has no effect without --clip-grad',
+    '--warmup-lr 0.1': '--warmup-lr has no effect without --warmup-epochs',
+    '--warmup-prefix': '--warmup-prefix has no effect without --warmup-epochs',
+    '--sched none --warmup-epochs 2': '--warmup-epochs has no effect with --sched none',
+    '--sched none --sched-on-updates': '--sched-on-updates has no effect with --sched none',
+    '--sched step --min-lr 0.01': '--min-lr has no effect without --sched cosine, tanh, poly, wsd or rsqrt',
+    '--decay-epochs 3': '--decay-epochs has no effect without --sched step, wsd or rsqrt',
+    '--sched step --decay-milestones 3': '--decay-milestones has no effect without --sched multistep',
+    '--decay-rate 0.5': '--decay-rate has no effect without --sched step, multistep or poly',
+    '--amp --amp-dtype bfloat16': '--amp has no effect with --amp-dtype',
+    '--model-ema-decay 0.9': '--model-ema-decay has no effect without --model-ema',
+    '--sync-bn': '--sync-bn has no effect with one process',
+    '--dist-bn broadcast': '--dist-bn has no effect with one process',
+    '--hub-private': '--hub-private has no effect without --push-to-hub',
+    '--feature-views 3': '--feature-views has no effect without --stage2',
+    '--data-dir images --class-counts c.txt': '--class-counts has no effect with a data set that has an index',
+    '--dataset wds/x --data-dir images --on-bad-image skip':
+        '--on-bad-image has no effect with a data set without an index',
+}
+USED = [  # command lines of which each option has an effect
+    '--dataset hfds/x --data-dir images --class-map c.txt --input-key image --target-key label',
+    '--train-list a.txt --dataset hfds/x --val-split test', '--dataset torch/cifar10 --data-dir data --dataset-download',
+    '--imbalance-factor 10 --lt-type step --lt-split random --lt-seed 1',
+    '--scale 0.5 1 --ratio 1 1 --color-jitter 0.1 --color-jitter-prob 0.5 --vflip 0.1 --train-interpolation bicubic',
+    '--aa 3a --color-jitter 0.1', '--augmentation cifar --hflip 0 --aa v0 --train-interpolation bicubic',
+    '--augmentation imagenet_lt --vflip 0.5 --train-crop-mode rkrc --aa v0', '--no-aug --train-interpolation nearest',
+    '--reprob 0.5 --remode const --recount 2 --rearea 0.1 0.2 --reaspect 1 --aug-views local', '--aa v0 --aug-views global',
+    '--lr-base 0.1 --lr-base-size 128 --lr-base-scale sqrt', '--opt adamw --opt-betas 0.9 0.99 --opt-eps 1e-6',
+    '--opt lookahead_momentum --momentum 0.8', '--opt nonsense --momentum 0.8', '--clip-grad 1 --clip-mode agc',
+    '--warmup-epochs 2 --warmup-lr 0 --warmup-prefix', '--sched none --warmup-epochs 2 --warmup-prefix', '--min-lr 0.01',
+    '--sched step --decay-epochs 3 --decay-rate 0.5', '--sched multistep --decay-milestones 3 --decay-rate 0.5',
+    '--model-ema --model-ema-decay 0.9 --model-ema-warmup', '--push-to-hub a/b --hub-private --hub-revision x',
+    '--stage2 ncm --feature-views 3 --feature-cache x', '--dataset wds/x --data-dir images --class-counts c.txt',
+    '--train-list a.txt --on-bad-image skip', '--resample-power 1', '--alpha-power 3 --weight-decay 0', '--hub-license mit']
+
+
+def warnings(*argv: str, processes: int = 1) -> list[str]:
+    options, explicit = parse(*argv)
+    return unused_options(options, explicit, TRAIN_NEEDS, processes=processes)
+
+
+@pytest.mark.parametrize('line, expected', UNUSED.items(), ids=list(UNUSED))
+def test_an_option_without_effect_is_warned_about(line, expected):
+    assert warnings(*line.split()) == expected.split('|')
+
+
+@pytest.mark.parametrize('need', TRAIN_NEEDS, ids=lambda need: need.otherwise)
+def test_every_row_of_the_table_has_a_command_line(need):
+    assert set(need.options) <= set(vars(parse()[0]))
+    expected = {f'{flag(name)} has no effect {need.otherwise}' for name in need.options}
+    assert expected & {warning for text in UNUSED.values() for warning in text.split('|')}
+
+
+@pytest.mark.parametrize('line', ['', *USED])
+def test_an_option_with_an_effect_is_not_warned_about(line):
+    assert warnings(*line.split()) == []
+
+
+def test_batchnorm_of_several_processes_has_an_effect():
+    assert warnings('--sync-bn', '--dist-bn', 'broadcast', processes=2) == []
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'hparams').glob('*.yaml')), ids=lambda path: path.stem)
+def test_no_recipe_has_an_option_without_effect(path):
+    options, explicit = parse('--config', str(path))
+    assert warnings('--config', str(path)) == []
+    assert unused_method_options(options.method, explicit) == set()
+
+
+def test_a_run_repeated_from_its_args_is_not_warned_about(tmp_path):
+    options = vars(parse('--data-dir', 'images', '--lr', '0.1', '--method', 'ce')[0])
+    del options['config'], options['resume'], options['debug']
+    create_run_folder(tmp_path / 'run', options)
+    path = str(tmp_path / 'run' / 'args.yaml')
+    assert warnings('--config', path) == []
+    assert warnings('--config', path, '--hub-private') == ['--hub-private has no effect without --push-to-hub']
+
+
+REFUSED = {  # command line -> start of the error
+    '--sam-rho 0.05 --grad-accum-steps 2': '--sam-rho 0.05: an update is one batch, expected --grad-accum-steps 1, found 2',
+    '--sam-rho 0.05': '--sam-rho 0.05: not with the loss scaling of float16',
+    '--swa-start 0 --model-ema': '--swa-start 0: one average of the weights at a time, expected no --model-ema',
+    '--torchcompile max-autotune --grad-accum-steps 2': '--torchcompile max-autotune: its CUDA graphs overwrite the losses',
+    '--sync-bn': '--sync-bn: needs GPUs, found 2 processes on the CPU',
+}
+
+
+@pytest.mark.parametrize('line, expected', REFUSED.items(), ids=list(REFUSED))
+def test_options_that_exclude_each_other_are_refused(line, expected):
+    with pytest.raises(InputError, match=f'^{re.escape(expected)}'):
+        refuse_conflicts(parse(*line.split())[0], processes=2, device='cpu', precision='fp16')
+
+
+def test_every_conflict_has_a_command_line():
+    assert len(REFUSED) == len(CONFLICTS)
+
+
+@pytest.mark.parametrize('line', [
+    '', '--sam-rho 0.05', '--swa-start 0', '--model-ema', '--torchcompile --grad-accum-steps 2', '--sync-bn',
+    '--torchcompile reduce-overhead', '--grad-accum-steps 2'])
+def test_options_that_go_together_are_accepted(line):
+    refuse_conflicts(parse(*line.split())[0], processes=2, device='cuda', precision='bf16')
 
 
 def failing(error: Exception):

@@ -176,7 +176,7 @@ def test_settings_and_stage_1_are_followed(finetune, script, tmp_path):
     assert metrics['fingerprint'] == first['fingerprint'] and metrics['shot_thresholds'] == [10, 50]
     assert metrics['stage1']['top1'] == pytest.approx(first['top1'])
     assert (metrics['stage2']['epochs'], metrics['stage2']['lr']) == (1, 0.5)
-    assert '--imbalance-factor 20.0, as stage 1' in outcome.err and 'fingerprints' not in outcome.err
+    assert '--imbalance-factor 20.0, as in stage 1' in outcome.err and 'fingerprints' not in outcome.err
 
 
 def test_counts_from_a_file(finetune, finished_run, folders, tmp_path):
@@ -188,6 +188,15 @@ def test_counts_from_a_file(finetune, finished_run, folders, tmp_path):
     assert metrics_of(tmp_path / 'out' / 'result' / 'logit_adjust')['method'] == 'unknown+logit_adjust'
 
 
+def test_an_option_without_effect_is_warned_about(finetune, finished_run, folders):
+    outcome = finetune('--model', finished_run, '--data-dir', folders, '--stage2', 'ncm', '--feature-views', '0', '--hflip',
+                       '0', '--lt-type', 'step', '--hub-private')
+    assert outcome.code == 0, outcome.err
+    assert [line for line in outcome.err.splitlines() if 'no effect' in line] == [
+        '--hflip has no effect with --feature-views 0', '--hub-private has no effect without --push-to-hub',
+        '--lt-type has no effect without --imbalance-factor']
+
+
 ERRORS = {  # options, with {name} of a place -> what the line says
     '': '--model: expected the export folder',
     '--model {run} --stage2 maxnrm': "--stage2: expected all, or some of maxnorm.*found 'maxnrm'; did you mean maxnorm",
@@ -197,7 +206,7 @@ ERRORS = {  # options, with {name} of a place -> what the line says
     '--model {run} --holdout 4': "--holdout 4: class 'cat' has 4 training images",
     '--model {run} --stage2-holdout -1': '--stage2-holdout: expected a number > 0, found -1',
     '--model {run} --feature-views -1': '--feature-views: expected a number >= 0, found -1',
-    '--model {bare}': '--model .*bare: nothing says how many training images.*--class-counts FILE',
+    '--model {bare}': '--model .*bare: the number of training images per class is unknown; expected --class-counts FILE',
     '--model {run} --class-counts {two}': '--class-counts .*: found 2 classes, --model .* has 3',
     '--model {run} --data-dir {four}': '--model .*: has 3 classes, the training data has 4',
     '--model {run} --data-dir {others}': "--model .*: was trained on other classes.*has 'dog' where the model has 'bee'",

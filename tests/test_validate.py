@@ -2,6 +2,7 @@
 import csv
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -125,6 +126,16 @@ def test_logits_move_to_the_target_prior(validate, finished_run, folders, logits
     assert metrics['loss'] == pytest.approx(nll(logits[0] + expected.astype(np.float32), logits[2]), rel=1e-4)
 
 
+def test_the_prior_of_an_export_may_be_a_list(validate, finished_run, folders, logits, tmp_path):
+    export, prior = tmp_path / 'export', [0.6, 0.3, 0.1]
+    shutil.copytree(finished_run / 'export', export)
+    config = json.loads((export / 'config.json').read_text())
+    (export / 'config.json').write_text(json.dumps({**config, 'glmc': {**config['glmc'], 'prior': prior}}))
+    _, metrics = validate('--model', export, '--data-dir', folders, '--target-prior', 'uniform', '--no-report')
+    assert metrics['loss'] == pytest.approx(nll(logits[0] - np.log(prior).astype(np.float32), logits[2]), rel=1e-4)
+    assert metrics['source_prior'] == prior
+
+
 @pytest.mark.parametrize('distribution, images', [('uniform', [4, 4, 4]), ('forward', [4, 2, 1]), ('backward', [1, 2, 4])])
 def test_the_test_set_is_cut_to_the_distribution(validate, finished_run, folders, distribution, images):
     _, metrics = validate('--model', finished_run, '--data-dir', folders, '--test-distribution', distribution,
@@ -190,11 +201,33 @@ def test_a_prior_that_is_none_is_one_line(content, tmp_path):
         read_prior(str(tmp_path / 'prior'), 3)
 
 
-def test_options_without_effect_are_told(validate, finished_run, folders):
-    outcome, _ = validate('--model', finished_run, '--data-dir', folders, '--no-report', '--target-imbalance', '4',
-                          '--source-prior', 'train')
-    assert outcome.err.splitlines() == [
-        '--source-prior has no effect here', '--target-imbalance has no effect here']
+@pytest.mark.parametrize('options, expected', [
+    ('--target-imbalance 4', 'target-imbalance has no effect without forward or backward in --target-prior or '
+     '--test-distribution'),
+    ('--target-imbalance 4 --target-prior test', 'target-imbalance has no effect without forward or backward in '
+     '--target-prior or --test-distribution'),
+    ('--source-prior train', 'source-prior has no effect without --target-prior'),
+    ('--amp --amp-dtype bfloat16', 'amp has no effect with --amp-dtype'),
+    ('--dataset-download', 'dataset-download has no effect without a torch/, tfds/ or hfids/ data set'),
+    ('--target-imbalance 4 --target-prior forward --source-prior train', '')])
+def test_an_option_without_effect_is_warned_about(validate, finished_run, folders, options, expected):
+    outcome, _ = validate('--model', finished_run, '--data-dir', folders, '--no-report', *options.split())
+    assert outcome.code == 0 and outcome.err.splitlines() == ([f'--{expected}'] if expected else [])
+
+
+def test_options_of_an_evaluation_are_warned_about_with_compare(validate, finished_run):
+    outcome, _ = validate('--compare', finished_run, '--flip-tta')
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.splitlines() == [f'--{name} has no effect with --compare' for name in ('flip-tta', 'workers')]
+
+
+def test_help_shows_the_options_of_validation_and_help_all_the_rest(capsys):
+    from validate_glmc import validate_parser
+    short = validate_parser().format_help()
+    assert '--target-prior' in short and '--class-counts' in short and '--model-kwargs' not in short
+    with pytest.raises(SystemExit):
+        validate_parser().parse_args(['--help-all'])
+    assert '--model-kwargs' in capsys.readouterr().out
 
 
 def test_a_folder_that_is_taken_is_told_before_the_evaluation(validate, finished_run, folders, tmp_path, monkeypatch):
@@ -213,8 +246,8 @@ def test_a_plain_timm_model_with_counts_from_a_file(validate, folders, tmp_path)
     options = ['--model', 'test_resnet', '--checkpoint', weights, '--num-classes', '3', '--data-dir', folders,
                '--img-size', '32', '--no-report']
     assert validate(*options)[0].err == (
-        'error: --model test_resnet: nothing says how many training images each class had; expected --class-counts FILE '
-        '(JSON list, metrics.json of a run, or one number a line)\n')
+        'error: --model test_resnet: the number of training images per class is unknown; expected --class-counts FILE '
+        '(JSON list, metrics.json of a run, or one number per line)\n')
     outcome, metrics = validate(*options, '--class-counts', counts)
     assert outcome.code == 0, outcome.err
     assert metrics['train_counts'] == [14, 7, 4] and metrics['num_images'] == 13
@@ -247,7 +280,7 @@ def test_two_processes_count_what_one_counts(finished_run, folders, tmp_path, va
     ('--model README.md', 'README.md: expected a checkpoint of train_glmc.py'),
     ('--model resnet_18', '--model resnet_18: not a model of timm'),
     ('--model RUN --class-counts tests', '--class-counts tests: expected a list of images per class'),
-    ('--model RUN --class-counts TWO', 'TWO: found 2 classes, --model RUN has 3'),
+    ('--model RUN --class-counts TWO', 'TWO: found 2 classes, --model RUN/export has 3'),
     ('--model RUN --val-split nothing', "no folder for split 'nothing', found train, validation"),
     ('--model RUN --data-dir OTHER', "class 'dog' is not in the training data, which has 3 classes"),
     ('--model RUN --data-dir nowhere', '--data-dir nowhere: '),

@@ -158,8 +158,15 @@ def _are_thresholds(values) -> bool:
     return _are_counts(values) and len(values) == 2 and values[0] <= values[1]
 
 
+def _is_prior(value) -> bool:
+    """Whether the value is `train`, `uniform` or a list of weights, one per class."""
+    if not isinstance(value, list):
+        return value in ('train', 'uniform')
+    return all(type(weight) in (int, float) and 0 <= weight < 2 ** 53 for weight in value) and any(value)
+
+
 FACTS = {'method': _is_text, 'precision': _is_text, 'license': _is_text, 'base_model': _is_text,
-         'prior': ('train', 'uniform').__contains__, 'recipe': lambda value: isinstance(value, dict)}
+         'prior': _is_prior, 'recipe': lambda value: isinstance(value, dict)}
 PROFILE = {'class_counts': _are_counts, 'shot_thresholds': _are_thresholds, 'fingerprint': _is_text}
 
 
