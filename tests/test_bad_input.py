@@ -1,20 +1,22 @@
-"""Wrong input: exit code 2 and one line that names the flag or file, what was found and what is expected.
+"""Wrong input: exit code 2 and one line that names the flag or file, the value found and the value expected.
 
-docs/bad-input.md lists the lines. `GLMC_WRITE_DOCS=1 pytest tests/test_bad_input.py` writes it; without, each test looks for
-its row there.
+docs/bad-input.md lists the lines. `GLMC_WRITE_DOCS=1 pytest -n0 tests/test_bad_input.py` writes it; otherwise each test
+compares its row with the page.
 """
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
+import timm
 from conftest import COUNTS, ROOT, TINY, Outcome, coloured, run_train, write_folders, write_shards
 
 import glmc.export.export
 import validate_glmc
 from glmc.cli import run_script
 
-OPTIONS = {  # command line -> what the line says
+OPTIONS = {  # command line -> pattern of the error line
     '--imbalance-factor 0.5': '--imbalance-factor: expected a number >= 1.*0.5',
     '--imbalance-factor 1000': '--imbalance-factor 1000: .*leaves a class of 4 images with none',
     '--batch-size 26': '--batch-size 26, 1 processes: a batch of 26 is larger than the set of 25 images',
@@ -22,7 +24,7 @@ OPTIONS = {  # command line -> what the line says
     '--epochs 1.5': "--epochs: .*'?1.5",
     '--epoch 3': '--epoch: unknown option; did you mean --epochs',
     'stray': 'stray: unexpected argument',
-    '--method glmx': "--method: invalid choice: '?glmx'? .*'?glmc",
+    '--method glmx': "--method: invalid choice: 'glmx', expected one of ce, .*; did you mean glmc",
     '--model resnet_18': '--model resnet_18: not a model of timm .*resnet18',
     '--model qwen3_vit_88m_enc': '--model qwen3_vit_88m_enc: expected a model with a classifier, found an encoder',
     '--model local-dir:nowhere': '--model local-dir:nowhere: .*nowhere',
@@ -36,7 +38,7 @@ OPTIONS = {  # command line -> what the line says
     '--mean 0.5 0.5': '--mean.* 2',
     '--opt sgdd': '--opt sgdd: .*sgdd',
     '--opt adamw --opt-kwargs nonsense=1': '--opt adamw: .*nonsense',
-    '--sched triangle': "--sched: invalid choice: '?triangle",
+    '--sched triangle': "--sched: invalid choice: 'triangle', expected one of cosine, ",
     '--lr 0': '--lr: expected a number > 0, found 0',
     '--holdout 4': "--holdout 4: class 'cat' has 4 training images",
     '--shot-thresholds 100 20': '--shot-thresholds.*100',
@@ -68,7 +70,7 @@ OPTIONS = {  # command line -> what the line says
     '--resident on': '--resident on: needs an indexable source and --augmentation cifar',
     '--resident on --augmentation cifar --aa v0': '--resident on: .* and no --aa',
     '--augmentation cifar --aa nonsense': '--aa.*nonsense',
-    '--aug-views all': "--aug-views: invalid choice: '?all",
+    '--torchcompile max-autotune --grad-accum-steps 2': '--torchcompile max-autotune: its CUDA graphs overwrite',
     '--stage2 nonsense': "--stage2: expected all, or some of maxnorm, .*; found 'nonsense'",
     '--stage2 average --method ce': '--stage2 average: needs both classifiers of GLMC',
     '--stage2 maxnorm --stage2-kwargs maxnorm.radios=1': '--stage2-kwargs maxnorm.radios: expected one of lr, .*radius',
@@ -76,26 +78,59 @@ OPTIONS = {  # command line -> what the line says
 }
 
 
-DOCUMENT = ROOT / 'docs' / 'bad-input.md'
-ROWS: dict[str, list[tuple[str, str]]] = {}
-HEAD = """# What wrong input says
+PAGE = ROOT / 'docs' / 'bad-input.md'
+ROWS: dict[str, dict[str, str]] = {}  # section -> input -> error line
+HEAD = """# Error lines for wrong input
 
-One line and exit code 2; nothing saved is lost or overwritten. `--debug` shows the traceback. Every row is the line of a
-test (`tests/test_bad_input.py`, which wrote this page); `…` stands for folders of its own.
+Wrong input ends a script with exit code 2 and one line on standard error: `error: ` and the text in the right column.
+Saved files are neither lost nor overwritten. `--debug` shows the traceback. `tests/test_bad_input.py` writes this page and
+compares each row with the output of the program. `DIR` is a folder, `VERSION` the version of timm.
 """
 
 
-def document(section: str, given: str, expected: str, line: str) -> None:
-    """The line is as expected, and so is the row of the document."""
-    assert re.search(expected, line), line
-    shown = re.sub(r'/\S*/(?=[^/\s]+)', '…/', line).replace('|', '\\|')
-    given = given.strip().replace('\n', ' ⏎ ').replace('|', '\\|')
-    if os.environ.get('GLMC_WRITE_DOCS'):
-        rows = ROWS.setdefault(section, [])
-        rows += [(given, shown)] if (given, shown) not in rows else []
-    else:
-        text = DOCUMENT.read_text(encoding='utf-8')
-        assert f'| `{given}` | ' in text, 'write it with GLMC_WRITE_DOCS=1 pytest tests/test_bad_input.py'
+@pytest.fixture
+def document(tmp_path):
+    """Check an error line against its pattern and against its row of the page."""
+    def check(section: str, command: str, pattern: str, line: str, note: str = '') -> None:
+        """
+        Args:
+            section: Title on the page.
+            command: Options of the script.
+            pattern: Regular expression that the line matches.
+            line: Error line.
+            note: Markdown text after the command, if the options alone do not show the mistake.
+        """
+        assert re.search(pattern, line), line
+        given, said = code(command, tmp_path.parent) + note, code(line, tmp_path.parent)
+        if os.environ.get('GLMC_WRITE_DOCS'):
+            assert ROWS.setdefault(section, {}).setdefault(given, said) == said
+        else:
+            row = page_rows().get(section, {}).get(given)
+            assert row == said, 'GLMC_WRITE_DOCS=1 pytest -n0 tests/test_bad_input.py writes the page'
+    return check
+
+
+def code(text: str, temporary: Path) -> str:
+    """Markdown code of a text, with a name for each temporary folder and for the version of timm."""
+    text = re.sub(re.escape(str(temporary)) + r'/[\w-]+', 'DIR', text).replace(f'timm {timm.__version__}', 'timm VERSION')
+    text = text.replace('|', '\\|').strip()
+    return f'`` {text} ``' if '`' in text else f'`{text}`'
+
+
+def lines(text: str) -> str:
+    """Markdown note on the content of a file."""
+    shown = [f'`{line}`' if line else 'an empty line' for line in text.rstrip('\n').split('\n')]
+    return f" with {', '.join(shown)}" if text else ', empty'
+
+
+def page_rows() -> dict[str, dict[str, str]]:
+    """Rows of the page: section -> input -> error line."""
+    sections = {}
+    for section in PAGE.read_text(encoding='utf-8').split('\n## ')[1:]:
+        title, _, table = section.partition('\n')
+        rows = [line.removeprefix('| ').removesuffix(' |').split(' | ') for line in table.splitlines() if '`' in line]
+        sections[title] = dict(rows)
+    return sections
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -104,13 +139,13 @@ def page():
     if ROWS:
         text = HEAD
         for section, rows in ROWS.items():
-            text += f'\n## {section}\n\n| given | said |\n|---|---|\n'
-            text += ''.join(f'| `{given}` | {said} |\n' for given, said in rows)
-        DOCUMENT.write_text(text, encoding='utf-8')
+            text += f'\n## {section}\n\n| input | error line |\n|---|---|\n'
+            text += ''.join(f'| {given} | {said} |\n' for given, said in rows.items())
+        PAGE.write_text(text, encoding='utf-8')
 
 
 def error_line(outcome) -> str:
-    """The one line of an error; what comes before it are messages of the run."""
+    """Return the error line, which comes last, after messages of the run."""
     *messages, line = outcome.err.splitlines()
     assert outcome.code == 2 and line.startswith('error: '), outcome.err
     assert 'Traceback' not in outcome.err and not any(message.startswith('error') for message in messages)
@@ -120,20 +155,20 @@ def error_line(outcome) -> str:
 
 @pytest.fixture
 def refused(script, tmp_path, folders, monkeypatch):
-    """Options -> the error line of a tiny run on `folders`; it must leave no run behind."""
+    """Options -> the error line of a tiny run on `folders`, which must not save anything."""
     def run(*options, data_dir=folders, output=tmp_path / 'output') -> str:
         where = ['--data-dir', data_dir] if data_dir else []
         line = error_line(script(*TINY, *where, '--output', output, *options))
         assert not (tmp_path / 'output').exists() or not list((tmp_path / 'output').rglob('*.safetensors'))
         return line
-    monkeypatch.chdir(tmp_path)  # where nothing of the repository can be overwritten
+    monkeypatch.chdir(tmp_path)  # so that nothing in the repository can be overwritten
     (tmp_path / 'README.md').write_text('no checkpoint')
     (tmp_path / 'tests').mkdir()
     return run
 
 
 @pytest.mark.parametrize('options', OPTIONS)
-def test_option(options, refused, tmp_path):
+def test_option(options, refused, document, tmp_path):
     outside = [tmp_path.parent / 'args.yaml', tmp_path.parent.parent / 'args.yaml']
     before = [path.exists() for path in outside]
     document('Options', options, f'^{OPTIONS[options]}', refused(*options.split()))
@@ -153,24 +188,26 @@ def empty_class(root):
 FOLDERS = {
     'missing': (shutil.rmtree, '--data-dir .*: no such folder'),
     'empty': (lambda root: [shutil.rmtree(root), root.mkdir()], '--data-dir .*: (no images|.*Found 0 images)'),
-    'empty train': (lambda root: [shutil.rmtree(root / 'train'), (root / 'train').mkdir()], '--data-dir .*Found 0 images'),
-    'no validation': (lambda root: shutil.rmtree(root / 'val'), '--data-dir .*: no folder for --val-split validation'),
-    'class without images': (empty_class, r'--data-dir.*class folder .*train/dog has no images \(.*\.jpg'),
-    'class only in validation': (
+    'with an empty train folder': (
+        lambda root: [shutil.rmtree(root / 'train'), (root / 'train').mkdir()], '--data-dir .*Found 0 images'),
+    'without a validation folder': (
+        lambda root: shutil.rmtree(root / 'val'), '--data-dir .*: no folder for --val-split validation'),
+    'with a class folder without images': (empty_class, r'--data-dir.*class folder .*train/dog has no images \(.*\.jpg'),
+    'with a class that is only in validation': (
         lambda root: write_folders(root / 'val', {'dog': 2}), "--data-dir .*: class 'dog' is not in the training data"),
-    'image beside the classes': (
+    'with an image outside the class folders': (
         lambda root: coloured(0, 0).save(root / 'train' / 'stray.png'), 'image stray.png lies in no class folder'),
 }
 
 
 @pytest.mark.parametrize('name', FOLDERS)
-def test_folder(name, refused, tmp_path):
+def test_folder(name, refused, document, tmp_path):
     spoil, expected = FOLDERS[name]
     root = tmp_path / 'images'
     write_folders(root / 'train', COUNTS)
     write_folders(root / 'val', {'bee': 2})
     spoil(root)
-    document('Folders', name, expected, refused(data_dir=root))
+    document('Folders', f'--data-dir {root}', expected, refused(data_dir=root), f', {name}')
 
 
 def test_data_dir_that_is_a_file(refused, tmp_path):
@@ -185,7 +222,7 @@ def test_tar_for_both_splits(refused, folders, tmp_path):
 # --- lists ---
 
 
-@pytest.mark.parametrize('flag, text, expected', [
+LISTS = [  # option, content of the file, pattern of the error line
     ('--train-list', 'train/ant/0.png -1\n', 'line 1: expected a label 0 or more, found -1'),
     ('--train-list', 'train/ant/0.png 0\ntrain/bee/0.png 2\n', "class '1' has no training image"),
     ('--train-list', 'train/ant/0.png 0\n\ntrain/ant/1.png\n', "line 3: expected `path label`, found 'train/ant/1.png'"),
@@ -196,27 +233,37 @@ def test_tar_for_both_splits(refused, folders, tmp_path):
     ('--train-list', '', 'the list is empty'),
     ('--val-list', 'validation/ant/100.png 3\n', 'line 1: expected a label 0…2, found 3'),
     ('--val-list', 'validation/ant/100.png -2\n', 'line 1: expected a label 0…2, found -2'),
-    ('--val-list', 'validation/ant/100.png\n', 'line 1: expected `path label`')])
-def test_list(flag, text, expected, refused, tmp_path):
-    (tmp_path / 'list.txt').write_text(text)
-    line = refused(flag, tmp_path / 'list.txt')
-    document('Lists', f'{flag}: {text}', f'^{re.escape(str(tmp_path))}/list.txt.*{expected}', line)
+    ('--val-list', 'validation/ant/100.png\n', 'line 1: expected `path label`'),
+]
 
 
-@pytest.mark.parametrize('name, content', [
-    ('list.txt', b'\xff\xfe\x00'), ('list.txt.gz', b'not gzipped'), ('gone.txt', None)])
-def test_list_that_cannot_be_read(name, content, refused, tmp_path):
+@pytest.mark.parametrize('flag, text, expected', LISTS)
+def test_list(flag, text, expected, refused, document, tmp_path):
+    path = tmp_path / 'list.txt'
+    path.write_text(text)
+    line = refused(flag, path)
+    document('Lists', f'{flag} {path}', f'^{re.escape(str(path))}.*{expected}', line, lines(text))
+
+
+UNREADABLE = {  # name of a list -> content, note
+    'binary.txt': (b'\xff\xfe\x00', ', not a text'), 'plain.txt.gz': (b'not gzipped', ', not gzipped'),
+    'gone.txt': (None, ', missing')}
+
+
+@pytest.mark.parametrize('name', UNREADABLE)
+def test_list_that_cannot_be_read(name, refused, document, tmp_path):
+    content, note = UNREADABLE[name]
     if content:
         (tmp_path / name).write_bytes(content)
     line = refused('--train-list', tmp_path / name)
-    document('Lists', f'--train-list {name} of {content}', f'{name}: cannot read this list', line)
+    document('Lists', f'--train-list {tmp_path / name}', f'{name}: cannot read this list', line, note)
 
 
 # --- images ---
 
 
 def spoiled(folders, tmp_path, split):
-    """A copy of the image folder, one image of the split a truncated JPEG; all of them are seen in an epoch."""
+    """A copy of the image folder, one image of the split a truncated JPEG; and an epoch uses all of them."""
     root = tmp_path / 'images'
     shutil.copytree(folders, root)
     coloured(0, 7, size=(64, 64)).save(root / split / 'ant' / 'cut.jpg')
@@ -227,42 +274,53 @@ def spoiled(folders, tmp_path, split):
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('split', ['train', 'validation'])
 @pytest.mark.parametrize('augmentation', ['timm', 'cifar'])
-def test_truncated_jpeg(split, workers, augmentation, script, folders, tmp_path):
-    outcome = script(*TINY, '--data-dir', spoiled(folders, tmp_path, split), '--output', tmp_path / 'output',
+def test_truncated_jpeg(split, workers, augmentation, script, document, folders, tmp_path):
+    root = spoiled(folders, tmp_path, split)
+    outcome = script(*TINY, '--data-dir', root, '--output', tmp_path / 'output',
                      '--workers', workers, '--augmentation', augmentation)
     line = error_line(outcome)
-    document('Folders', 'a truncated JPEG', '^--data-dir .*: cannot decode image ant/cut.jpg: .*truncated', line)
+    document('Folders', f'--data-dir {root}', '^--data-dir .*: cannot decode image ant/cut.jpg: .*truncated', line,
+             ', with a truncated JPEG')
 
 
 # --- YAML ---
 
 
-@pytest.mark.parametrize('text, expected', [
+YAML = [  # content of the file, pattern of the error line
     ('epoch: 3', "unknown key 'epoch'; did you mean epochs"), ('epochs: three', "epochs: expected int, found 'three'"),
     ('epochs: 1.5', 'epochs: expected int, found 1.5'), ('epochs: 0', 'epochs: expected a number >= 1, found 0'),
     ('lr: high', "lr: expected float, found 'high'"), ('pretrained: 1', 'pretrained: expected true or false, found 1'),
     ('method: glmx', 'method: expected one of ce, .*glmc.*glmx'), ('model: [a]', r"model: expected str, found \['a'\]"),
     ('scale: 0.5', 'scale: expected a list of 2 values, found 0.5'), ('model_kwargs: 3', 'model_kwargs: expected a mapping'),
     ('epochs: [', 'cannot be read as YAML'), ('- epochs', 'expected `option: value` lines, found a list'),
-    ('imbalance_factor: 0.5', 'imbalance_factor: expected a number >= 1.*0.5'), ('model: null', 'model: expected str')])
-def test_yaml(text, expected, refused, tmp_path):
-    (tmp_path / 'options.yaml').write_text(text)
-    document('YAML', text, f'^--config .*/options.yaml: {expected}', refused('-c', tmp_path / 'options.yaml'))
+    ('imbalance_factor: 0.5', 'imbalance_factor: expected a number >= 1.*0.5'), ('model: null', 'model: expected str'),
+]
+
+
+@pytest.mark.parametrize('text, expected', YAML)
+def test_yaml(text, expected, refused, document, tmp_path):
+    path = tmp_path / 'options.yaml'
+    path.write_text(text)
+    document('YAML', f'--config {path}', f'^--config .*/options.yaml: {expected}', refused('--config', path), lines(text))
 
 
 # --- sources without an index ---
 
 
-@pytest.mark.parametrize('options, expected', [
-    ([], '--dataset wds/x: .*--partner batch'),
-    (['--partner', 'batch', '--imbalance-factor', '2'], '--dataset wds/x: --imbalance-factor and --holdout need'),
-    (['--partner', 'batch', '--num-classes', '4'], '--num-classes 4: found counts of 3 classes'),
-    (['--partner', 'batch', '--class-counts', 'gone.json'], '--class-counts gone.json: expected a list of images per')])
-def test_shards(options, expected, refused, tmp_path):
+SHARDS = {  # command line -> pattern of the error line
+    '--dataset wds/x': '--dataset wds/x: .*--partner batch',
+    '--dataset wds/x --partner batch --imbalance-factor 2': '--dataset wds/x: --imbalance-factor and --holdout need',
+    '--dataset wds/x --partner batch --num-classes 4': '--num-classes 4: found counts of 3 classes',
+    '--dataset wds/x --partner batch --class-counts gone.json': '--class-counts gone.json: expected a list of images per',
+}
+
+
+@pytest.mark.parametrize('options', SHARDS)
+def test_shards(options, refused, document, tmp_path):
     (tmp_path / 'shards').mkdir()
     write_shards(tmp_path / 'shards', shard_size=8)
-    line = refused('--dataset', 'wds/x', *options, data_dir=tmp_path / 'shards')
-    document('Sources without an index', ' '.join(['--dataset wds/x', *options]), f'^{expected}', line)
+    line = refused(*options.split(), data_dir=tmp_path / 'shards')
+    document('Sources without an index', options, f'^{SHARDS[options]}', line)
 
 
 # --- checkpoints and output ---
@@ -273,40 +331,47 @@ def checkpoint(finished_run):
     return finished_run / 'checkpoints' / 'epoch-0001.safetensors'
 
 
-@pytest.mark.parametrize('options, expected', [
-    ('--model test_vit', 'holds test_resnet .*this run trains test_vit'),
-    ('--method ce', 'holds test_resnet with 3 classes by glmc, .* by ce'),
-    ('--projection-dim 8', '.*projection_dim'),
-    ('--opt adamw', '.*opt'),
-    ('--gp max', '.*(gp|global_pool)'),
-    ('--swa-start 0.5', 'was trained with swa_first_epoch None, this run has 2')])
-def test_resume_from_another_run(options, expected, script, checkpoint, folders):
+RESUMED = {  # options beside --resume -> pattern of the error line
+    '--model test_vit': 'holds test_resnet .*this run trains test_vit',
+    '--method ce': 'holds test_resnet with 3 classes by glmc, .* by ce',
+    '--projection-dim 8': '.*projection_dim',
+    '--opt adamw': '.*opt',
+    '--gp max': '.*(gp|global_pool)',
+    '--swa-start 0.5': 'was trained with swa_first_epoch None, this run has 2',
+}
+
+
+@pytest.mark.parametrize('options', RESUMED)
+def test_resume_from_another_run(options, script, document, checkpoint, folders):
     files = {path: path.stat().st_mtime_ns for path in checkpoint.parent.parent.rglob('*') if path.is_file()}
     outcome = script(*TINY, '--data-dir', folders, '--resume', checkpoint, '--epochs', '3', *options.split())
-    document('Checkpoints', f'--resume CHECKPOINT {options}', f'^--resume {checkpoint}: {expected}', error_line(outcome))
+    document('Checkpoints', f'--resume {checkpoint} {options}', f'^--resume {checkpoint}: {RESUMED[options]}',
+             error_line(outcome))
     assert files == {path: path.stat().st_mtime_ns for path in checkpoint.parent.parent.rglob('*') if path.is_file()}
 
 
-def test_truncated_checkpoint(script, checkpoint, folders, tmp_path):
+def test_truncated_checkpoint(script, document, checkpoint, folders, tmp_path):
     broken = tmp_path / 'run' / 'checkpoints' / 'epoch-0001.safetensors'
     broken.parent.mkdir(parents=True)
     broken.write_bytes(checkpoint.read_bytes()[:-1000])
     line = error_line(script(*TINY, '--data-dir', folders, '--resume', broken))
-    document('Checkpoints', '--resume TRUNCATED', f'^(--resume )?{broken}: expected a checkpoint of train_glmc.py', line)
+    document('Checkpoints', f'--resume {broken}', f'^(--resume )?{broken}: expected a checkpoint of train_glmc.py', line,
+             ', truncated')
 
 
-def test_experiment_that_exists(script, finished_run, folders):
+def test_experiment_that_exists(script, document, finished_run, folders):
     line = error_line(script(*TINY, '--data-dir', folders, '--output', finished_run.parent, '--experiment', 'first'))
-    document('Checkpoints', '--experiment EXISTING', '^--experiment first: .*first exists; --resume auto continues it', line)
+    document('Checkpoints', f'--output {finished_run.parent} --experiment first',
+             '^--experiment first: .*first exists; --resume auto continues it', line, ', an existing run')
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason='the superuser may write anywhere')
+@pytest.mark.skipif(os.geteuid() == 0, reason='the superuser can write everywhere')
 def test_folder_without_permission(refused, tmp_path):
     (tmp_path / 'locked').mkdir(mode=0o500)
     assert '--output: cannot write to' in refused(output=tmp_path / 'locked')
 
 
-def test_export_says_what_is_wrong(checkpoint, tmp_path, monkeypatch, capsys):
+def test_export_names_the_wrong_file(checkpoint, tmp_path, monkeypatch, capsys):
     def export(*words):
         monkeypatch.setattr('sys.argv', ['glmc.export', *map(str, words)])
         return error_line(Outcome(glmc.export.export.main(), *capsys.readouterr()))
@@ -314,7 +379,7 @@ def test_export_says_what_is_wrong(checkpoint, tmp_path, monkeypatch, capsys):
     assert re.match(f'{tmp_path}: exists, expected a new folder', export(checkpoint, tmp_path))
 
 
-MODELS = {  # options of validate_glmc.py -> what the line says
+MODELS = {  # options of validate_glmc.py -> pattern of the error line
     '--model nowhere/export': '--model nowhere/export: no such file or folder; a Hub model is hf-hub:ORG/NAME',
     '--model no_such_net --no-report': '--model no_such_net: not a model of timm',
     '--model tests': '--model tests: no config.json in this folder, expected an export or a run',
@@ -326,7 +391,7 @@ MODELS = {  # options of validate_glmc.py -> what the line says
 
 
 @pytest.mark.parametrize('options', MODELS)
-def test_model_to_validate(options, script, finished_run, tmp_path, monkeypatch, capsys):
+def test_model_to_validate(options, script, document, finished_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'tests').mkdir()
     (tmp_path / 'README.md').write_text('no checkpoint')
@@ -343,3 +408,13 @@ def test_model_to_validate(options, script, finished_run, tmp_path, monkeypatch,
 def test_one_line_and_exit_code_of_the_process(tmp_path):
     outcome = run_train('--data-dir', 'nowhere', '--output', tmp_path)
     assert outcome == (2, '', 'error: --data-dir nowhere: no such folder\n')
+
+
+@pytest.mark.skipif('GLMC_WRITE_DOCS' in os.environ, reason='the page is written after the tests')
+def test_the_page_has_no_other_rows():
+    """Each test above has one row; both columns are compared there."""
+    singles = 3  # truncated JPEG, truncated checkpoint, existing run
+    cases = (OPTIONS, FOLDERS, LISTS, UNREADABLE, YAML, SHARDS, RESUMED, MODELS)
+    assert sum(map(len, page_rows().values())) == sum(map(len, cases)) + singles
+    text = PAGE.read_text(encoding='utf-8')
+    assert text.startswith(HEAD) and '…/' not in text
