@@ -3,6 +3,7 @@ import argparse
 import difflib
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -233,8 +234,9 @@ def run_script(main: Callable[[], None], main_process: bool = True, debug: bool 
     """
     try:
         main()
-    except (InputError, RunError, KeyboardInterrupt) as error:
-        if debug:
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # ends loader workers: they ignore SIGTERM, so exit would wait
+        if debug or not isinstance(error, (InputError, RunError, KeyboardInterrupt)):
             raise
         if main_process or isinstance(error, ImageError):
             print('interrupted' if isinstance(error, KeyboardInterrupt) else f'error: {_one_line(error)}', file=sys.stderr)
