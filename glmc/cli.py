@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         self.hidden: frozenset[str] = frozenset()
 
     def hide(self, names: Iterable[str]) -> None:
-        """Leave options out of `--help` and add `--help-all`, which shows them."""
+        """Hide options from `--help` and add `--help-all`, which shows them."""
         self.hidden, self.usage = frozenset(names), '%(prog)s [options]'
         self.add_argument('--help-all', action=HelpAll, help='show all options and exit')
 

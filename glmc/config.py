@@ -20,7 +20,7 @@ positive = number(float, 0, open_low=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
 below_one = number(float, 0, 1 - 1e-9, open_low=True)
-part = number(float, 0, 1, open_low=True)
+positive_fraction = number(float, 0, 1, open_low=True)
 finite = number(float, float('-inf'))
 
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
@@ -218,7 +218,7 @@ def _erasing(parser: Parser) -> None:
     add('--rearea', type=fraction, nargs=2, default=[0.02, 1 / 3], metavar=('MIN', 'MAX'),
         help='area of a box as a fraction of the image; 0.25 0.25 with --reaspect 1 --remode const is Cutout (16 of 32 '
         'pixels)')
-    add('--reaspect', type=part, default=0.3, metavar='MIN', help='aspect ratio of a box, from MIN to 1 / MIN')
+    add('--reaspect', type=positive_fraction, default=0.3, metavar='MIN', help='aspect ratio of a box, from MIN to 1 / MIN')
 
 
 def _model(parser: Parser) -> None:
@@ -288,7 +288,7 @@ def _method(parser: Parser) -> None:
     add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')
     add('--effective-beta', type=below_one, default=0.9999, metavar='BETA',
         help='β of the effective number of images, (1 - β^n) / (1 - β)')
-    add('--drw-start', type=fraction, default=0.8, metavar='PART',
+    add('--drw-start', type=fraction, default=0.8, metavar='FRACTION',
         help='fraction of the epochs before deferred re-weighting starts')
     add('--adjustment-tau', type=finite, default=1.0, metavar='TAU', help='τ of logit adjustment')
     add('--ldam-margin', type=positive, default=0.5, metavar='M', help='margin of the smallest class')
@@ -346,7 +346,7 @@ def _running(parser: Parser) -> None:
     add('--model-ema', action='store_true', help='evaluate and export a moving average of the weights')
     add('--model-ema-decay', type=fraction, default=0.9998, help='decay of the moving average')
     add('--model-ema-warmup', action='store_true', help='let the decay grow to its value')
-    add('--swa-start', type=fraction, metavar='PART',
+    add('--swa-start', type=fraction, metavar='FRACTION',
         help='evaluate and export the mean of the weights after each update from this fraction of the epochs on (SWA), '
         'e.g. 0.6')
     add('--sync-bn', action='store_true', help='BatchNorm statistics over all processes (GPU only)')

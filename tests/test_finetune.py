@@ -168,7 +168,7 @@ def test_the_choice_never_sees_the_validation_images(finetune, finished_run, fol
 
 
 def test_settings_and_stage_1_are_followed(finetune, script, tmp_path):
-    """The demonstration: its long tail, its augmentation and its thresholds without being told."""
+    """The demonstration: long tail, augmentation and thresholds of stage 1 without options."""
     assert script(*TINY, '--output', tmp_path, '--experiment', 'demo', '--shot-thresholds', '10', '50').code == 0
     outcome = finetune('--model', tmp_path / 'demo', '--stage2', 'los', '--stage2-kwargs', 'los.epochs=1', 'los.lr=0.5')
     assert outcome.code == 0, outcome.err

@@ -52,7 +52,7 @@ def validate(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture(scope='session')
 def logits(finished_run, folders):
-    """Of the validation images by timm alone: (N, C) logits, the mirror images' logits, and labels."""
+    """(N, C) logits of the validation images and of their mirror images by timm alone, and labels."""
     model = timm.create_model(f"local-dir:{finished_run / 'export'}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     files = sorted((folders / 'validation').rglob('*.png'))
@@ -90,7 +90,7 @@ def test_the_numbers_are_those_of_the_training_run_and_of_a_timm_loop(validate, 
     assert f'{table}\n{following}\n' in in_training
 
 
-def test_what_is_left_behind(validate, finished_run, folders, tmp_path):
+def test_files_of_an_evaluation(validate, finished_run, folders, tmp_path):
     outcome, metrics = validate('--model', finished_run, '--data-dir', folders)
     assert outcome.code == 0, outcome.err
     result = tmp_path / 'out' / 'result'
@@ -118,7 +118,7 @@ def test_flip_averages_the_logits(validate, finished_run, folders, logits):
     ('uniform', 'train', -np.log([14, 7, 4])), ('uniform', 'uniform', np.zeros(3)),
     ('forward', 'uniform', np.log(4.0) * np.array([0, -0.5, -1])),
     ('backward', 'uniform', np.log(4.0) * np.array([-1, -0.5, 0])), ('test', 'uniform', np.log([5, 4, 4])),
-    ('test', None, np.log([5, 4, 4]))])  # GLMC's own classifier is made for a uniform prior
+    ('test', None, np.log([5, 4, 4]))])  # GLMC's rebalanced classifier has learnt a uniform prior
 def test_logits_move_to_the_target_prior(validate, finished_run, folders, logits, target, source, expected):
     options = ['--source-prior', source] if source else []
     _, metrics = validate('--model', finished_run, '--data-dir', folders, '--target-prior', target, *options,
@@ -188,7 +188,7 @@ def test_a_prior_from_a_file(validate, finished_run, folders, logits, tmp_path, 
     file = tmp_path / 'prior'
     file.write_text(content)
     _, metrics = validate('--model', finished_run, '--data-dir', folders, '--no-report', '--target-prior', file)
-    expected = logits[0] + np.log(weights).astype(np.float32)  # GLMC's own prior is uniform
+    expected = logits[0] + np.log(weights).astype(np.float32)  # GLMC's prior is uniform
     assert metrics['loss'] == pytest.approx(nll(expected, logits[2]), rel=1e-4)
     assert metrics['source_prior'] == 'uniform'
 
@@ -230,7 +230,7 @@ def test_help_shows_the_options_of_validation_and_help_all_the_rest(capsys):
     assert '--model-kwargs' in capsys.readouterr().out
 
 
-def test_a_folder_that_is_taken_is_told_before_the_evaluation(validate, finished_run, folders, tmp_path, monkeypatch):
+def test_an_existing_folder_is_refused_before_the_evaluation(validate, finished_run, folders, tmp_path, monkeypatch):
     monkeypatch.setattr('validate_glmc.evaluate', lambda *args: pytest.fail('evaluated'))
     (tmp_path / 'out' / 'result').mkdir(parents=True)
     outcome, _ = validate('--model', finished_run, '--data-dir', folders)
