@@ -11,7 +11,7 @@ from torchvision.transforms import Compose, Resize
 
 from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import EvalDataset, Normalize, create_normalize, eval_transform, image_mode
-from glmc.data.sampling import PairSampler
+from glmc.data.sampling import PairSampler, stream
 from glmc.data.transforms import CIFAR_PADDING, view_transform
 from glmc.errors import InputError
 
@@ -77,7 +77,7 @@ class ResidentTrainLoader:
         _, *indices = self.sampler.sample_epoch()
         indices = np.stack(indices, 1)  # (N, images of a draw)
         shape = (*indices.shape, self.num_views)
-        rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1))
+        rng = stream('crops', self.sampler.seed, self.sampler.epoch)
         offsets = rng.integers(2 * self.padding + 1, size=(2, *shape))
         columns = (indices, *offsets, rng.random(shape) < self.hflip)
         index, y, x, flip = (torch.from_numpy(column).to(self.device) for column in columns)

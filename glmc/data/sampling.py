@@ -1,10 +1,24 @@
 """Which images a step sees: seeded, different each epoch, one global stream whatever the number of processes."""
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
 MIN_IMAGES = 2  # per process and step: BatchNorm has no variance of one
+
+
+def stream(purpose: str, seed: int, *position: int) -> np.random.Generator:
+    """Random numbers of one purpose, a function of its name, the seed and a position.
+
+    Seeds without a name would meet: numpy pads them with zeros, so that (seed, epoch) is also (seed, epoch, step 0).
+
+    Args:
+        purpose: `sampler`, `crops` or `mixture`.
+        seed: Seed of the run.
+        position: Epoch, or epoch and step; always as many numbers for one purpose.
+    """
+    return np.random.default_rng((zlib.crc32(purpose.encode()), seed, *position))
 
 
 def image_weights(labels: np.ndarray, power: float) -> np.ndarray:
@@ -83,7 +97,7 @@ class PairSampler(Sampler):
 
     def sample_epoch(self) -> Sequence[np.ndarray]:
         """Columns (seed, i) or (seed, i, j) of the whole epoch, each (N,)."""
-        rng = np.random.default_rng((self.seed, self.epoch))
+        rng = stream('sampler', self.seed, self.epoch)
         columns = [rng.integers(2 ** 32, size=self.num_images), rng.permutation(self.num_images)]
         if self.weights is not None:
             columns.append(rng.choice(self.num_images, size=self.num_images, p=self.weights))

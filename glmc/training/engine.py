@@ -12,6 +12,7 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
+from glmc.data.sampling import stream
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.models.classifier import float32_classifier
 from glmc.training.meter import Meter, _Clock
@@ -149,7 +150,7 @@ def backward(accelerator: Accelerator, loss: Tensor, *others: Tensor) -> None:
 
 def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
     """The generator of one step's mixture: the same on all processes, and after any resume."""
-    return np.random.default_rng((seed, epoch, step))
+    return stream('mixture', seed, epoch, step)
 
 
 def update(

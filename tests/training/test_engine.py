@@ -187,7 +187,7 @@ def epoch_by_hand(
     for start in range(0, len(batches), accum_steps):
         group = batches[start:start + accum_steps]
         for number, (views, labels) in enumerate(group, start):
-            mixture = step.mixer.sample_params(len(views), (32, 32), np.random.default_rng((7, epoch, number)))
+            mixture = step.mixer.sample_params(len(views), (32, 32), step_generator(7, epoch, number))
             loss = step(views, labels, mixture)['loss']
             losses.append(loss.item())
             (loss / len(group)).backward()
