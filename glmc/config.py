@@ -43,7 +43,8 @@ def repo_id(text: str) -> str:
     return text
 
 
-VIEWS = ('global', 'local')  # of each image, in their order in a batch
+# Options that are gone -> their default, which older files may still name.
+OBSOLETE = {'aug_views': 'both', 'mix_lambda': 'shared'}
 
 # Without any data, the embedded digits are trained on; these stand in for what the user did not say.
 DEMONSTRATION = dict(epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
@@ -61,10 +62,20 @@ def train_parser(methods: dict) -> Parser:
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line wins')
     add_groups(parser, *GROUPS)
     methods_help = '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
+    aliases = {alias: name for name, row in methods.items() for alias in row.aliases}
     parser._option_string_actions['--method'].choices = list(methods)
+    parser._option_string_actions['--method'].type = lambda name: aliases.get(name, name)
+    parser.obsolete = OBSOLETE
+    parser.resolve = _resolve_balanced
     parser._option_string_actions['--method'].help += f' ({methods_help})'
     parser.presets = lambda options: dict(methods[options.method].defaults)
     return parser
+
+
+def _resolve_balanced(options: Options) -> None:
+    """`--balanced` is an alias of a row."""
+    if options.balanced and options.method == 'glmc':
+        options.method = 'glmc_balanced'
 
 
 def finetune_parser() -> Parser:
@@ -211,16 +222,10 @@ def input_group(parser: Parser) -> None:
         help='memory layout that convolutions like')
 
 
-def _views(parser: Parser) -> None:
-    group = parser.add_argument_group('views')
-    group.add_argument('--aug-views', choices=('both', *VIEWS), default='both',
-        help='which view of each image gets --aa and --reprob, of methods with a global and a local one')
-
-
 def _method(parser: Parser) -> None:
     group = parser.add_argument_group('method')
     add = group.add_argument
-    add('--method', default='glmc', help='row of the table of methods')
+    add('--method', default='glmc', metavar='NAME', help='row of the table of methods')
     add('--resample-power', type=finite, default=0.0, metavar='Q',
         help='q: the second image of a pair is drawn with P ∝ n^-q; 0 uniform over images, 1 over classes; '
         'default of ce_resample and cmo: 1, of bbn: 2')
@@ -229,8 +234,6 @@ def _method(parser: Parser) -> None:
     add('--mix-beta', type=positive, default=1.0, metavar='BETA', help='β of λ ~ Beta(β, β); default of the glmc rows: 0.2')
     add('--mixup-prob', type=fraction, default=1.0, metavar='P',
         help='probability that a batch is mixed; default of cmo: 0.5')
-    add('--mix-lambda', choices=('shared', 'per_view'), default='shared',
-        help='one λ for the global and the local view (as the paper), or one drawn for each')
     add('--cutmix-lambda', choices=('nominal', 'area'), default='nominal',
         help='label weight of a patch: λ, as the released code, or its pixels, clipped at the border; default of cutmix, '
         'cmo and the glmc rows: area')
@@ -244,7 +247,7 @@ def _method(parser: Parser) -> None:
         'encoder')
     add('--projection-dim', type=positive_int, default=256, metavar='D', help='width d of projection and prediction')
     add('--joint-forward', action='store_true', help='encode both views as one batch; BatchNorm sees them together')
-    add('--balanced', action='store_true', help='balanced data: no rebalanced classifier, L = L_c + γ·L_sim')
+    add('--balanced', action='store_true', help='the same as --method glmc_balanced')
     add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')
     add('--effective-beta', type=below_one, default=0.9999, metavar='BETA',
         help='β of the effective number of images, (1 - β^n) / (1 - β)')
@@ -355,7 +358,7 @@ def hub_options(group) -> None:
 
 GROUPS = {  # options of train_glmc.py in pipeline order: title of the argument group -> what adds it
     'data': data_group, 'training data': training_data_group, 'long tail': long_tail_group, 'augmentation': _augmentation,
-    'random erasing': _erasing, 'views': _views, 'model': _model, 'model input': input_group, 'method': _method,
+    'random erasing': _erasing, 'model': _model, 'model input': input_group, 'method': _method,
     'optimizer': _optimizer, 'schedule': _schedule, 'running': _running, 'output': _output,
     'report and sharing': share_group, 'stage 2': stage2_group}
 DATA = ('data', 'training data', 'long tail')

@@ -68,7 +68,6 @@ OPTIONS = {  # command line -> what the line says
     '--resident on': '--resident on: needs an indexable source and --augmentation cifar',
     '--resident on --augmentation cifar --aa v0': '--resident on: .* and no --aa',
     '--augmentation cifar --aa nonsense': '--aa.*nonsense',
-    '--aug-views all': "--aug-views: invalid choice: '?all",
     '--stage2 nonsense': "--stage2: expected all, or some of maxnorm, .*; found 'nonsense'",
     '--stage2 average --method ce': '--stage2 average: needs both classifiers of GLMC',
     '--stage2 maxnorm --stage2-kwargs maxnorm.radios=1': '--stage2-kwargs maxnorm.radios: expected one of lr, .*radius',

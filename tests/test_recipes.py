@@ -91,10 +91,10 @@ def test_recipe_holds_the_values_of_the_table(name):
     args, given = read(name)
     values = {**vars(args), 'all_epochs': len(learning_rates(args))}
     assert tuple(values[column] for column in COLUMNS) == pytest.approx(TABLE[name])
-    assert args.method == 'glmc' and not unused_method_options('glmc', given)
-    assert args.balanced == ('balanced' in name)
+    assert args.method == ('glmc_balanced' if 'balanced' in name else 'glmc')
+    assert not unused_method_options('glmc', given)
     assert (args.mix_beta, args.cutmix_lambda, args.partner) == (1.0, 'nominal', 'sampler')
-    assert args.balanced or (args.alpha_power, args.alpha_scope) == (2.0, 'losses')
+    assert 'balanced' in name or (args.alpha_power, args.alpha_scope) == (2.0, 'losses')
     assert (args.sched, args.min_lr, args.amp, args.pretrained) == ('cosine', 0.0, False, False)
     if 'swin' not in name:
         assert (args.opt, args.momentum, args.filter_bias_and_bn) == ('momentum', 0.9, False)  # timm's sgd is Nesterov's
@@ -169,7 +169,7 @@ def test_custom_spells_the_defaults_out():
     args, given = read(CUSTOM)
     defaults, _ = parse_args(train_parser(METHODS), [])
     assert {**vars(args), 'config': None} == vars(defaults)
-    assert METHODS['glmc'].options - given == {'balanced', 'joint_forward', 'mix_lambda', 'partner'}
+    assert METHODS['glmc'].options - given == {'joint_forward', 'partner'}
     assert {'command', 'batch', 'chosen', 'published', 'change'} == set(header(CUSTOM))
 
 

@@ -22,8 +22,8 @@ def compare_loss(bench: Benchmark) -> dict:
     for `run` alone.
     """
     setup, args = bench.setup, bench.args
-    if args.method != 'glmc' or args.balanced or args.partner != 'sampler' or args.reprob:
-        raise InputError('--compare-loss: expected --method glmc, --partner sampler, no --balanced and no --reprob')
+    if args.method != 'glmc' or args.partner != 'sampler' or args.reprob:
+        raise InputError('--compare-loss: expected --method glmc, --partner sampler and no --reprob')
     precision = setup.accelerator.mixed_precision
     setup.task.set_progress(0.5)
     expected = _plain_losses(bench)
@@ -51,7 +51,7 @@ def compare_loss(bench: Benchmark) -> dict:
 def _plain_losses(bench: Benchmark) -> dict:
     setup, (views, labels), mixture = bench.setup, bench.batch, bench.mixture()
     mean, std = (torch.tensor(setup.data_config[name], device=bench.device).view(-1, 1, 1) for name in ('mean', 'std'))
-    views = [((view.contiguous().float() / 255) - mean) / std for view in views.unbind(1)]
+    views = [((view.contiguous().float() / 255) - mean) / std for view in views.flatten(1, 2).unbind(1)]
     weight = class_weights(setup.data.profile.counts, bench.args.reweight_power).to(bench.device)
     mixture = mixture.lam.item(), mixture.local_lam.item(), mixture.box.tolist()
     model = plain_model(setup)

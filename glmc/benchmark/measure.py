@@ -3,11 +3,10 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from glmc.benchmark.plain import PILImages, PlainLoop, pil_transform, timm_loader
@@ -35,12 +34,11 @@ class Benchmark:
         if setup.accelerator.num_processes > 1:
             raise InputError(f'benchmark_glmc.py: expected one process, found {setup.accelerator.num_processes}')
         self.loader = setup.train_loader  # `run` and `step` put short ones in its place
-        inner = getattr(self.loader, 'loader', self.loader)
-        self.resident = isinstance(inner, ResidentTrainLoader)
+        self.resident = isinstance(self.loader, ResidentTrainLoader)
         members = 2 if setup.method.paired and self.args.partner == 'sampler' else 1
-        self.num_views = setup.method.num_views * members  # of a row of a batch
+        self.num_views = len(setup.method.views) * members  # of a sample
         self.size = tuple(setup.data_config['input_size'][-2:])
-        self.batch = next(batch for batch in endless(self.loader, self.args.batch_size))
+        self.batch = next(endless(self.loader.epoch, self.args.batch_size))[:2]
         self.images = None  # for PIL, once asked for
 
     # --- the parts ---
@@ -50,18 +48,19 @@ class Benchmark:
         return lambda n: consume(steps, n)
 
     def run_part(self) -> Callable[[int], None]:
-        batches = endless(self.loader, self.args.batch_size)
+        batches = endless(self.loader.epoch, self.args.batch_size)
         return lambda n: self._train(batches, n)
 
     def step(self) -> Callable[[int], None]:
-        return lambda n: self._train(itertools.repeat(self.batch), n)
+        return lambda n: self._train(itertools.repeat((*self.batch, 1.0)), n)
 
     def input(self) -> Callable[[int], None]:
-        batches = endless(self.loader, self.args.batch_size)
+        batches = endless(self.loader.epoch, self.args.batch_size)
         return lambda n: consume(batches, n)
 
     def timm(self) -> Callable[[int], None]:
-        batches = endless(timm_loader(self.setup, self.pil_images()), self.args.batch_size)
+        loader = timm_loader(self.setup, self.pil_images())
+        batches = endless(lambda epoch: loader, self.args.batch_size)
         return lambda n: consume(batches, n * self.num_views)
 
     def _train(self, batches: Iterator, num_steps: int) -> None:
@@ -80,8 +79,8 @@ class Benchmark:
         reasons = dict.fromkeys(self.args.skip, '--skip')
         if not isinstance(self.setup.data.train, ImageSet):
             reasons.update(plain='the source cannot be indexed', timm='the source cannot be indexed')
-        if self.args.method != 'glmc' or self.args.balanced:
-            reasons['plain'] = 'it is a loop for --method glmc without --balanced'
+        if self.args.method != 'glmc':
+            reasons['plain'] = 'it is a loop for --method glmc'
         return reasons
 
     # --- measuring ---
@@ -189,12 +188,10 @@ class Benchmark:
             'rounds': args.rounds, 'steps': args.steps, **provenance()}
 
 
-def endless(loader, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(epoch: Callable[[int], Iterable[Sequence]], batch_size: int) -> Iterator[Sequence]:
     """Full batches, epoch after epoch."""
-    for epoch in itertools.count():
-        if hasattr(loader, 'set_epoch'):
-            loader.set_epoch(epoch)
-        yield from (batch for batch in loader if len(batch[0]) == batch_size)
+    for number in itertools.count():
+        yield from (batch for batch in epoch(number) if len(batch[0]) == batch_size)
 
 
 def consume(iterator: Iterator, n: int) -> None:
@@ -208,16 +205,10 @@ class ShortLoader:
     def __init__(self, batches: Iterator, num_steps: int):
         self.batches, self.num_steps = batches, num_steps
 
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """The iterator has epochs of its own."""
-
-    def share(self, step: int) -> float:
-        return 1.0
-
     def __len__(self) -> int:
         return self.num_steps
 
-    def __iter__(self) -> Iterator:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator:
         return itertools.islice(self.batches, self.num_steps)
 
 

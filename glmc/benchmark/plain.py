@@ -91,11 +91,11 @@ def plain_loss(
     global_view = lam * i1 + (1 - lam) * j1
     local_view = i2.clone()
     local_view[:, :, y0:y1, x0:x1] = j2[:, :, y0:y1, x0:x1]
-    shares = mean and tuple(torch.tensor(share, device=i1.device) for share in (alpha, mean * (1 - alpha)))
+    scales = mean and tuple(torch.tensor(scale, device=i1.device) for scale in (alpha, mean * (1 - alpha)))
     loss_c = loss_cb = 0
     outputs = []
     for view, part in ((global_view, lam), (local_view, local_lam)):
-        output = model.forward_view(view, shares)
+        output = model.forward_view(view, scales)
         outputs.append(output)
         target, weighted = part * i + (1 - part) * j, part * i_weighted + (1 - part) * j_weighted
         loss_c = loss_c - (F.log_softmax(output.logits, 1) * target).sum(1).mean()

@@ -63,24 +63,23 @@ def shown(name, longest: int = LONGEST, keep_end: bool = False) -> str:
 
 @torch.no_grad()
 def mixed_views(loader, mixer, class_names: Sequence[str], seed: int, epoch: int, limit: int = 8) -> list[Picture]:
-    """Inputs of the net as training makes them: by its loader and its mixer, the global view above the local one.
+    """Inputs of the net as training makes them, the global view above the local one.
 
     Args:
-        loader: Of the training.
-        mixer: Of the method.
+        loader: The training loader.
+        mixer: The mixer of the method, on the loader's device.
         class_names: C names.
-        seed, epoch: Whose random numbers are used.
-        limit: Pictures, each from a mixture of its own.
+        seed, epoch: Seed and epoch of the random numbers.
+        limit: Number of pictures, each with its own mixture.
     """
-    loader.set_epoch(epoch)
-    views, labels = next(iter(loader))
+    views, labels, _ = next(loader.epoch(epoch))
     views, labels = views[:limit], labels[:limit]
     pictures = []
     for k in range(len(views)):
-        mixture = mixer.sample_params(len(views), views.shape[-2:], step_generator(seed, epoch, k))
-        inputs, targets = mixer(views, labels, mixture if mixture is None else mixture.to(views.device))
+        params = mixer.sample_params(len(views), views.shape[-2:], step_generator(seed, epoch, k))
+        inputs, targets = mixer(views, labels, params if params is None else params.to(views.device))
         inputs, targets = _as_tuple(inputs), _as_tuple(targets)
-        images = [to_image(_pixels(image[k], loader)) for image in inputs]
+        images = [to_image(image[k].float()) for image in inputs]
         names = ' | '.join(dict.fromkeys(describe_target(target[k], class_names) for target in targets))
         pictures.append(Picture(images, names))
     return pictures
@@ -88,12 +87,6 @@ def mixed_views(loader, mixer, class_names: Sequence[str], seed: int, epoch: int
 
 def _as_tuple(value) -> tuple:
     return (value,) if isinstance(value, Tensor) else tuple(value)
-
-
-def _pixels(image: Tensor, loader) -> Tensor:
-    """(c, H, W) in 0…255; random erasing hands out normalised images."""
-    normalize = getattr(getattr(loader, 'loader', None), 'normalize', None)
-    return image.float() if normalize is None else image * normalize.std + normalize.mean
 
 
 def to_image(pixels: Tensor) -> Image.Image:

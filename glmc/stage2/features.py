@@ -105,21 +105,21 @@ class Extractor:
         if not num_views:
             return
         make_views = view_transform(
-            self.data_config['input_size'][-2:], mean=self.data_config['mean'], **self.augmentation)
+            self.data_config['input_size'][-2:], ('plain',) * num_views, mean=self.data_config['mean'], **self.augmentation)
         seeds = np.random.default_rng((self.seed, 2)).integers(2 ** 32, size=len(images)).tolist()
         draws = list(zip(seeds, range(len(images)), strict=True))
         batches = [draws[start:start + self.batch_size] for start in range(0, len(draws), self.batch_size)]
-        self._fill(values[1:], self._loader(ViewDataset(images, make_views, num_views, mode), batch_sampler=batches))
+        self._fill(values[1:], self._loader(ViewDataset(images, make_views, mode), batch_sampler=batches))
 
     def _loader(self, dataset, **batching) -> DataLoader:
         return DataLoader(dataset, num_workers=self.workers, generator=torch.Generator(), **batching)
 
     def _fill(self, values: np.ndarray, loader: Iterable) -> None:
-        """Features of batches of (B, c, H, W) or (B, V, c, H, W) images, as (V, B, D), into their places."""
+        """Fill in the features of batches of (B, c, H, W) images or (B, 1, V, c, H, W) views."""
         start = 0
         with frozen(self.model), torch.inference_mode(), self.accelerator.autocast():
             for images, _ in tqdm(loader, leave=False, disable=not sys.stderr.isatty()):
-                views = images.unsqueeze(1) if images.ndim == 4 else images
+                views = images.unsqueeze(1) if images.ndim == 4 else images.flatten(0, 1)  # (B, V, c, H, W)
                 encoded = self._encode(views.flatten(0, 1)).unflatten(0, views.shape[:2])
                 values[:, start:start + len(images)] = encoded.transpose(0, 1).cpu().numpy()
                 start += len(images)

@@ -133,16 +133,10 @@ def test_backward_is_twice_the_forward_but_for_the_first_layer():
 
 
 def test_endless_gives_full_batches_of_ever_new_epochs():
-    class Loader:
-        def set_epoch(self, epoch):
-            self.epoch = epoch
-
-        def __iter__(self):
-            return iter([(torch.full((size,), self.epoch), None) for size in (4, 4, 3)])
-    batches = endless(Loader(), 4)
+    batches = endless(lambda epoch: [(torch.full((size,), epoch), None) for size in (4, 4, 3)], 4)
     assert [next(batches)[0].tolist() for _ in range(5)] == [[0] * 4, [0] * 4, [1] * 4, [1] * 4, [2] * 4]
     short = ShortLoader(batches, 2)
-    assert len(short) == len(list(short)) == 2
+    assert len(short) == len(list(short.epoch(0))) == 2
     consume(batches, 1)
     assert next(batches)[0].tolist() == [4] * 4
 

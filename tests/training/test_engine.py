@@ -46,23 +46,23 @@ def new_step(
     return TrainStep(row.task(module, COUNTS), mixer, Normalize((0.5, 0.4, 0.3), (0.2, 0.25, 0.3)))
 
 
-def batch(number: int = 0, size: int = 8, views: int = 4, members: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(number: int = 0, size: int = 8, images: int = 2, views: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(number)
-    images = torch.randint(256, (size, views, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return images, torch.randint(3, (size, members), generator=generator)
+    pixels = torch.randint(256, (size, images, views, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return pixels, torch.randint(3, (size, images), generator=generator)
 
 
 class Batches(list):
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        self.epoch = epoch
+    """A training loader of these batches."""
 
-    def share(self, step: int) -> float:
-        return 1.0
+    def epoch(self, epoch: int, start_step: int = 0):
+        self.last_epoch = epoch
+        yield from ((*batch, 1.0) for batch in self[start_step:])
 
 
 def batch_for(variant: str, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    views, members = {'ce': (1, 1), 'partner': (2, 1)}.get(variant, (4, 2))
-    return batch(number, views=views, members=members)
+    images, views = {'ce': (1, 1), 'partner': (1, 2)}.get(variant, (2, 2))
+    return batch(number, images=images, views=views)
 
 
 def draw(step: TrainStep, number: int = 0):
@@ -218,7 +218,7 @@ def test_an_epoch_is_its_loop_written_out(accelerator, clip_grad):
         losses = epoch_by_hand(plain, plain_sgd, batches, epoch, 2, averages, plain_schedule, clip_grad)
         sizes = [8, 8, 8, 8, 5]
         assert metrics['loss'] == pytest.approx(np.average(losses, weights=sizes), rel=1e-5)
-        assert metrics['images'] == 37 and metrics['lr'] == lr and batches.epoch == epoch
+        assert metrics['images'] == 37 and metrics['lr'] == lr and batches.last_epoch == epoch
     assert ours_schedule.updates == plain_schedule.updates == [1, 2, 3, 4, 5, 6]
     assert ours_sgd.param_groups[0]['lr'] == plain_sgd.param_groups[0]['lr'] < 0.05
     assert_close(list(ours.task.trainable_module.parameters()), list(plain.parameters()), 1e-5)
@@ -333,23 +333,12 @@ def test_an_epoch_in_parts_is_the_whole_epoch(accelerator):
             with pytest.raises(Stop):
                 train_one_epoch(accelerator, step, Batches(batches), optimizer, None, epoch=1, seed=7, meter=meter,
                                 after_update=stop)
-        metrics = train_one_epoch(accelerator, step, Rest(batches, cut), optimizer, None, epoch=1, seed=7, meter=meter,
+        metrics = train_one_epoch(accelerator, step, Batches(batches), optimizer, None, epoch=1, seed=7, meter=meter,
                                   start_step=cut)
         results.append((metrics, list(step.parameters())))
     (whole, weights), (parts, same_weights) = results
     assert {**whole, 'images_per_second': 0} == {**parts, 'images_per_second': 0}
     assert all(torch.equal(one, two) for one, two in zip(weights, same_weights, strict=True))
-
-
-class Rest(Batches):
-    """The batches from `start` on, of an epoch that has them all."""
-
-    def __init__(self, batches, start: int):
-        super().__init__(batches)
-        self.start = start
-
-    def __iter__(self):
-        return iter(list.__getitem__(self, slice(self.start, None)))
 
 
 @pytest.mark.parametrize('flip', [False, True])
@@ -365,7 +354,7 @@ def test_evaluation_has_logits_in_float32_of_an_encoder_in_bfloat16(flip):
             super().update(output, target)
 
     model.global_pool.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
-    loader = Batches([(images[:, 0], labels[:, 0]) for images, labels in map(batch, range(3))])
+    loader = Batches([(images[:, 0, 0], labels[:, 0]) for images, labels in map(batch, range(3))])
     loader.normalize = Normalize((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
     metrics = evaluate(accelerator, AdjustedModel(model, flip=True) if flip else model, loader, Evaluator(COUNTS))
     AcceleratorState._reset_state(True)
