@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from glmc.cli import Options, Parser, number, parse_args, pick, run_script
 from glmc.config import add_groups, count, names, positive_int
+from glmc.data.lists import read_class_counts
 from glmc.data.loaders import create_eval_loader
 from glmc.data.profiles import long_tail_indices
-from glmc.data.sources import load_evaluation_data, read_class_counts
+from glmc.data.sources import load_evaluation_data
 from glmc.errors import InputError
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.evaluation.priors import (
