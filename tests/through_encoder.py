@@ -30,7 +30,7 @@ from glmc.run_folder import provenance  # noqa: E402
 from glmc.stage2.classifiers import Linear, Stage1  # noqa: E402
 from glmc.stage2.features import Extractor, Features  # noqa: E402
 from glmc.stage2.select import fit, measure, parse_classifiers  # noqa: E402
-from glmc.sweep.runs import FIGURES  # noqa: E402
+from glmc.sweep.runs import METRICS  # noqa: E402
 from glmc.training.launch import create_accelerator  # noqa: E402
 from validate_glmc import trained_precision  # noqa: E402
 
@@ -80,7 +80,7 @@ def main() -> None:
             metrics, _ = measure(fit(classifier, stage1, features, args.seed), unseen, stage1.counts,
                                  data.profile.thresholds)
             rows.append(dict(classifier=name, features=source, seconds=f'{time.perf_counter() - start:.1f}',
-                             **{figure: f'{metrics[figure]:.2f}' for figure in FIGURES}))
+                             **{metric: f'{metrics[metric]:.2f}' for metric in METRICS}))
     print(aligned([list(rows[0]), *(list(row.values()) for row in rows)], left=2))
     path = Path(args.output) / 'through_encoder.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
