@@ -134,8 +134,15 @@ def test_recipe_builds_its_model(name):
     reference = MILLIONS[args.model] * 1e6 - (100 if args.model in (R32X4, R32) else 1000) * (backbone.head_hidden_size + 1)
     parameters = sum(p.numel() for p in backbone.parameters()) - num_classes * (backbone.head_hidden_size + 1)
     assert parameters == pytest.approx(reference, abs=0.06e6)
-    if args.model_kwargs:
+    if 'output_stride' in args.model_kwargs:
         assert features.shape[-2:] == (4, 4)
+
+
+@pytest.mark.parametrize('name', ['imagenet_lt_resnext50', 'inat18_resnext50'])
+def test_residual_blocks_of_resnext_start_as_in_the_released_code(name):
+    args, _ = read(name)
+    backbone = create_backbone(args.model, 10, **args.model_kwargs)
+    assert all((block.bn3.weight == 1).all() for stage in range(1, 5) for block in getattr(backbone, f'layer{stage}'))
 
 
 def test_models_are_in_the_registry():
