@@ -1,5 +1,6 @@
 """The step and the epoch: compiled as eager, accumulated as whole, no wait for the device; an epoch written out."""
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from glmc.evaluation.priors import AdjustedModel
 from glmc.methods import METHODS
 from glmc.models.backbone import create_backbone
 from glmc.training.engine import TrainStep, evaluate, step_generator, train_batch, train_one_epoch, update
-from glmc.training.meter import Meter, NotFiniteError
+from glmc.training.meter import BufferGuard, Meter, NotFiniteError
+from glmc.training.sam import sam_batch
 
 COUNTS = [50, 12, 3]
 WITHOUT_BATCHNORM = {
@@ -302,6 +304,36 @@ def test_too_many_such_steps_end_the_epoch_and_name_the_term(accelerator, allowe
                         max_skipped_steps=allowed, log_interval=2)
     assert error.value.step == {0: 2, 2: 6}[allowed]  # found out when logging
     assert all(parameter.isfinite().all() for parameter in step.parameters())
+
+
+def test_skipped_updates_are_checked_at_every_log_interval_with_accumulation(accelerator):
+    """Three steps an update and a log line every four: common multiples come every twelve steps."""
+    step = new_step()
+    spoil(step, set(range(3)))
+    with pytest.raises(NotFiniteError) as error:
+        train_one_epoch(accelerator, step, Batches([batch(number) for number in range(12)]),
+                        torch.optim.SGD(step.parameters(), lr=0.01), None, epoch=0, seed=7, accum_steps=3, log_interval=4,
+                        max_skipped_steps=0)
+    assert error.value.step == 6  # the first update after the log line of step 4
+
+
+def test_outputs_reach_after_batch_once_and_without_a_graph(accelerator):
+    step, seen = new_step(), []
+    step.task.after_batch = seen.append
+    for run_batch in (train_batch, partial(sam_batch, rho=0.05)):
+        outputs = run_batch(accelerator, step, *batch(), step_generator(1, 0, 0))
+        step.zero_grad()
+        assert len(seen) == 1 and seen.pop().keys() == outputs.keys() >= {'loss', 'loss_sim', 'output'}
+        assert all(value.grad_fn is None and not value.requires_grad for value in outputs.values())
+
+
+def test_a_guard_restores_only_buffers_that_are_not_finite():
+    norm, guard = torch.nn.BatchNorm1d(3), BufferGuard()
+    guard.snapshot((norm, None))
+    norm.running_mean.fill_(float('nan'))
+    norm.running_var.fill_(4.0)
+    guard.restore()
+    assert norm.running_mean.tolist() == [0, 0, 0] and norm.running_var.tolist() == [4, 4, 4]
 
 
 def test_a_gradient_that_is_not_finite_is_named(accelerator):
