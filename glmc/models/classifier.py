@@ -56,7 +56,7 @@ def linear_classifier(backbone: nn.Module) -> nn.Linear:
 
 @contextmanager
 def _random_classifier(backbone: nn.Module, generator: torch.Generator):
-    """Backbone in eval mode with a random classifier. Some start with weights of 0, with which the test would always pass."""
+    """Backbone in eval mode with a random classifier; some start with weights of 0, which would pass any test."""
     classifier = backbone.get_classifier() if hasattr(backbone, 'get_classifier') else None
     if classifier is None:
         raise _encoder_error(backbone)
