@@ -61,7 +61,7 @@ def prepare(args: Options, explicit: set[str], trained: TrainedModel, accelerato
 
 def follow_stage1(args: Options, explicit: set[str], trained: TrainedModel) -> None:
     """Take what the user did not say from stage 1, or, without any data, from the demonstration."""
-    recipe, profile = trained.facts.get('recipe', {}), trained.facts.get('profile', {})
+    recipe, profile = trained.metadata.get('recipe', {}), trained.metadata.get('profile', {})
     known = {**pick_known(recipe, ('augmentation', 'imbalance_factor')), **pick_known(profile, ('shot_thresholds',))}
     if not (args.data_dir or args.dataset or args.train_list):
         known = {**DEMONSTRATION, **known}
@@ -71,8 +71,8 @@ def follow_stage1(args: Options, explicit: set[str], trained: TrainedModel) -> N
             _logger.info(f"--{name.replace('_', '-')} {value}, as stage 1")
 
 
-def pick_known(facts: dict, names: tuple[str, ...]) -> dict:
-    return {name: facts[name] for name in names if facts.get(name) is not None}
+def pick_known(metadata: dict, names: tuple[str, ...]) -> dict:
+    return {name: metadata[name] for name in names if metadata.get(name) is not None}
 
 
 def open_data(args: Options, trained: TrainedModel) -> TrainingData:
@@ -90,7 +90,7 @@ def open_data(args: Options, trained: TrainedModel) -> TrainingData:
         other = next(name for name, own in zip(data.class_names, known, strict=True) if str(name) != str(own))
         raise InputError(f'--model {args.model}: was trained on other classes, or in another order: the training data has '
                          f'{other!r} where the model has {known[list(data.class_names).index(other)]!r}')
-    stage1 = trained.facts.get('profile', {}).get('fingerprint')
+    stage1 = trained.metadata.get('profile', {}).get('fingerprint')
     if stage1 and data.profile.fingerprint != stage1:
         _logger.warning('The training set differs from that of stage 1 (fingerprints).')
     return data
@@ -110,10 +110,10 @@ def check_push(args: Options) -> None:
 def describe(args: Options, trained: TrainedModel, data: TrainingData, accelerator) -> dict:
     """What metrics.json says beside the metrics."""
     return {
-        'model': trained.architecture, 'weights': args.model, 'method': trained.facts.get('method') or 'unknown',
+        'model': trained.architecture, 'weights': args.model, 'method': trained.metadata.get('method') or 'unknown',
         'data': args.train_list or args.dataset or args.data_dir or 'digits', 'num_classes': trained.num_classes,
         'parameters': sum(p.numel() for p in trained.model.parameters()),
-        'epochs': trained.facts.get('recipe', {}).get('epochs'),
+        'epochs': trained.metadata.get('recipe', {}).get('epochs'),
         'evaluated_on': 'holdout' if data.validation is None else args.val_list or args.val_split,
         'fingerprint': data.profile.fingerprint, 'train_images': data.profile.num_images, 'seed': args.seed,
         'processes': 1, 'precision': accelerator.mixed_precision, 'device': device_name(accelerator.device),
@@ -122,7 +122,7 @@ def describe(args: Options, trained: TrainedModel, data: TrainingData, accelerat
 
 def export_options(args: Options, trained: TrainedModel, data: TrainingData) -> dict:
     """What `export_model` writes beside the weights."""
-    source = {'profile': data.profile.as_dict(), **trained.facts}
+    source = {'profile': data.profile.as_dict(), **trained.metadata}
     if args.hub_license != 'unknown':
         source['license'] = args.hub_license
     return dict(data_config=trained.data_config, class_names=list(map(str, data.class_names)), source=source)
