@@ -16,7 +16,8 @@ from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
 from glmc.export.hub import try_push, warn_without_token
 from glmc.export.load import TrainedModel, load_trained
-from glmc.report.report import write_comparison
+from glmc.report.compare import write_comparison
+from glmc.report.report import report_errors_as_warnings
 from glmc.run_folder import open_run_folder
 from glmc.stage2.finetune import CHOICE, OPTIONS, check_stage2, run_stage2
 from glmc.stage2.tables import TABLE, Trained, chosen, table, write_table
@@ -146,10 +147,8 @@ def leave(args: Options, folder: Path, places: dict[str, Path], runs: dict[str, 
 def try_compare(folder: Path, stage1: Path, results: list[Trained]) -> None:
     """Both stages in one report; if that fails, the results stand."""
     before = [stage1] if any((stage1 / place / 'metrics.json').is_file() for place in ('.', 'export')) else []
-    try:
+    with report_errors_as_warnings():
         write_comparison(folder, [*before, *(folder / result.name for result in results[1:])])
-    except Exception as error:  # an odd metrics.json of stage 1, a full disk
-        _logger.warning(f'No report: {type(error).__name__}: {error}')
 
 
 if __name__ == '__main__':

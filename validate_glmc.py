@@ -37,7 +37,8 @@ from glmc.evaluation.priors import (
 )
 from glmc.evaluation.text import detail_table, shot_table
 from glmc.export.load import TrainedModel, load_trained
-from glmc.report.report import ReportInputs, classifier_norms, try_report, write_comparison
+from glmc.report.compare import write_comparison
+from glmc.report.report import ReportInputs, classifier_norms, try_report
 from glmc.run_folder import open_run_folder, provenance, write_tables
 from glmc.training.engine import evaluate
 from glmc.training.launch import create_accelerator, is_main_process, setup_logging
