@@ -16,7 +16,8 @@ from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
 from glmc.export.hub import try_push, warn_without_token
 from glmc.export.load import TrainedModel, load_trained
-from glmc.report.report import write_comparison
+from glmc.report.compare import write_comparison
+from glmc.report.report import report_errors_as_warnings
 from glmc.run_folder import open_run_folder
 from glmc.stage2.finetune import CHOICE, OPTIONS, check_stage2, run_stage2
 from glmc.stage2.tables import TABLE, Trained, chosen, table, write_table
@@ -61,7 +62,7 @@ def prepare(args: Options, explicit: set[str], trained: TrainedModel, accelerato
 
 def follow_stage1(args: Options, explicit: set[str], trained: TrainedModel) -> None:
     """Take what the user did not say from stage 1, or, without any data, from the demonstration."""
-    recipe, profile = trained.facts.get('recipe', {}), trained.facts.get('profile', {})
+    recipe, profile = trained.metadata.get('recipe', {}), trained.metadata.get('profile', {})
     known = {**pick_known(recipe, ('augmentation', 'imbalance_factor')), **pick_known(profile, ('shot_thresholds',))}
     if not (args.data_dir or args.dataset or args.train_list):
         known = {**DEMONSTRATION, **known}
@@ -71,8 +72,8 @@ def follow_stage1(args: Options, explicit: set[str], trained: TrainedModel) -> N
             _logger.info(f"--{name.replace('_', '-')} {value}, as stage 1")
 
 
-def pick_known(facts: dict, names: tuple[str, ...]) -> dict:
-    return {name: facts[name] for name in names if facts.get(name) is not None}
+def pick_known(metadata: dict, names: tuple[str, ...]) -> dict:
+    return {name: metadata[name] for name in names if metadata.get(name) is not None}
 
 
 def open_data(args: Options, trained: TrainedModel) -> TrainingData:
@@ -90,7 +91,7 @@ def open_data(args: Options, trained: TrainedModel) -> TrainingData:
         other = next(name for name, own in zip(data.class_names, known, strict=True) if str(name) != str(own))
         raise InputError(f'--model {args.model}: was trained on other classes, or in another order: the training data has '
                          f'{other!r} where the model has {known[list(data.class_names).index(other)]!r}')
-    stage1 = trained.facts.get('profile', {}).get('fingerprint')
+    stage1 = trained.metadata.get('profile', {}).get('fingerprint')
     if stage1 and data.profile.fingerprint != stage1:
         _logger.warning('The training set differs from that of stage 1 (fingerprints).')
     return data
@@ -110,10 +111,10 @@ def check_push(args: Options) -> None:
 def describe(args: Options, trained: TrainedModel, data: TrainingData, accelerator) -> dict:
     """What metrics.json says beside the metrics."""
     return {
-        'model': trained.architecture, 'weights': args.model, 'method': trained.facts.get('method') or 'unknown',
+        'model': trained.architecture, 'weights': args.model, 'method': trained.metadata.get('method') or 'unknown',
         'data': args.train_list or args.dataset or args.data_dir or 'digits', 'num_classes': trained.num_classes,
         'parameters': sum(p.numel() for p in trained.model.parameters()),
-        'epochs': trained.facts.get('recipe', {}).get('epochs'),
+        'epochs': trained.metadata.get('recipe', {}).get('epochs'),
         'evaluated_on': 'holdout' if data.validation is None else args.val_list or args.val_split,
         'fingerprint': data.profile.fingerprint, 'train_images': data.profile.num_images, 'seed': args.seed,
         'processes': 1, 'precision': accelerator.mixed_precision, 'device': device_name(accelerator.device),
@@ -122,7 +123,7 @@ def describe(args: Options, trained: TrainedModel, data: TrainingData, accelerat
 
 def export_options(args: Options, trained: TrainedModel, data: TrainingData) -> dict:
     """What `export_model` writes beside the weights."""
-    source = {'profile': data.profile.as_dict(), **trained.facts}
+    source = {'profile': data.profile.as_dict(), **trained.metadata}
     if args.hub_license != 'unknown':
         source['license'] = args.hub_license
     return dict(data_config=trained.data_config, class_names=list(map(str, data.class_names)), source=source)
@@ -146,10 +147,8 @@ def leave(args: Options, folder: Path, places: dict[str, Path], runs: dict[str, 
 def try_compare(folder: Path, stage1: Path, results: list[Trained]) -> None:
     """Both stages in one report; if that fails, the results stand."""
     before = [stage1] if any((stage1 / place / 'metrics.json').is_file() for place in ('.', 'export')) else []
-    try:
+    with report_errors_as_warnings():
         write_comparison(folder, [*before, *(folder / result.name for result in results[1:])])
-    except Exception as error:  # an odd metrics.json of stage 1, a full disk
-        _logger.warning(f'No report: {type(error).__name__}: {error}')
 
 
 if __name__ == '__main__':

@@ -38,7 +38,8 @@ from glmc.evaluation.priors import (
 )
 from glmc.evaluation.text import detail_table, shot_table
 from glmc.export.load import TrainedModel, load_trained
-from glmc.report.report import ReportInputs, classifier_norms, try_report, write_comparison
+from glmc.report.compare import write_comparison
+from glmc.report.report import ReportInputs, classifier_norms, try_report
 from glmc.run_folder import open_run_folder, provenance, write_tables
 from glmc.training.engine import evaluate
 from glmc.training.launch import create_accelerator, is_main_process, setup_logging
@@ -74,7 +75,7 @@ def validate(args: Options, explicit: set[str]) -> None:
     loader = create_eval_loader(
         images, batch_size=args.batch_size, data_config=trained.data_config, device=accelerator.device,
         workers=args.workers, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    thresholds = args.shot_thresholds or trained.facts.get('profile', {}).get('shot_thresholds', [20, 100])
+    thresholds = args.shot_thresholds or trained.metadata.get('profile', {}).get('shot_thresholds', [20, 100])
     evaluator = LongTailEvaluator(counts, thresholds, device=accelerator.device)
     metrics = evaluate(accelerator, prepare_model(args, trained, prior, accelerator.device), loader, evaluator)
     predictions = evaluator.predictions(accelerator.num_processes > 1)
@@ -136,7 +137,7 @@ def _running_group(parser: Parser) -> None:
 
 def training_counts(args: Options, trained: TrainedModel) -> list[int]:
     """Training images per class, which decide the shot groups."""
-    counts = trained.facts.get('profile', {}).get('class_counts')
+    counts = trained.metadata.get('profile', {}).get('class_counts')
     if args.class_counts:
         counts = read_class_counts(args.class_counts)
     if counts is None:
@@ -150,7 +151,7 @@ def training_counts(args: Options, trained: TrainedModel) -> list[int]:
 
 def trained_precision(trained: TrainedModel, amp: bool) -> str | None:
     """The training's mixed precision, unless a flag or the launcher names one or this device cannot do it."""
-    precision = trained.facts.get('precision')
+    precision = trained.metadata.get('precision')
     if amp or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no') != 'no':
         return None
     return None if precision == 'fp16' and not torch.cuda.is_available() else PRECISIONS.get(precision)
@@ -194,7 +195,7 @@ def choose_prior(args: Options, trained: TrainedModel, counts: list[int], images
 
 
 def source_prior(args: Options, trained: TrainedModel) -> str:
-    return args.source_prior or trained.facts.get('prior', 'train')
+    return args.source_prior or trained.metadata.get('prior', 'train')
 
 
 def prepare_model(
@@ -227,11 +228,11 @@ def describe(args: Options, trained: TrainedModel, accelerator) -> dict:
     """What metrics.json says beside the metrics."""
     options = pick(args, ('flip_tta', 'test_distribution', 'target_prior', 'target_imbalance'))
     return {
-        'model': trained.architecture, 'weights': args.model, 'method': trained.facts.get('method'),
+        'model': trained.architecture, 'weights': args.model, 'method': trained.metadata.get('method'),
         'num_classes': trained.num_classes, 'parameters': sum(p.numel() for p in trained.model.parameters()),
         'data': args.dataset or args.data_dir or 'digits', 'evaluated_on': args.val_list or args.val_split, **options,
         'source_prior': source_prior(args, trained), 'precision': accelerator.mixed_precision,
-        'processes': accelerator.num_processes, 'fingerprint': trained.facts.get('profile', {}).get('fingerprint'),
+        'processes': accelerator.num_processes, 'fingerprint': trained.metadata.get('profile', {}).get('fingerprint'),
     }
 
 

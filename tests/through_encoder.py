@@ -72,7 +72,7 @@ def main() -> None:
     sources['through the encoder'] = Features(FreshViews(extract, data.train), stored.labels)
     own = linear_classifier(trained.model)
     stage1 = Stage1(Linear(own.weight.detach(), own.bias.detach()), data.profile.counts,
-                    trained.facts.get('prior') == 'uniform')
+                    trained.metadata.get('prior') == 'uniform')
     rows = []
     for name, classifier in parse_classifiers(args.stage2, args.stage2_kwargs, two_heads=False).items():
         for source, features in sources.items():

@@ -19,7 +19,7 @@ from glmc.config import DEMONSTRATION, count, positive_int, train_parser
 from glmc.errors import InputError
 from glmc.evaluation.text import aligned, mean_std
 from glmc.methods import METHODS
-from glmc.report.report import write_comparison
+from glmc.report.compare import write_comparison
 from glmc.sweep.parallel import run_all
 from glmc.sweep.runs import METRICS, Experiment, check_table, copy_log, table_row, write_runs
 
