@@ -47,14 +47,16 @@ def parse_classifiers(names: str, settings: dict, two_heads: bool = True) -> dic
 
 
 def _with(classifier, name: str, field: str, value):
-    known = {each.name: each.default for each in fields(classifier)}
+    """Copy of a classifier with another value of one hyper-parameter."""
+    known = {each.name: each for each in fields(classifier)}
     if field not in known:
         raise InputError(f"--stage2-kwargs {name}.{field}: expected one of {', '.join(known) or 'none'}"
                          f'{nearest(field, known)}')
-    kind = float if known[field] is None else type(known[field])
+    default, choices = known[field].default, known[field].metadata.get('choices')
+    kind = float if default is None else type(default)
     value = float(value) if kind is float and isinstance(value, int) else value
-    if not isinstance(value, kind) or (field == 'project' and value not in ('step', 'epoch')):
-        expected = 'step or epoch' if field == 'project' else kind.__name__
+    if not isinstance(value, kind) or (choices and value not in choices):
+        expected = ' or '.join(choices) if choices else kind.__name__
         raise InputError(f'--stage2-kwargs {name}.{field}: expected {expected}, found {value!r}')
     return replace(classifier, **{field: value})
 

@@ -1,4 +1,5 @@
 """Stage 2: features as the model gives them, classifiers against plain formulas, and the choice among them."""
+import math
 import multiprocessing
 import os
 import signal
@@ -29,6 +30,7 @@ from glmc.stage2.classifiers import (
     NearestClassMean,
     Stage1,
     TauNorm,
+    softmax_bce,
     train_linear,
 )
 from glmc.stage2.features import Extractor, Features, open_features, write_features
@@ -198,6 +200,42 @@ def test_maxnorm_rows_are_within_the_radius_after_every_projection(project, monk
     assert any((weight.norm(dim=1) > radius * (1 - 1e-5)).any() for weight in seen)
 
 
+def loop_bce(logits, labels, weights) -> tuple[float, list[list[float]]]:
+    """Σ_b Σ_c of weighted binary cross-entropies over B·C, and its gradient by the chain rule."""
+    size, loss, gradient = len(logits) * len(weights), 0.0, []
+    for row, label in zip(logits, labels, strict=True):
+        total = sum(math.exp(z) for z in row)
+        p, by_p = [math.exp(z) / total for z in row], []
+        for c, probability in enumerate(p):
+            loss -= weights[label] / size * math.log(probability if c == label else 1 - probability)
+            by_p.append(weights[label] / size * (-1 / probability if c == label else 1 / (1 - probability)))
+        gradient.append([sum(by_p[k] * p[k] * ((k == c) - p[c]) for k in range(len(p))) for c in range(len(p))])
+    return loss, gradient
+
+
+def test_bce_of_the_softmax_is_the_loop():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4, generator=generator, dtype=torch.float64).mul(3).requires_grad_()
+    labels, weights = torch.tensor([0, 1, 2, 3, 1, 0]), [0.1, 0.4, 1.2, 2.3]
+    found = softmax_bce(logits, labels, torch.tensor(weights, dtype=torch.float64))
+    found.backward()
+    loss, gradient = loop_bce(logits.tolist(), labels.tolist(), weights)
+    assert found.item() == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(logits.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-10, atol=1e-14)
+
+
+def test_bce_shrinks_the_rows_far_more_than_cross_entropy():
+    """Its gradient is about C times smaller, while the weight decay is the same."""
+    size, width, counts = 60, 16, [max(round(40 * 0.93 ** c), 1) for c in range(60)]
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(size, width, generator=generator)
+    labels = torch.repeat_interleave(torch.arange(size), torch.tensor(counts))
+    features = Features((centres[labels] + torch.randn(3, len(labels), width, generator=generator)).relu(), labels)
+    start = Stage1(Linear(centres / 4, torch.zeros(size)), counts)
+    ce, bce = (fit(MaxNorm(loss=loss, epochs=60), start, features, 0).weight.norm(dim=1) for loss in ('ce', 'bce'))
+    assert ce.min() > 3 * bce.max() and ce.median() > 6 * bce.median()
+
+
 def test_balanced_softmax_of_equal_counts_is_cross_entropy():
     features, classifier = clusters(), BalancedSoftmax(epochs=2)
     even = features.subset(torch.cat([torch.where(features.labels == c)[0][:4] for c in range(4)]))
@@ -338,7 +376,8 @@ def test_classifiers_by_name():
     ('los', {'los.epoch': 3}, 'los.epoch: expected one of lr, epochs.*; did you mean epochs'),
     ('los', {'los.epochs': 1.5}, 'los.epochs: expected int, found 1.5'),
     ('los', {'los.lr': 'x'}, "expected float, found 'x'"),
-    ('maxnorm', {'maxnorm.project': 'never'}, "expected step or epoch, found 'never'")])
+    ('maxnorm', {'maxnorm.project': 'never'}, "expected step or epoch, found 'never'"),
+    ('maxnorm', {'maxnorm.loss': 'mse'}, "maxnorm.loss: expected ce or bce, found 'mse'")])
 def test_names_and_settings_that_are_wrong_are_one_line(names, settings, message):
     with pytest.raises(InputError, match=message):
         parse_classifiers(names, settings)
