@@ -13,8 +13,10 @@ from accelerate import Accelerator
 from sklearn.neighbors import NearestCentroid
 
 from glmc.data.datasets import ImageSet
-from glmc.data.sources import load_digits_set
+from glmc.data.profiles import Profile
+from glmc.data.sources import TrainingData, load_digits_set
 from glmc.errors import InputError
+from glmc.evaluation.priors import resolve_prior
 from glmc.models.backbone import create_backbone
 from glmc.models.classifier import cap_norms
 from glmc.stage2.classifiers import (
@@ -34,6 +36,7 @@ from glmc.stage2.classifiers import (
     train_linear,
 )
 from glmc.stage2.features import Extractor, Features, open_features, write_features
+from glmc.stage2.finetune import run_stage2
 from glmc.stage2.select import fit, measure, parse_classifiers, search, stratified_split
 
 COUNTS = [60, 25, 10, 4]
@@ -51,11 +54,11 @@ def clusters(num_views: int = 2, seed: int = 0) -> Features:
     return Features((CENTRES[labels] + noise).relu(), labels)
 
 
-def stage1(rebalanced: bool = False) -> Stage1:
+def stage1(prior: str | list[float] = 'train') -> Stage1:
     """A classifier that favours the head."""
     linear = Linear((CENTRES - CENTRES.mean(0)) * torch.tensor([[0.8], [0.6], [0.4], [0.2]]),
                     torch.tensor([2.0, 1.0, 0.0, -1.0]))
-    return Stage1(linear, COUNTS, rebalanced, Linear(linear.weight.flip(0), linear.bias + 1))
+    return Stage1(linear, COUNTS, resolve_prior(prior, COUNTS), Linear(linear.weight.flip(0), linear.bias + 1))
 
 
 def digits(number: int = 20) -> ImageSet:
@@ -231,7 +234,7 @@ def test_bce_shrinks_the_rows_far_more_than_cross_entropy():
     centres = torch.randn(size, width, generator=generator)
     labels = torch.repeat_interleave(torch.arange(size), torch.tensor(counts))
     features = Features((centres[labels] + torch.randn(3, len(labels), width, generator=generator)).relu(), labels)
-    start = Stage1(Linear(centres / 4, torch.zeros(size)), counts)
+    start = Stage1(Linear(centres / 4, torch.zeros(size)), counts, resolve_prior('train', counts))
     ce, bce = (fit(MaxNorm(loss=loss, epochs=60), start, features, 0).weight.norm(dim=1) for loss in ('ce', 'bce'))
     assert ce.min() > 3 * bce.max() and ce.median() > 6 * bce.median()
 
@@ -254,11 +257,30 @@ def test_logit_adjustment_divides_probabilities_by_the_prior():
     torch.testing.assert_close(adjusted(features).softmax(1), expected / expected.sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize('rebalanced, tau', [(False, 1.0), (True, 0.0)])
-def test_logit_adjustment_leaves_a_rebalanced_classifier_alone(rebalanced, tau):
-    assert LogitAdjust().resolved(stage1(rebalanced)).tau == tau
-    found = fit(LogitAdjust(), stage1(rebalanced), clusters(), 0)
-    assert torch.equal(found.bias, stage1().linear.bias) == rebalanced
+@pytest.mark.parametrize('prior, tau', [('train', 1.0), ('uniform', 0.0)])
+def test_logit_adjustment_removes_the_prior_of_stage_1(prior, tau):
+    found, expected = fit(LogitAdjust(), stage1(prior), clusters(), 0), fit(LogitAdjust(tau), stage1(), clusters(), 0)
+    assert torch.equal(found.weight, expected.weight) and torch.equal(found.bias, expected.bias)
+
+
+def test_logit_adjustment_by_default_handles_a_prior_between_the_two():
+    """As stage 1 has it that was trained with half the logit adjustment; an explicit τ means the training prior still."""
+    half = [n ** 0.5 for n in COUNTS]
+    found, expected = fit(LogitAdjust(), stage1(half), clusters(), 0), fit(LogitAdjust(0.5), stage1(), clusters(), 0)
+    torch.testing.assert_close(found.bias - found.bias.mean(), expected.bias - expected.bias.mean())
+    assert torch.equal(fit(LogitAdjust(0.5), stage1(half), clusters(), 0).bias, expected.bias)
+
+
+def test_the_prior_of_an_export_reaches_the_classifiers(model, tmp_path):
+    images = load_digits_set('train')
+    data = TrainingData(images, images.subset(np.arange(20)), None, images.class_names, Profile(images.counts().tolist()))
+    prior = (np.arange(1, 11) / 55).tolist()
+    _, result = run_stage2(
+        tmp_path, 'logit_adjust', model=model, data=data, accelerator=Accelerator(), augmentation=AUGMENTATION, workers=0,
+        metrics=dict(method='ce', train_images=len(images), num_classes=10, evaluated_on='validation',
+                     seed=0, epochs=1, parameters=1, precision='no', processes=1, device='cpu'), feature_views=0,
+        export=dict(data_config=DATA_CONFIG, class_names=images.class_names, source=dict(prior=prior)))
+    torch.testing.assert_close(result.linear.bias, model.fc.bias.detach() - torch.tensor(prior).log())
 
 
 def test_crt_starts_anew_and_sees_the_classes_alike(monkeypatch):
