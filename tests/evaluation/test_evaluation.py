@@ -90,7 +90,7 @@ def test_shot_groups_are_means_over_their_classes():
     assert metrics['shot_classes'] == {'many': 2, 'medium': 3, 'few': 2}
 
 
-def test_what_else_a_report_needs():
+def test_counts_and_thresholds_are_reported():
     logits, labels = predictions()
     metrics = measure(logits, labels, thresholds=(3, 60))
     assert metrics['num_images'] == 400
@@ -156,7 +156,7 @@ def test_fewer_than_five_classes_are_all_in_the_top_five(num_classes):
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])
-def test_logits_that_are_not_finite_leave_numbers(value):
+def test_non_finite_logits_give_finite_metrics(value):
     logits, labels = predictions()
     logits[::5] = value
     metrics = measure(logits, labels)

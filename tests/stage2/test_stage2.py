@@ -103,7 +103,7 @@ def test_batches_keep_the_order_of_the_images(model):
     torch.testing.assert_close(small, large)
 
 
-def test_extraction_leaves_the_model_as_it_was(model):
+def test_extraction_does_not_change_the_model(model):
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     Extractor(model, data_config=DATA_CONFIG, augmentation=AUGMENTATION, accelerator=Accelerator(), workers=0)(digits(), 1)
@@ -264,7 +264,7 @@ def test_logit_adjustment_removes_the_prior_of_stage_1(prior, tau):
 
 
 def test_logit_adjustment_by_default_handles_a_prior_between_the_two():
-    """As stage 1 has it that was trained with half the logit adjustment; an explicit τ means the training prior still."""
+    """A stage 1 trained with half the logit adjustment has such a prior; an explicit τ refers to the training prior."""
     half = [n ** 0.5 for n in COUNTS]
     found, expected = fit(LogitAdjust(), stage1(half), clusters(), 0), fit(LogitAdjust(0.5), stage1(), clusters(), 0)
     torch.testing.assert_close(found.bias - found.bias.mean(), expected.bias - expected.bias.mean())
@@ -355,7 +355,7 @@ def test_averaged_heads_average_logits(weight, tau):
 # --- choosing ---
 
 @pytest.mark.parametrize('holdout, expected', [(0.2, [12, 5, 2, 1, 0]), (0.01, [1, 1, 1, 1, 0]), (3, [3, 3, 3, 3, 0])])
-def test_split_takes_of_every_class_and_leaves_some(holdout, expected):
+def test_split_holds_out_some_images_of_every_class(holdout, expected):
     labels = np.repeat(np.arange(5), [*COUNTS[:3], 5, 1])
     train, held = stratified_split(labels, holdout, 'abcde', seed=0)
     assert np.bincount(labels[held], minlength=5).tolist() == expected
@@ -367,7 +367,7 @@ def test_split_takes_of_every_class_and_leaves_some(holdout, expected):
 @pytest.mark.parametrize('holdout, counts, message', [
     (4, [9, 4], "class 'b' has 4 training images, setting 4 aside leaves none"),
     (0.5, [1, 1], 'every class has a single image')])
-def test_a_split_that_leaves_a_class_empty_is_an_error(holdout, counts, message):
+def test_a_split_that_empties_a_class_is_an_error(holdout, counts, message):
     with pytest.raises(InputError, match=f'--stage2-holdout {holdout:g}: .*{message}'):
         stratified_split(np.repeat(np.arange(2), counts), holdout, 'ab', seed=0)
 
