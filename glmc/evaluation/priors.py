@@ -87,15 +87,16 @@ def resolve_prior(prior: str | Sequence[float], train_counts: Sequence[int]) -> 
     """Resolve the class prior that an export stores to (C,) float64 probabilities.
 
     Args:
-        prior: `train` for the prior of the training set, `uniform`, or (C,) probabilities.
+        prior: `train` for the prior of the training set, `uniform`, or (C,) weights; zero is replaced by 5e-7 of the sum.
         train_counts: (C,) training images per class.
     """
     if prior == 'uniform':
         return normalized(np.ones(len(train_counts)))
     if prior == 'train':
         return normalized(train_counts)
-    probabilities = np.asarray(prior, dtype=np.float64)
-    return probabilities / probabilities.sum()
+    weights = np.asarray(prior, dtype=np.float64)
+    weights = np.where(weights > 0, weights, 0.5 / PRIOR_IMAGES * weights.sum())
+    return weights / weights.sum()
 
 
 def prior_shift(source: Sequence[float], target: Sequence[float]) -> Tensor:

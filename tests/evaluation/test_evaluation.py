@@ -15,6 +15,7 @@ from sklearn.metrics import (
 )
 
 from glmc.evaluation.metrics import LongTailEvaluator, Predictions, confused_pairs
+from glmc.evaluation.priors import resolve_prior
 from glmc.evaluation.text import detail_table, shot_line, shot_table
 
 TRAIN_COUNTS = [300, 101, 100, 60, 21, 20, 3]  # two many-, three medium-, two few-shot classes
@@ -266,3 +267,11 @@ def test_details_of_a_group_without_images_are_a_dash():
     assert head.split('  ')[-2:] == ['ECE few', ' NLL']
     assert row.split()[-2] == '–'
     assert len(head) == len(row)
+
+
+def test_stored_priors_resolve_to_probabilities():
+    np.testing.assert_allclose(resolve_prior('uniform', [3, 1, 0]), [1 / 3] * 3)
+    np.testing.assert_allclose(resolve_prior('train', [3, 1, 0]), np.array([3, 1, 0.5]) / 4.5)
+    np.testing.assert_allclose(resolve_prior([1, 3, 4], [3, 1, 0]), [0.125, 0.375, 0.5])
+    zero = resolve_prior([1, 0, 1], [3, 1, 2])
+    assert np.isfinite(np.log(zero)).all() and zero.sum() == pytest.approx(1) and 0 < zero[1] < 1e-6
