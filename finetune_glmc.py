@@ -19,8 +19,8 @@ from glmc.export.load import TrainedModel, load_trained
 from glmc.report.compare import write_comparison
 from glmc.report.report import report_errors_as_warnings
 from glmc.run_folder import open_run_folder
-from glmc.stage2.finetune import CHOICE, OPTIONS, check_stage2, run_stage2
-from glmc.stage2.tables import TABLE, Trained, chosen, table, write_table
+from glmc.stage2.finetune import CHOICE, OPTIONS, TABLE, check_stage2, results_table, run_stage2, write_results
+from glmc.stage2.select import Result, best_result
 from glmc.training.launch import create_accelerator, device_name, is_main_process
 from validate_glmc import trained_precision, training_counts
 
@@ -129,11 +129,11 @@ def export_options(args: Options, trained: TrainedModel, data: TrainingData) -> 
     return dict(data_config=trained.data_config, class_names=list(map(str, data.class_names)), source=source)
 
 
-def leave(args: Options, folder: Path, places: dict[str, Path], runs: dict[str, list[Trained]]) -> None:
+def leave(args: Options, folder: Path, places: dict[str, Path], runs: dict[str, list[Result]]) -> None:
     """Say where everything is, with the mean of several models; push the chosen one of a single model."""
     if len(runs) > 1:
-        write_table(folder / TABLE, runs)
-        print(f'\nMean of {len(runs)} models:\n{table(list(runs.values()))}')
+        write_results(folder / TABLE, runs)
+        print(f'\nMean of {len(runs)} models:\n{results_table(list(runs.values()))}')
     names = ', '.join(result.name for result in next(iter(runs.values()))[1:])
     print(f'Written to {folder}: {TABLE}, and NAME/export of {names}', flush=True)
     if args.report:
@@ -141,10 +141,10 @@ def leave(args: Options, folder: Path, places: dict[str, Path], runs: dict[str, 
             try_compare(places[name], Path(name), results)
     if args.push_to_hub:
         (place,), (results,) = places.values(), runs.values()
-        try_push(place / chosen(results).name / 'export', args.push_to_hub, args.hub_private, args.hub_revision)
+        try_push(place / best_result(results).name / 'export', args.push_to_hub, args.hub_private, args.hub_revision)
 
 
-def try_compare(folder: Path, stage1: Path, results: list[Trained]) -> None:
+def try_compare(folder: Path, stage1: Path, results: list[Result]) -> None:
     """Both stages in one report; if that fails, the results stand."""
     before = [stage1] if any((stage1 / place / 'metrics.json').is_file() for place in ('.', 'export')) else []
     with report_errors_as_warnings():
