@@ -27,10 +27,11 @@ from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
 from glmc.export.hub import try_push, warn_without_token
 from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
-from glmc.report.report import write_comparison
+from glmc.report.compare import write_comparison
+from glmc.report.report import report_errors_as_warnings
 from glmc.run_folder import open_run_folder
-from glmc.stage2.finetune import CHOICE, OPTIONS, check_stage2, run_stage2
-from glmc.stage2.tables import TABLE, Trained, chosen, table, write_table
+from glmc.stage2.finetune import CHOICE, OPTIONS, TABLE, check_stage2, results_table, run_stage2, write_results
+from glmc.stage2.select import Result, best_result
 from glmc.training.launch import create_accelerator, device_name, is_main_process
 
 _logger = logging.getLogger('glmc.finetune')
@@ -78,7 +79,7 @@ def follow_stage1(args: Options, explicit: set[str], trained: TrainedModel) -> O
 
     Without data, the options of the demonstration come first.
     """
-    recipe, profile = trained.facts.get('recipe', {}), trained.facts.get('profile', {})
+    recipe, profile = trained.metadata.get('recipe', {}), trained.metadata.get('profile', {})
     known = {name: source[name] for source, options in ((recipe, ('augmentation', 'imbalance_factor')),
                                                         (profile, ('shot_thresholds',)))
              for name in options if source.get(name) is not None}
@@ -105,7 +106,7 @@ def load_data(args: Options, trained: TrainedModel) -> TrainingData:
         other = next(name for name, own in zip(data.class_names, known, strict=True) if str(name) != str(own))
         raise InputError(f'--model {args.model}: was trained on other classes, or in another order: the training data has '
                          f'{other!r} where the model has {known[list(data.class_names).index(other)]!r}')
-    stage1 = trained.facts.get('profile', {}).get('fingerprint')
+    stage1 = trained.metadata.get('profile', {}).get('fingerprint')
     if stage1 and data.profile.fingerprint != stage1:
         _logger.warning('The training set differs from that of stage 1 (fingerprints).')
     return data
@@ -125,10 +126,10 @@ def check_push(args: Options) -> None:
 def describe(args: Options, trained: TrainedModel, data: TrainingData, accelerator: Accelerator) -> dict:
     """Return the entries of metrics.json besides the metrics."""
     return {
-        'model': trained.architecture, 'weights': args.model, 'method': trained.facts.get('method') or 'unknown',
+        'model': trained.architecture, 'weights': args.model, 'method': trained.metadata.get('method') or 'unknown',
         'data': args.train_list or args.dataset or args.data_dir or 'digits', 'num_classes': trained.num_classes,
         'parameters': sum(p.numel() for p in trained.model.parameters()),
-        'epochs': trained.facts.get('recipe', {}).get('epochs'),
+        'epochs': trained.metadata.get('recipe', {}).get('epochs'),
         'evaluated_on': 'holdout' if data.validation is None else args.val_list or args.val_split,
         'fingerprint': data.profile.fingerprint, 'train_images': data.profile.num_images, 'seed': args.seed,
         'processes': 1, 'precision': accelerator.mixed_precision, 'device': device_name(accelerator.device),
@@ -137,17 +138,17 @@ def describe(args: Options, trained: TrainedModel, data: TrainingData, accelerat
 
 def export_options(args: Options, trained: TrainedModel, data: TrainingData) -> dict:
     """Return the arguments of `export_model` besides the weights."""
-    source = {'profile': data.profile.as_dict(), **trained.facts}
+    source = {'profile': data.profile.as_dict(), **trained.metadata}
     if args.hub_license != 'unknown':
         source['license'] = args.hub_license
     return dict(data_config=trained.data_config, class_names=list(map(str, data.class_names)), source=source)
 
 
-def finish(args: Options, folder: Path, folders: dict[str, Path], runs: dict[str, list[Trained]]) -> None:
+def finish(args: Options, folder: Path, folders: dict[str, Path], runs: dict[str, list[Result]]) -> None:
     """Print where the results are, with the means of several models; write reports; push the chosen classifier."""
     if len(runs) > 1:
-        write_table(folder / TABLE, runs)
-        print(f'\nMean of {len(runs)} models:\n{table(list(runs.values()))}')
+        write_results(folder / TABLE, runs)
+        print(f'\nMean of {len(runs)} models:\n{results_table(list(runs.values()))}')
     names = ', '.join(result.name for result in next(iter(runs.values()))[1:])
     print(f'Written to {folder}: {TABLE}, and NAME/export of {names}', flush=True)
     if args.report:
@@ -155,16 +156,15 @@ def finish(args: Options, folder: Path, folders: dict[str, Path], runs: dict[str
             try_compare(folders[name], Path(name), results)
     if args.push_to_hub:
         (result_folder,), (results,) = folders.values(), runs.values()
-        try_push(result_folder / chosen(results).name / 'export', args.push_to_hub, args.hub_private, args.hub_revision)
+        export = result_folder / best_result(results).name / 'export'
+        try_push(export, args.push_to_hub, args.hub_private, args.hub_revision)
 
 
-def try_compare(folder: Path, stage1: Path, results: list[Trained]) -> None:
+def try_compare(folder: Path, stage1: Path, results: list[Result]) -> None:
     """Write one report of both stages; a failure is only a warning."""
     before = [stage1] if any((stage1 / name / 'metrics.json').is_file() for name in ('.', 'export')) else []
-    try:
+    with report_errors_as_warnings():
         write_comparison(folder, [*before, *(folder / result.name for result in results[1:])])
-    except Exception as error:  # e.g. a malformed metrics.json of stage 1, or a full disk
-        _logger.warning(f'No report: {type(error).__name__}: {error}')
 
 
 if __name__ == '__main__':

@@ -281,7 +281,7 @@ class Run:
     def _save(self, metrics: dict) -> Path:
         """Write a checkpoint beside the training."""
         if self.meter is not None:
-            self.meter.repair()
+            self.meter.restore_buffers()
         self.metrics = self._facts(self.position.last_epoch, metrics)
         state, path = self.state.capture(self.position, self.meter), self._path()
         self.clock.reset(self.position.step)

@@ -47,7 +47,8 @@ from glmc.evaluation.priors import (
 )
 from glmc.evaluation.text import detail_table, shot_table
 from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
-from glmc.report.report import ReportInputs, classifier_norms, try_report, write_comparison
+from glmc.report.compare import write_comparison
+from glmc.report.report import ReportInputs, classifier_norms, try_report
 from glmc.run_folder import open_run_folder, provenance, write_tables
 from glmc.training.engine import evaluate
 from glmc.training.launch import create_accelerator, is_main_process, setup_logging
@@ -89,7 +90,7 @@ def validate(args: Options, explicit: set[str]) -> None:
     loader = create_eval_loader(
         images, batch_size=args.batch_size, data_config=trained.data_config, device=accelerator.device,
         workers=args.workers, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    thresholds = args.shot_thresholds or trained.facts.get('profile', {}).get('shot_thresholds', [20, 100])
+    thresholds = args.shot_thresholds or trained.metadata.get('profile', {}).get('shot_thresholds', [20, 100])
     evaluator = LongTailEvaluator(counts, thresholds, device=accelerator.device)
     metrics = evaluate(accelerator, model, loader, evaluator)
     predictions = evaluator.predictions(accelerator.num_processes > 1)
@@ -178,7 +179,7 @@ def logit_shift(args: Options, trained: TrainedModel, counts: Sequence[int], ima
 
 def source_prior(args: Options, trained: TrainedModel) -> str | list[float]:
     """Return the class prior that the classifier has learnt: `train`, `uniform`, or C probabilities."""
-    return args.source_prior or trained.facts.get('prior', 'train')
+    return args.source_prior or trained.metadata.get('prior', 'train')
 
 
 def prepare_model(args: Options, trained: TrainedModel, shift: Tensor | None, device: torch.device) -> nn.Module:
@@ -193,11 +194,11 @@ def describe(args: Options, trained: TrainedModel, accelerator) -> dict:
     """Return the entries of metrics.json besides the metrics."""
     options = pick(args, ('flip_tta', 'test_distribution', 'target_prior', 'target_imbalance'))
     return {
-        'model': trained.architecture, 'weights': args.model, 'method': trained.facts.get('method'),
+        'model': trained.architecture, 'weights': args.model, 'method': trained.metadata.get('method'),
         'num_classes': trained.num_classes, 'parameters': sum(p.numel() for p in trained.model.parameters()),
         'data': args.dataset or args.data_dir or 'digits', 'evaluated_on': args.val_list or args.val_split, **options,
         'source_prior': source_prior(args, trained), 'precision': accelerator.mixed_precision,
-        'processes': accelerator.num_processes, 'fingerprint': trained.facts.get('profile', {}).get('fingerprint'),
+        'processes': accelerator.num_processes, 'fingerprint': trained.metadata.get('profile', {}).get('fingerprint'),
     }
 
 

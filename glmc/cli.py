@@ -35,13 +35,17 @@ class Parser(argparse.ArgumentParser):
         **kwargs: Arguments of `argparse.ArgumentParser`.
 
     Attributes:
+        resolve: Replaces aliases in the options, in place.
         presets: Options -> defaults that follow from them.
         hidden: Names of the options that only `--help-all` shows.
+        obsolete: Removed options -> their default, which a YAML file may still contain.
     """
 
     def __init__(self, verbatim: bool = False, **kwargs):
         formatter = argparse.RawDescriptionHelpFormatter if verbatim else HelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
+        self.resolve: Callable[[Options], None] = lambda options: None
+        self.obsolete: dict = {}
         self.presets: Callable[[argparse.Namespace], dict] = lambda options: {}
         self.hidden: frozenset[str] = frozenset()
 
@@ -109,8 +113,11 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> tuple[argparse.
     options = parser.parse_args(argv)
     from_file = read_yaml(parser, options.config) if options.config else {}
     parser.set_defaults(**from_file)
-    parser.set_defaults(**{**parser.presets(parser.parse_args(argv)), **from_file})
     options = parser.parse_args(argv)
+    parser.resolve(options)
+    parser.set_defaults(**{**parser.presets(options), **from_file})
+    options = parser.parse_args(argv)
+    parser.resolve(options)
     explicit = set(vars(_parse_given(parser, argv))) | set(from_file)
     return options, explicit - {'config'}
 
@@ -153,6 +160,8 @@ def read_yaml(parser: Parser, path: str) -> dict:
     options = {}
     for key, value in content.items():
         name = str(key).replace('-', '_')
+        if name in parser.obsolete and value == parser.obsolete[name]:
+            continue
         if name not in actions:
             raise InputError(f'--config {path}: unknown key {key!r}{nearest(name, actions)}')
         options[name] = _check_value(actions[name], value, f'--config {path}: {key}')

@@ -25,7 +25,7 @@ finite = number(float, float('-inf'))
 
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
 PRECISIONS = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}  # Accelerate's names -> torch's
-VIEWS = ('global', 'local')  # views of each image, in the order of a batch
+OBSOLETE = {'aug_views': 'both', 'mix_lambda': 'shared'}  # removed options -> the default that older files contain
 # Values of these options for the embedded digits, which are used if no data is given.
 DEMONSTRATION = dict(epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
 COMMON = frozenset((  # options that `--help` shows; `--help-all` shows all
@@ -69,13 +69,26 @@ def train_parser(methods: dict) -> Parser:
         description='Train a timm model on long-tailed images with GLMC. Without data: a demonstration on digits.')
     add_config(parser)
     add_groups(parser, *GROUPS)
+    aliases = {alias: name for name, row in methods.items() for alias in row.aliases}
+
+    def method_name(text: str) -> str:
+        return aliases.get(text, text)
+
     method = parser._option_string_actions['--method']
-    method.choices = list(methods)
+    method.type, method.choices = method_name, list(methods)
     method.full_help = f"{method.help}. " + '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
     method.help += f": {', '.join(methods)}; see docs/methods.md"
+    parser.obsolete = OBSOLETE
+    parser.resolve = _resolve_balanced
     parser.presets = lambda options: dict(methods[options.method].defaults)
     parser.hide({*names(*GROUPS)} - COMMON)
     return parser
+
+
+def _resolve_balanced(options: Options) -> None:
+    """Replace `--balanced` by the method that it is an alias of."""
+    if options.balanced and options.method == 'glmc':
+        options.method = 'glmc_balanced'
 
 
 def finetune_parser() -> Parser:
@@ -251,12 +264,6 @@ def input_group(parser: Parser) -> None:
         help='channels-last memory layout, faster for most convolutions')
 
 
-def _views(parser: Parser) -> None:
-    group = parser.add_argument_group('views')
-    group.add_argument('--aug-views', choices=('both', *VIEWS), default='both',
-        help='views that --aa and --reprob change, for methods with a global and a local view')
-
-
 def _method(parser: Parser) -> None:
     group = parser.add_argument_group('method')
     add = group.add_argument
@@ -270,8 +277,6 @@ def _method(parser: Parser) -> None:
         help='β of λ ~ Beta(β, β); default: 1, 0.2 for the glmc methods')
     add('--mixup-prob', type=fraction, default=1.0, metavar='P',
         help='probability that a batch is mixed; default: 1, 0.5 for cmo')
-    add('--mix-lambda', choices=('shared', 'per_view'), default='shared',
-        help='one λ for both views (paper), or one for each view')
     add('--cutmix-lambda', choices=('nominal', 'area'), default='nominal',
         help='label weight of a patch: λ (released code), or its area after clipping at the border; default: nominal, area '
         'for cutmix, cmo and the glmc methods')
@@ -284,7 +289,7 @@ def _method(parser: Parser) -> None:
         'at full weight throughout; default: losses, encoder for glmc, glmc_cosine and glmc_no_consistency')
     add('--projection-dim', type=positive_int, default=256, metavar='D', help='dimension d of projection and prediction')
     add('--joint-forward', action='store_true', help='encode both views as one batch, with common BatchNorm statistics')
-    add('--balanced', action='store_true', help='for balanced data: no rebalanced classifier, L = L_c + γ·L_sim')
+    add('--balanced', action='store_true', help='same as --method glmc_balanced')
     add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')
     add('--effective-beta', type=below_one, default=0.9999, metavar='BETA',
         help='β of the effective number of images, (1 - β^n) / (1 - β)')
@@ -405,7 +410,7 @@ def hub_options(group) -> None:
 
 GROUPS = {  # title of an argument group -> function that adds it, in pipeline order
     'data': data_group, 'training data': training_data_group, 'long tail': long_tail_group, 'augmentation': _augmentation,
-    'random erasing': _erasing, 'views': _views, 'model': _model, 'model input': input_group, 'method': _method,
+    'random erasing': _erasing, 'model': _model, 'model input': input_group, 'method': _method,
     'optimizer': _optimizer, 'schedule': _schedule, 'running': _running, 'output': _output,
     'report and sharing': share_group, 'stage 2': stage2_group}
 DATA = ('data', 'training data', 'long tail')
@@ -489,10 +494,6 @@ def _optimizer_has(options: Options, argument: str) -> bool:
         return True
 
 
-def _has_policy(options: Options) -> bool:
-    return bool(options.aa) and not options.no_aug
-
-
 NEEDS = (
     Need(('val_split',), 'with --val-list', lambda o: not o.val_list),
     Need(('train_split',), 'with --train-list', lambda o: not o.train_list),
@@ -515,9 +516,8 @@ NEEDS = (
     Need(('train_interpolation',), 'with --augmentation cifar without --aa',
          lambda o: o.augmentation != 'cifar' or o.no_aug or o.aa),
     Need(('remode', 'recount', 'rearea', 'reaspect'), 'without --reprob', lambda o: o.reprob),
-    Need(('aug_views',), 'without --aa or --reprob', lambda o: _has_policy(o) or o.reprob),
     Need(('resample_power',), 'with --partner batch', lambda o: o.partner == 'sampler'),
-    Need(('reweight_power', 'alpha_power', 'alpha_scope'), 'with --balanced', lambda o: not o.balanced),
+    Need(('balanced',), 'without --method glmc', lambda o: o.method == 'glmc_balanced'),
     Need(('lr_base', 'lr_base_size', 'lr_base_scale'), 'with --lr', lambda o: o.lr is None),
     Need(('filter_bias_and_bn',), 'with --weight-decay 0', lambda o: o.weight_decay),
     Need(('momentum',), 'with an optimizer without momentum', lambda o: _optimizer_has(o, 'momentum')),

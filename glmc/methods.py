@@ -1,11 +1,11 @@
-"""The table of methods: a method is a row, not a branch."""
+"""The table of methods: each is a row, not a branch."""
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 from timm.task import TrainingTask
-from torch import Tensor, nn
+from torch import nn
 
 from glmc.losses.classification import (
     ClassBalancedFocalLoss,
@@ -13,8 +13,9 @@ from glmc.losses.classification import (
     FocalLoss,
     LDAMLoss,
     LogitAdjustedLoss,
+    effective_number_weights,
 )
-from glmc.mixing import BatchCutmix, BatchMixup, CMOMixer, GLMCMixer, PairMixer, ResampledOnly
+from glmc.mixing import BatchCutmix, BatchMixup, CMOMixer, GLMCMixer, PairMixer, ResampledOnly, ViewMixer
 from glmc.models.bilateral import BilateralModule
 from glmc.models.cosine import CosineGLMCModule, CosineModule
 from glmc.models.glmc import GLMCModule
@@ -23,64 +24,103 @@ from glmc.tasks.glmc import CosineGLMCTask, GLMCTask
 from glmc.tasks.single_view import CosineTask, SingleViewTask, WeightBalancingTask
 
 
-class NoMixer:
-    """The one view of each image, and its label, as they are."""
-
-    def __init__(self, counts: Sequence[int]):
-        pass
-
-    def sample_params(self, batch_size: int, image_size: tuple[int, int], rng: np.random.Generator) -> None:
-        return None
-
-    def __call__(self, views: Tensor, labels: Tensor, mixture: None) -> tuple[Tensor, Tensor]:
-        return views[:, 0], labels[:, 0]
-
-
 def bare(backbone: nn.Module) -> nn.Module:
-    """The backbone as it is."""
+    """The backbone itself."""
     return backbone
+
+
+def train_prior(counts: np.ndarray, options: Mapping) -> np.ndarray:
+    """(C,) prior of a classifier trained with plain cross-entropy: that of the training set."""
+    return counts
+
+
+def uniform_prior(counts: np.ndarray, options: Mapping) -> np.ndarray:
+    """(C,) prior of a classifier that treats all classes alike."""
+    return np.ones_like(counts)
+
+
+def adjusted_prior(counts: np.ndarray, options: Mapping) -> np.ndarray:
+    """(C,) prior that logit adjustment leaves in the logits: π^(1-τ)."""
+    return counts ** (1 - options['adjustment_tau'])
+
+
+def resampled_prior(counts: np.ndarray, options: Mapping) -> np.ndarray:
+    """(C,) prior of the resampled images: n·n^-q."""
+    return counts ** (1 - options['resample_power'])
+
+
+def effective_prior(counts: np.ndarray, options: Mapping) -> np.ndarray:
+    """(C,) training prior times the weights of the effective number of images, once they are in effect."""
+    deferred = options.get('drw_start', 0) >= 1
+    return counts if deferred else counts * effective_number_weights(counts, options['effective_beta']).double().numpy()
+
+
+def mixed_prior(counts: np.ndarray, options: Mapping) -> np.ndarray:
+    """(C,) prior of pairs whose labels weigh alike on average: the mean of the training prior and that of the partners."""
+    return (counts / counts.sum() + resampled_prior(counts, options) / resampled_prior(counts, options).sum()) / 2
+
+
+def reweighted_prior(counts: np.ndarray, options: Mapping) -> np.ndarray:
+    """(C,) prior of pairs times the class weights n^-k of GLMC's rebalanced classifier."""
+    return mixed_prior(counts, options) * counts ** -options['reweight_power']
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a method is made of.
+    """A row of the table: what a method is made of.
 
     Args:
-        summary: For `--help`.
-        task: Model and loss.
-        module: Backbone -> what is trained.
-        mixer: Views and labels -> input and target of the task.
-        task_options, module_options, mixer_options: Names of the options each takes.
-        defaults: Values of options that are not those of other methods; published, but for GLMC's own.
-        paired: Whether an image comes with a partner.
-        num_views: Views of each image.
-        rebalanced: Whether the classifier is fitted to a uniform class prior instead of the training set's.
+        summary: One line for `--help-all`.
+        task: (module, counts, **options) -> task: model and loss.
+        module: (backbone, **options) -> the module that is trained.
+        mixer: (counts, **options) -> mixer: views and labels to input and target of the task.
+        task_options, module_options, mixer_options: Names of the options that each takes.
+        defaults: Option values that differ from those of other methods; published, except for GLMC's.
+        paired: Whether each image comes with a partner.
+        views: Names of the views of each image (`data.transforms.VIEWS`).
+        prior: (C,) float64 counts and the method's options -> (C,) class prior of its classifier, not normalised.
+        aliases: Other names of the row.
     """
     summary: str
     task: Callable[..., TrainingTask]
     module: Callable[..., nn.Module] = bare
-    mixer: Callable = NoMixer
+    mixer: Callable[..., ViewMixer] = ViewMixer
     task_options: tuple[str, ...] = ()
     module_options: tuple[str, ...] = ()
     mixer_options: tuple[str, ...] = ()
     defaults: Mapping = field(default_factory=dict)
     paired: bool = False
-    num_views: int = 1
-    rebalanced: bool = False
+    views: tuple[str, ...] = ('plain',)
+    prior: Callable[[np.ndarray, Mapping], np.ndarray] = train_prior
+    aliases: tuple[str, ...] = ()
 
     @property
     def options(self) -> set[str]:
-        """Names of all options that this method heeds and another may not."""
+        """Names of all options that this method uses and another may not."""
         return {*self.task_options, *self.module_options, *self.mixer_options}
+
+    def class_prior(self, counts: Sequence[int], options: Mapping) -> str | list[float]:
+        """Class prior that the exported classifier embodies: `train`, `uniform`, or C probabilities.
+
+        Args:
+            counts: (C,) training images per class.
+            options: Values of the method's options.
+        """
+        counts = np.asarray(counts, dtype=np.float64)
+        prior = self.prior(counts, options)
+        prior = prior / prior.sum()
+        if np.allclose(prior, counts / counts.sum(), rtol=1e-6, atol=0):
+            return 'train'
+        return 'uniform' if np.allclose(prior, 1 / len(counts), rtol=1e-6, atol=0) else prior.tolist()
 
 
 SoftLabels = partial(SingleViewTask, criterion_kwargs=dict(soft_targets=True))
 DEFERRED = ('effective_beta', 'drw_start')
 PARTNER = ('partner', 'resample_power')
 MIXTURE = ('mix_beta', 'cutmix_lambda', *PARTNER)
-TWO_VIEWS = (*MIXTURE, 'mix_lambda')
+TWO_VIEWS = dict(paired=True, views=('global', 'local'), mixer=GLMCMixer, mixer_options=MIXTURE)
 CUMULATIVE = ('reweight_power', 'alpha_power', 'alpha_scope')
-# Ours, for short runs, chosen at 15 epochs (results/README.md); the recipes of hparams/ have the published values.
+# Ours, for short runs, chosen at 15 epochs (results/README.md); the recipes in hparams/ have the published values.
 SHORT_VIEWS = dict(mix_beta=0.2, cutmix_lambda='area')
 SHORT_RUN = dict(SHORT_VIEWS, alpha_scope='encoder')
 
@@ -101,63 +141,57 @@ METHODS = {
     'cb_focal': Method(
         summary='focal loss weighted by the effective number of images (arXiv 1901.05555)',
         task=partial(SingleViewTask, loss=ClassBalancedFocalLoss), task_options=('focal_gamma', 'effective_beta'),
-        rebalanced=True),
+        prior=effective_prior),
     'ldam_drw': Method(
         summary='margins by class size on a cosine classifier, deferred re-weighting (arXiv 1906.07413)',
         task=partial(CosineTask, loss=LDAMLoss), task_options=(*DEFERRED, 'ldam_margin', 'cosine_scale'),
-        module=CosineModule, module_options=('cosine_scale',), rebalanced=True),
+        module=CosineModule, module_options=('cosine_scale',), prior=effective_prior),
     'balanced_softmax': Method(
         summary='softmax weighted by the class counts (arXiv 2007.10740)',
-        task=partial(SingleViewTask, loss=LogitAdjustedLoss), rebalanced=True),
+        task=partial(SingleViewTask, loss=LogitAdjustedLoss), prior=uniform_prior),
     'logit_adjustment': Method(
         summary='cross-entropy of logits + τ·log prior (arXiv 2007.07314)',
-        task=partial(SingleViewTask, loss=LogitAdjustedLoss), task_options=('adjustment_tau',), rebalanced=True),
+        task=partial(SingleViewTask, loss=LogitAdjustedLoss), task_options=('adjustment_tau',), prior=adjusted_prior),
     'ce_drw': Method(
         summary='cross-entropy with deferred re-weighting (arXiv 1906.07413)',
-        task=partial(SingleViewTask, loss=DeferredReweighting), task_options=DEFERRED, rebalanced=True),
+        task=partial(SingleViewTask, loss=DeferredReweighting), task_options=DEFERRED, prior=effective_prior),
     'ce_resample': Method(
         summary='cross-entropy on class-balanced sampling (arXiv 1910.09217)',
         task=SingleViewTask, mixer=ResampledOnly, mixer_options=PARTNER, defaults=dict(resample_power=1.0), paired=True,
-        rebalanced=True),
+        prior=resampled_prior),
     'weight_balancing': Method(
         summary='tuned weight decay, then class weights and MaxNorm on the classifier (arXiv 2203.14197)',
-        task=WeightBalancingTask, task_options=DEFERRED, defaults=dict(weight_decay=5e-3), rebalanced=True),
+        task=WeightBalancingTask, task_options=DEFERRED, defaults=dict(weight_decay=5e-3), prior=effective_prior),
     'bbn': Method(
         summary='bilateral branches with cumulative learning, on one backbone (arXiv 1912.02413)',
         task=BilateralTask, module=BilateralModule, mixer=PairMixer, mixer_options=PARTNER,
-        defaults=dict(resample_power=2.0), paired=True, rebalanced=True),
+        defaults=dict(resample_power=2.0), paired=True, prior=uniform_prior),
     'cmo': Method(
         summary='tail images pasted on images as they come, context-rich oversampling (arXiv 2112.00412)',
         task=SoftLabels, mixer=CMOMixer, mixer_options=(*MIXTURE, 'mixup_prob'), paired=True,
         defaults=dict(resample_power=1.0, mixup_prob=0.5, cutmix_lambda='area')),
     'glmc': Method(
         summary='global and local mixture consistency cumulative learning (arXiv 2305.08661)',
-        task=GLMCTask, module=GLMCModule, mixer=GLMCMixer, paired=True, num_views=2, rebalanced=True,
-        task_options=('consistency_weight', *CUMULATIVE), module_options=('projection_dim', 'balanced', 'joint_forward'),
-        mixer_options=TWO_VIEWS, defaults=SHORT_RUN),
+        task=GLMCTask, task_options=('consistency_weight', *CUMULATIVE), module=GLMCModule,
+        module_options=('projection_dim', 'joint_forward'), defaults=SHORT_RUN, prior=reweighted_prior, **TWO_VIEWS),
     'glmc_cosine': Method(
         summary='GLMC with cosine classifiers',
-        task=CosineGLMCTask, module=CosineGLMCModule, mixer=GLMCMixer, paired=True, num_views=2, rebalanced=True,
-        task_options=('consistency_weight', *CUMULATIVE), module_options=('cosine_scale', 'projection_dim', 'joint_forward'),
-        mixer_options=TWO_VIEWS, defaults=SHORT_RUN),
+        task=CosineGLMCTask, task_options=('consistency_weight', *CUMULATIVE), module=CosineGLMCModule,
+        module_options=('cosine_scale', 'projection_dim', 'joint_forward'), defaults=SHORT_RUN, prior=reweighted_prior,
+        **TWO_VIEWS),
     'glmc_no_consistency': Method(
         summary='GLMC without the consistency loss',
-        task=partial(GLMCTask, consistency_weight=0.0), module=partial(GLMCModule, projection_dim=1), mixer=GLMCMixer,
-        paired=True, num_views=2, rebalanced=True, task_options=CUMULATIVE,
-        module_options=('joint_forward',), mixer_options=TWO_VIEWS, defaults=SHORT_RUN),
-    'glmc_no_rebalance': Method(
-        summary='GLMC without the rebalanced classifier: mixture consistency alone',
-        task=GLMCTask, module=partial(GLMCModule, balanced=True), mixer=GLMCMixer, paired=True, num_views=2,
-        task_options=('consistency_weight',), module_options=('projection_dim', 'joint_forward'), mixer_options=TWO_VIEWS,
-        defaults=SHORT_VIEWS),
+        task=partial(GLMCTask, consistency_weight=0.0), task_options=CUMULATIVE,
+        module=partial(GLMCModule, projection_dim=1), module_options=('joint_forward',), defaults=SHORT_RUN,
+        prior=reweighted_prior, **TWO_VIEWS),
     'glmc_balanced': Method(
-        summary='GLMC for balanced data, the same as glmc_no_rebalance and as glmc --balanced',
-        task=GLMCTask, module=partial(GLMCModule, balanced=True), mixer=GLMCMixer, paired=True, num_views=2,
-        task_options=('consistency_weight',), module_options=('projection_dim', 'joint_forward'), mixer_options=TWO_VIEWS,
-        defaults=SHORT_VIEWS),
+        summary='GLMC without the rebalanced classifier: mixture consistency alone, for balanced data',
+        task=GLMCTask, task_options=('consistency_weight',), module=partial(GLMCModule, balanced=True),
+        module_options=('projection_dim', 'joint_forward'), defaults=SHORT_VIEWS, prior=mixed_prior,
+        aliases=('glmc_no_rebalance',), **TWO_VIEWS),
 }
 
 
 def unused_method_options(method: str, explicit: set[str]) -> set[str]:
-    """Options that the user set and that other methods heed, but this one does not."""
+    """Options that the user set and that other methods use, but this one does not."""
     return explicit & set().union(*(row.options for row in METHODS.values())) - METHODS[method].options

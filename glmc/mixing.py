@@ -1,4 +1,4 @@
-"""Mixtures of two batches: MixUp, CutMix, the two GLMC views, and pairs as they are (pure tensors)."""
+"""Mixers: views and labels of a batch in, input and target of a task out; MixUp, CutMix, CMO and the two GLMC views."""
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -6,15 +6,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import mixup_target
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Mixture(NamedTuple):
-    """The random numbers of one step's mixture, drawn outside the step so that it compiles to one graph."""
+    """Random numbers of one step's mixture, drawn outside the step so that the step compiles to one graph."""
     lam: Tensor  # () weight of the first image in the global view
-    box: Tensor  # (4,) int64 y0, y1, x0, x1 of the patch of the second image in the local view
+    box: Tensor  # (4,) int64 y0, y1, x0, x1: patch of the second image in the local view
     local_lam: Tensor  # () weight of the first image's label in the local view
-    uniform: Tensor | None = None  # (B,) numbers in [0, 1) that choose partners within the batch
+    uniform: Tensor | None = None  # (B,) in [0, 1): chooses partners within the batch
 
     def to(self, device: torch.device) -> 'Mixture':
         return Mixture(*(value if value is None else value.to(device, non_blocking=True) for value in self))
@@ -35,7 +35,7 @@ def cutmix(a: Tensor, b: Tensor, box: tuple[int, int, int, int] | Tensor) -> Ten
 
     Args:
         a: (B, ..., H, W) images.
-        b: Images to take the box from, of the same shape.
+        b: Images of the same shape that the box is copied from.
         box: (y0, y1, x0, x1) in pixels, ends excluded; ints or a (4,) tensor.
 
     Returns:
@@ -73,8 +73,8 @@ def sample_mixture(
         image_size: (H, W) in pixels.
         beta: β > 0.
         cutmix_lambda: Label weight of the local view: `nominal` is λ itself, `area` is corrected for clipping.
-        rng: Owner of the random numbers.
-        probability: Of a mixture at all.
+        rng: Generator of the step.
+        probability: Probability of a mixture; otherwise the images stay as they are.
     """
     if probability < 1 and rng.random() >= probability:
         return IDENTITY_MIXTURE
@@ -86,7 +86,7 @@ def sample_mixture(
 
 
 def partners_within(labels: Tensor, class_weight: Tensor, uniform: Tensor) -> Tensor:
-    """A partner for each image from its own batch, P(image) ∝ class_weight of its label, by inverse distribution.
+    """Partner of each image within its batch, P(image) ∝ class_weight of its label, by inversion of the cumulative sum.
 
     Args:
         labels: (B,) labels.
@@ -100,10 +100,49 @@ def partners_within(labels: Tensor, class_weight: Tensor, uniform: Tensor) -> Te
     return torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(labels) - 1)
 
 
-class BatchMixup:
-    """MixUp of each image with its place from the end of the batch, one λ a batch, as timm's `Mixup` does.
+class ViewMixer(nn.Module):
+    """Views of each image and its label as they are; base of the mixers.
 
-    timm's own draws from the global generator, wants an even batch and changes its input; arXiv 1710.09412.
+    The protocol of all mixers: `sample_params` draws what is random on the CPU, outside the compiled step; calling the mixer
+    with views, labels and these params gives the input and the target of the task. Tensors of a mixer are buffers.
+
+    Args:
+        counts: (C,) training images per class.
+    """
+
+    def __init__(self, counts: Sequence[int]):
+        super().__init__()
+        self.num_classes = len(counts)
+
+    def sample_params(self, batch_size: int, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture | None:
+        """Random numbers of one step.
+
+        Args:
+            batch_size: B.
+            image_size: (H, W) in pixels.
+            rng: Generator of the step.
+        """
+        return None
+
+    def forward(self, views: Tensor, labels: Tensor, params: Mixture | None) -> tuple:
+        """Input and target of the task.
+
+        Args:
+            views: (B, images, views, c, H, W) pixel values or normalised images.
+            labels: (B, images).
+            params: From `sample_params`, on the device of the views.
+
+        Returns:
+            One (B, c, H, W) tensor for one view, else a tuple of them; and the (B,) labels.
+        """
+        images = views[:, 0].unbind(1)
+        return images[0] if len(images) == 1 else images, labels[:, 0]
+
+
+class BatchMixup(ViewMixer):
+    """MixUp of each image with the one at its position from the end of the batch, one λ per batch (arXiv 1710.09412).
+
+    timm's `Mixup` pairs alike, but draws from the global generator, needs an even batch and changes its input.
 
     Args:
         counts: (C,) training images per class.
@@ -113,20 +152,20 @@ class BatchMixup:
     cutmix_lambda = 'nominal'
 
     def __init__(self, counts: Sequence[int], mix_beta: float = 1.0, mixup_prob: float = 1.0):
-        self.num_classes, self.mix_beta, self.mixup_prob = len(counts), mix_beta, mixup_prob
+        super().__init__(counts)
+        self.mix_beta, self.mixup_prob = mix_beta, mixup_prob
 
     def sample_params(self, batch_size: int, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture:
-        """The random numbers of one step."""
         return sample_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng, self.mixup_prob)
 
-    def __call__(self, views: Tensor, labels: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
-        """(B, 1, c, H, W) views and (B, 1) labels -> (B, c, H, W) images and (B, C) soft labels."""
-        images = views[:, 0]
-        return mixup(images, images.flip(0), mixture.lam), mixup_target(labels, self.num_classes, mixture.lam)
+    def forward(self, views: Tensor, labels: Tensor, params: Mixture) -> tuple[Tensor, Tensor]:
+        """(B, c, H, W) images and (B, C) soft labels of (B, 1, 1, c, H, W) views and (B, 1) labels."""
+        images = views[:, 0, 0]
+        return mixup(images, images.flip(0), params.lam), mixup_target(labels, self.num_classes, params.lam)
 
 
 class BatchCutmix(BatchMixup):
-    """CutMix of each image with its place from the end of the batch, one box a batch, as timm's; arXiv 1905.04899.
+    """CutMix of each image with the one at its position from the end of the batch, one box per batch (arXiv 1905.04899).
 
     Args:
         counts, mix_beta, mixup_prob: As those of `BatchMixup`.
@@ -137,61 +176,61 @@ class BatchCutmix(BatchMixup):
         super().__init__(counts, mix_beta, mixup_prob)
         self.cutmix_lambda = cutmix_lambda
 
-    def __call__(self, views: Tensor, labels: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
-        images = views[:, 0]
-        targets = mixup_target(labels, self.num_classes, mixture.local_lam)
-        return cutmix(images, images.flip(0), mixture.box), targets
+    def forward(self, views: Tensor, labels: Tensor, params: Mixture) -> tuple[Tensor, Tensor]:
+        images = views[:, 0, 0]
+        targets = mixup_target(labels, self.num_classes, params.local_lam)
+        return cutmix(images, images.flip(0), params.box), targets
 
 
-class PairMixer:
-    """Both images of a pair as they are: the input of two branches; base of what mixes them.
+class PairMixer(ViewMixer):
+    """Both images of a pair as they are: the input of two branches; base of the mixers of pairs.
 
     Args:
         counts: (C,) training images per class.
-        partner: `sampler`: batches hold both images of a pair; `batch`: they hold single images, and each finds its
-            partner among them.
+        partner: `sampler`: batches hold both images of a pair; `batch`: they hold single images, and each gets a partner
+            among them.
         resample_power: q of the partners within a batch.
     """
 
     def __init__(self, counts: Sequence[int], partner: str = 'sampler', resample_power: float = 0.0):
-        self.num_classes = len(counts)
+        super().__init__(counts)
         self.within_batch = partner == 'batch'
-        self.partner_weight = torch.as_tensor(counts, dtype=torch.float64).clamp(min=1) ** -resample_power
+        weight = torch.as_tensor(counts, dtype=torch.float64).clamp(min=1) ** -resample_power  # (C,)
+        self.register_buffer('partner_weight', weight, persistent=False)
 
     def sample_params(self, batch_size: int, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture | None:
-        """The random numbers of one step."""
-        mixture = self.sample_mixture(image_size, rng)
+        params = self.sample_mixture(image_size, rng)
         if not self.within_batch:
-            return mixture
-        return (mixture or IDENTITY_MIXTURE)._replace(uniform=torch.from_numpy(rng.random(batch_size)))
+            return params
+        return (params or IDENTITY_MIXTURE)._replace(uniform=torch.from_numpy(rng.random(batch_size)))
 
     def sample_mixture(self, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture | None:
+        """λ and box of one step; None without a mixture."""
         return None
 
-    def pairs(self, views: Tensor, labels: Tensor, mixture: Mixture | None) -> tuple[Tensor, Tensor]:
-        """(B, 2·V, c, H, W) views of i, then of j, and (B, 2) labels; j from the batch where it holds single images."""
+    def pairs(self, views: Tensor, labels: Tensor, params: Mixture | None) -> tuple[Tensor, Tensor]:
+        """(B, 2, views, c, H, W) views and (B, 2) labels of i and j; j from the batch if it holds single images."""
         if not self.within_batch:
             return views, labels
-        self.partner_weight = self.partner_weight.to(labels.device)
-        partners = partners_within(labels[:, 0], self.partner_weight, mixture.uniform)
+        partners = partners_within(labels[:, 0], self.partner_weight, params.uniform)
         return torch.cat([views, views[partners]], 1), torch.cat([labels, labels[partners]], 1)
 
-    def __call__(self, views: Tensor, labels: Tensor, mixture: Mixture | None) -> tuple[tuple[Tensor, ...], ...]:
+    def forward(self, views: Tensor, labels: Tensor, params: Mixture | None) -> tuple[tuple[Tensor, ...], ...]:
         """(images of i, images of j), each (B, c, H, W), and their (B,) labels."""
-        views, labels = self.pairs(views, labels, mixture)
-        return views.unbind(1), labels.unbind(1)
+        views, labels = self.pairs(views, labels, params)
+        return views[:, :, 0].unbind(1), labels.unbind(1)
 
 
 class ResampledOnly(PairMixer):
-    """The partner takes the place of the image: resampling by `resample_power`, with replacement."""
+    """The partner alone: resampling by `resample_power`, with replacement."""
 
-    def __call__(self, views: Tensor, labels: Tensor, mixture: Mixture | None) -> tuple[Tensor, Tensor]:
-        images, labels = super().__call__(views, labels, mixture)
+    def forward(self, views: Tensor, labels: Tensor, params: Mixture | None) -> tuple[Tensor, Tensor]:
+        images, labels = super().forward(views, labels, params)
         return images[1], labels[1]
 
 
 class CMOMixer(PairMixer):
-    """CutMix of a resampled foreground j onto a background i drawn like the training set (CMO; arXiv 2112.00412).
+    """CutMix of a resampled foreground j onto a background i of the training distribution (CMO; arXiv 2112.00412).
 
     Args:
         counts, partner, resample_power: As those of `PairMixer`.
@@ -208,49 +247,46 @@ class CMOMixer(PairMixer):
     def sample_mixture(self, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture:
         return sample_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng, self.mixup_prob)
 
-    def __call__(self, views: Tensor, labels: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
-        (background, foreground), labels = super().__call__(views, labels, mixture)
-        i_label, j_label = (F.one_hot(label, self.num_classes).to(mixture.lam.dtype) for label in labels)
-        return cutmix(background, foreground, mixture.box), mixup(i_label, j_label, mixture.local_lam)
+    def forward(self, views: Tensor, labels: Tensor, params: Mixture) -> tuple[Tensor, Tensor]:
+        """(B, c, H, W) images and their (B, C) soft labels."""
+        (background, foreground), labels = super().forward(views, labels, params)
+        i_label, j_label = (F.one_hot(label, self.num_classes).to(params.lam.dtype) for label in labels)
+        return cutmix(background, foreground, params.box), mixup(i_label, j_label, params.local_lam)
 
 
 class GLMCMixer(PairMixer):
-    """Turns the views of a batch of pairs into the global and the local mixture with their soft labels.
+    """The global and the local mixture of each pair, with their soft labels (GLMC Eq. 1-3).
 
     Args:
         counts, partner, resample_power: As those of `PairMixer`.
         mix_beta: β of Beta(β, β).
         cutmix_lambda: `nominal` or `area`, see `sample_mixture`.
-        mix_lambda: `shared`: one λ for both views; `per_view`: a second λ for the box and the label of the local view.
     """
 
     def __init__(
-            self, counts: Sequence[int], mix_beta: float = 1.0, cutmix_lambda: str = 'nominal',
-            partner: str = 'sampler', resample_power: float = 0.0, mix_lambda: str = 'shared'):
+            self, counts: Sequence[int], mix_beta: float = 1.0, cutmix_lambda: str = 'nominal', partner: str = 'sampler',
+            resample_power: float = 0.0):
         super().__init__(counts, partner, resample_power)
-        self.mix_beta, self.cutmix_lambda, self.mix_lambda = mix_beta, cutmix_lambda, mix_lambda
+        self.mix_beta, self.cutmix_lambda = mix_beta, cutmix_lambda
 
     def sample_mixture(self, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture:
-        if self.mix_lambda == 'shared':
-            return sample_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng)
-        lam = float(rng.beta(self.mix_beta, self.mix_beta))
-        return sample_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng)._replace(lam=torch.tensor(lam))
+        return sample_mixture(image_size, self.mix_beta, self.cutmix_lambda, rng)
 
-    def __call__(self, views: Tensor, labels: Tensor, mixture: Mixture) -> tuple[tuple[Tensor, Tensor], ...]:
+    def forward(self, views: Tensor, labels: Tensor, params: Mixture) -> tuple[tuple[Tensor, Tensor], ...]:
         """Mix image i with its partner j.
 
         Args:
-            views: (B, 4, c, H, W) images, uint8 or float: i for the global and the local view, then j for the same; without
-                j, (B, 2, c, H, W), partners are drawn from the batch.
+            views: (B, 2, 2, c, H, W): image i, then j, each for the global and the local view; with `partner='batch'`,
+                (B, 1, 2, c, H, W).
             labels: (B, 2) labels of i and j, or (B, 1).
-            mixture: From `sample_params`, on the device of the views.
+            params: From `sample_params`, on the device of the views.
 
         Returns:
             (global view, local view), each (B, c, H, W), and their (B, C) soft labels.
         """
-        views, labels = self.pairs(views, labels, mixture)
-        i_global, i_local, j_global, j_local = views.unbind(1)
-        i_label, j_label = F.one_hot(labels, self.num_classes).to(mixture.lam.dtype).unbind(1)
-        images = mixup(i_global, j_global, mixture.lam), cutmix(i_local, j_local, mixture.box)
-        targets = mixup(i_label, j_label, mixture.lam), mixup(i_label, j_label, mixture.local_lam)
+        views, labels = self.pairs(views, labels, params)
+        (i_global, i_local), (j_global, j_local) = (image.unbind(1) for image in views.unbind(1))
+        i_label, j_label = F.one_hot(labels, self.num_classes).to(params.lam.dtype).unbind(1)
+        images = mixup(i_global, j_global, params.lam), cutmix(i_local, j_local, params.box)
+        targets = mixup(i_label, j_label, params.lam), mixup(i_label, j_label, params.local_lam)
         return images, targets

@@ -16,7 +16,6 @@ from glmc.config import (
     DATA,
     DEMONSTRATION,
     TRAIN_NEEDS,
-    VIEWS,
     Need,
     augmentation_options,
     names,
@@ -25,7 +24,7 @@ from glmc.config import (
 )
 from glmc.data.check import readable_subset
 from glmc.data.datasets import BadImages, ImageSet
-from glmc.data.loaders import ErasingLoader, create_eval_loader, create_train_loader
+from glmc.data.loaders import create_eval_loader, create_train_loader
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
@@ -39,7 +38,7 @@ from glmc.training.sam import sam_batch
 _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
           'warmup_epochs', 'imbalance_factor')  # on the model card, with the method's own
-LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0, aug_views='both')  # there too, unless off
+LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0)  # there too, unless off
 SGD = ('sgd', 'momentum', 'nesterov')  # in the names of timm's optimizers that --lr-base fits
 
 
@@ -67,14 +66,14 @@ class Setup:
 
     def _announce(self, explicit: set[str]) -> None:
         """Choose the demonstration if no data is given, and warn about options without effect."""
-        args, method = self.args, self.method
+        args = self.args
         if not (args.data_dir or args.dataset or args.train_list):
             for name, value in DEMONSTRATION.items():
                 if name not in explicit:
                     setattr(args, name, value)
             _logger.info("No data given: this is a demonstration on scikit-learn's handwritten digits, made long-tailed. "
                          'Train on your own with --data-dir, --dataset or --train-list.')
-        unused = unused_method_options(args.method, explicit) | ({'aug_views'} if method.num_views != len(VIEWS) else set())
+        unused = unused_method_options(args.method, explicit)
         needs = (Need(tuple(unused), f'with --method {args.method}', lambda options: False), *TRAIN_NEEDS)
         for warning in unused_options(args, explicit, needs, processes=self.accelerator.num_processes):
             _logger.warning(warning)
@@ -139,7 +138,6 @@ class Setup:
             data_config=self.data_config, batch_size=args.batch_size, device=accelerator.device, workers=args.workers,
             rank=accelerator.process_index, world_size=accelerator.num_processes)
         self.augmentation = augmentation = augmentation_options(args)
-        aug_views = self._aug_views()
         resident = is_resident(args.resident, self.data.train, augmentation, self.data_config['input_size'])
         create_train = create_resident_train_loader if resident else create_train_loader
         create_eval = create_resident_eval_loader if resident else create_eval_loader
@@ -148,27 +146,25 @@ class Setup:
             raise InputError(f'--dataset {args.dataset}: has no index to draw partners by, expected --partner batch')
         try:
             self.train_loader = create_train(
-                self.data.train, {**augmentation, 'aug_views': aug_views}, num_views=self.method.num_views, seed=args.seed,
-                bad=self.bad_images, resample_power=args.resample_power if pairs else None, **common)
+                self.data.train, augmentation, views=self.method.views, seed=args.seed, bad=self.bad_images,
+                erasing=self._erasing(), resample_power=args.resample_power if pairs else None, **common)
         except InputError:
             raise
         except AssertionError as error:
             raise InputError(f'--aa {args.aa}: {error}') from error
         except ValueError as error:
             raise InputError(f'--batch-size {args.batch_size}, {accelerator.num_processes} processes: {error}') from error
-        if args.reprob:
-            erasing = RandomErasing(args.reprob, *args.rearea, args.reaspect, mode=args.remode, max_count=args.recount,
-                                    device=accelerator.device)
-            chosen = slice(None) if aug_views == 'both' else slice(VIEWS.index(aug_views), None, len(VIEWS))
-            self.train_loader = ErasingLoader(self.train_loader, erasing, chosen)
         self.val_loader = self.data.validation and create_eval(self.data.validation, **common)
         self.epoch_loader = create_eval(self.data.holdout, **common) if self.data.holdout else self.val_loader
         self.evaluator = LongTailEvaluator(
             self.data.profile.counts, args.shot_thresholds, device=accelerator.device)
 
-    def _aug_views(self) -> str:
-        """Return `--aug-views`, or `both` for a method without a global and a local view."""
-        return self.args.aug_views if self.method.num_views == len(VIEWS) else 'both'
+    def _erasing(self) -> RandomErasing | None:
+        args = self.args
+        if not args.reprob:
+            return None
+        return RandomErasing(args.reprob, *args.rearea, args.reaspect, mode=args.remode, max_count=args.recount,
+                             device=self.accelerator.device)
 
     def _build_optimizer(self) -> None:
         args, processes = self.args, self.accelerator.num_processes
@@ -230,6 +226,6 @@ class Setup:
         options = {**pick(args, RECIPE), **pick(args, sorted(self.method.options)), **levers}
         return dict(
             method=args.method, profile=self.data.profile.as_dict(), precision=self.accelerator.mixed_precision,
-            prior='uniform' if self.method.rebalanced else 'train', recipe=options,
+            prior=self.method.class_prior(self.data.profile.counts, pick(args, self.method.options)), recipe=options,
             license=None if args.hub_license == 'unknown' else args.hub_license,
             base_model=self.base_model, other_weights=bool(args.initial_checkpoint) or ':' in args.model)

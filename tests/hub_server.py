@@ -1,4 +1,4 @@
-"""A server on loopback that speaks as much of the Hub's API as creating, committing (LFS included) and loading need."""
+"""Loopback server with the part of the Hub's API for creating, committing (LFS included) and loading."""
 import base64
 import hashlib
 import json
@@ -16,9 +16,9 @@ class Hub:
     Attributes:
         repos: Name -> {'private', 'branches': name -> {path -> bytes}}.
         commits: Number of commits.
-        fail: Status codes of the next answers, instead of what was asked for.
+        fail: Status codes of the next answers, which replace the real ones.
         delay: Seconds before each answer.
-        seen: Every `METHOD path`.
+        seen: `METHOD path` of every request.
     """
 
     def __init__(self):
@@ -49,8 +49,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         hub.seen.append(f'{self.command} {path}')
         time.sleep(hub.delay)
-        if hub.fail and path != '/api/agent-harnesses':  # what a process asks first, once
-            self.reply({'error': 'told to fail'}, hub.fail.pop(0))
+        if hub.fail and path != '/api/agent-harnesses':  # the first request of a process
+            self.reply({'error': 'a simulated failure'}, hub.fail.pop(0))
         elif self.command in ('POST', 'PUT') and not path.startswith('/lfs/') and (
                 self.headers.get('Authorization') != f'Bearer {TOKEN}' and path != '/api/validate-yaml'):
             self.reply({'error': 'Invalid credentials'}, 401)
@@ -135,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo: str, branch: str, path: str) -> None:
         branches = self.hub.repos.get(repo, {}).get('branches')
-        files = branches and (branches.get(branch) or branches['main'])  # a commit's name stands for main
+        files = branches and (branches.get(branch) or branches['main'])  # a commit id resolves to main
         if files is None or path not in files:
             code = 'EntryNotFound' if branches else 'RepoNotFound'
             return self.reply({'error': code}, 404, X_Error_Code=code, X_Repo_Commit=f'{self.hub.commits:040x}')

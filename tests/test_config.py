@@ -263,9 +263,8 @@ UNUSED = {  # command line -> its only warning; one line or more for each row of
     '--augmentation cifar --train-interpolation bicubic':
         '--train-interpolation has no effect with --augmentation cifar without --aa',
     '--remode const': '--remode has no effect without --reprob',
-    '--aug-views local': '--aug-views has no effect without --aa or --reprob',
     '--partner batch --resample-power 1': '--resample-power has no effect with --partner batch',
-    '--balanced --alpha-power 3': '--alpha-power has no effect with --balanced',
+    '--balanced --method ce': '--balanced has no effect without --method glmc',
     '--lr 0.1 --lr-base 0.2': '--lr-base has no effect with --lr',
     '--weight-decay 0 --filter-bias-and-bn': '--filter-bias-and-bn has no effect with --weight-decay 0',
     '--opt adamw --momentum 0.8': '--momentum has no effect with an optimizer without momentum',
@@ -297,7 +296,8 @@ USED = [  # command lines of which each option has an effect
     '--scale 0.5 1 --ratio 1 1 --color-jitter 0.1 --color-jitter-prob 0.5 --vflip 0.1 --train-interpolation bicubic',
     '--aa 3a --color-jitter 0.1', '--augmentation cifar --hflip 0 --aa v0 --train-interpolation bicubic',
     '--augmentation imagenet_lt --vflip 0.5 --train-crop-mode rkrc --aa v0', '--no-aug --train-interpolation nearest',
-    '--reprob 0.5 --remode const --recount 2 --rearea 0.1 0.2 --reaspect 1 --aug-views local', '--aa v0 --aug-views global',
+    '--reprob 0.5 --remode const --recount 2 --rearea 0.1 0.2 --reaspect 1', '--balanced',
+    '--balanced --method glmc_no_rebalance',
     '--lr-base 0.1 --lr-base-size 128 --lr-base-scale sqrt', '--opt adamw --opt-betas 0.9 0.99 --opt-eps 1e-6',
     '--opt lookahead_momentum --momentum 0.8', '--opt nonsense --momentum 0.8', '--clip-grad 1 --clip-mode agc',
     '--warmup-epochs 2 --warmup-lr 0 --warmup-prefix', '--sched none --warmup-epochs 2 --warmup-prefix', '--min-lr 0.01',
@@ -387,7 +387,7 @@ def test_wrong_input_is_exit_code_2_and_one_line(capsys):
     assert capsys.readouterr().err == 'error: --lr: wrong\n'
 
 
-def test_only_the_main_process_tells_a_wrong_flag_but_any_a_broken_image(capsys):
+def test_only_the_main_process_prints_a_wrong_flag_but_any_a_broken_image(capsys):
     assert run_script(failing(InputError('--lr: wrong')), main_process=False) == 2
     assert capsys.readouterr().err == ''
     assert run_script(failing(ImageError('images: cannot decode a.png')), main_process=False) == 2

@@ -1,4 +1,5 @@
-"""Documentation: every command runs, or says what it needs; every flag and file it names exists."""
+"""Documentation: commands run or say what they need; options, files, links, methods and imports exist."""
+import ast
 import re
 import runpy
 import shlex
@@ -11,14 +12,19 @@ from conftest import ROOT
 
 from glmc.config import finetune_parser, train_parser
 from glmc.methods import METHODS
+from glmc.sweep.__main__ import parse_sweep, plan
 
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
+README, CONTRIBUTING, CHANGELOG = (ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'))
+LINKING = [README, CONTRIBUTING, CHANGELOG, ROOT / 'results' / 'README.md', *PAGES]
 BLOCK = re.compile(r'^```(bash|python)\n(.*?)^```', re.M | re.S)
 LAUNCHERS = {'--multi_gpu', '--num_processes', '--num_machines', '--machine_rank', '--main_process_ip', '--cpu',
              '--main_process_port', '--mixed_precision', '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal',
              '--requeue'}
 HUBS = {'--private', '--revision'}
 SWEEPS = {'--recipes', '--vary', '--each', '--seeds', '--jobs', '--csv', '--logs'}
+SWEEP_COMMAND = re.compile(r'^\| [^|]+ \| `python -m glmc\.sweep ([^`]+)` \| (\d+) \|$', re.M)
+PENDING = {'--help-all', '--no-model-ema-warmup'}  # on other branches
 
 
 def blocks(page: Path, language: str, runnable: bool) -> list[str]:
@@ -28,7 +34,7 @@ def blocks(page: Path, language: str, runnable: bool) -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty folder that knows the scripts."""
+    """An empty working folder from which the scripts can be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
     yield tmp_path
@@ -44,7 +50,7 @@ def run(command: str, monkeypatch) -> None:
     monkeypatch.setattr(sys, 'argv', words[module:])
     with pytest.raises(SystemExit) as end:
         if module:
-            monkeypatch.delitem(sys.modules, words[1], raising=False)  # and put back: its classes are those others hold
+            monkeypatch.delitem(sys.modules, words[1], raising=False)  # restored afterwards: other tests hold its classes
             runpy.run_module(words[1], run_name='__main__', alter_sys=True)
         else:
             runpy.run_path(str(ROOT / words[0]), run_name='__main__')
@@ -65,22 +71,34 @@ def test_commands_run(page, workplace, monkeypatch):
 def known_flags() -> set[str]:
     import validate_glmc
     parsers = (train_parser(METHODS), validate_glmc.validate_parser(), finetune_parser())
-    return {flag for parser in parsers for flag in parser._option_string_actions} | LAUNCHERS | HUBS | SWEEPS
+    return {flag for parser in parsers for flag in parser._option_string_actions} | LAUNCHERS | HUBS | SWEEPS | PENDING
 
 
-@pytest.mark.parametrize('page', [page for page in PAGES if page.stem != 'bad-input'], ids=lambda page: page.stem)
+@pytest.mark.parametrize('page', [README, CONTRIBUTING, CHANGELOG, *PAGES], ids=lambda page: page.stem)
 def test_flags_exist(page):
+    if page.stem == 'bad-input':  # names wrong options
+        return
     text = page.read_text(encoding='utf-8')
     unknown = set(re.findall(r'(?<![\w-])--[a-z][\w-]*', text)) - known_flags()
     assert not unknown
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
-def test_files_exist(page):
+@pytest.mark.parametrize('page', LINKING, ids=lambda page: f'{page.parent.name}-{page.stem}')
+def test_files_and_links_exist(page):
     text = page.read_text(encoding='utf-8')
-    named = re.findall(r'`((?:tests|glmc|hparams)/[\w./]*)`|\]\(([^)#:]+)\)|-c (hparams/\S+)', text)
+    named = re.findall(r'`((?:tests|glmc|hparams)/[\w./-]*)`|-c (hparams/\S+)', text)
     for place in filter(None, (name for names in named for name in names)):
-        assert (ROOT / place).exists() or (page.parent / place).exists(), place
+        assert (ROOT / place).exists(), place
+    for target, anchor in re.findall(r'\]\(([^)#:]*)(?:#([^)]+))?\)', text):
+        place = page.parent / target if target else page
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place), f'{target}#{anchor}'
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors that GitHub gives to the headings of a page."""
+    heads = re.findall(r'^#+ (.+)$', re.sub(r'^```.*?^```', '', page.read_text(encoding='utf-8'), flags=re.M | re.S), re.M)
+    return {re.sub(r'[^\w\- ]', '', head.lower()).replace(' ', '-') for head in heads}
 
 
 @pytest.mark.parametrize('text', [text for page in PAGES for text in blocks(page, 'bash', False)])
@@ -89,5 +107,39 @@ def test_what_a_block_needs_is_said(text):
 
 
 def test_every_method_has_its_row():
-    rows = re.findall(r'^\| `(\w+)` \|', (ROOT / 'docs' / 'methods.md').read_text(encoding='utf-8'), re.M)
-    assert set(rows) == set(METHODS)
+    lines = (ROOT / 'docs' / 'methods.md').read_text(encoding='utf-8').split('\n## ')[0].splitlines()
+    first_cells = [line.split(' | ')[0] for line in lines if line.startswith('| `')]
+    assert all(re.match(r'\| `(\w+)`', cell)[1] in METHODS for cell in first_cells)
+    assert set(METHODS) <= {name for cell in first_cells for name in re.findall(r'`(\w+)`', cell)}
+
+
+def test_sweeps_plan_the_runs_they_state(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = SWEEP_COMMAND.findall((ROOT / 'docs' / 'recipes-and-results.md').read_text(encoding='utf-8'))
+    assert commands
+    for command, number in commands:
+        assert len(plan(*parse_sweep(shlex.split(command)))) == int(number), command
+
+
+def test_readme_is_short_and_has_the_two_commands():
+    text = README.read_text(encoding='utf-8')
+    assert len(text.splitlines()) <= 140
+    lines = [line for _, block in BLOCK.findall(text) for line in block.splitlines()]
+    for command in ('-r requirements.txt && accelerate launch train_glmc.py', '-r requirements-dev.txt && pytest'):
+        assert f'pip install {command}' in lines, command
+
+
+@pytest.mark.parametrize('page', [README, CONTRIBUTING], ids=lambda page: page.stem)
+def test_python_blocks_parse_and_import(page):
+    for kind, text in BLOCK.findall(page.read_text(encoding='utf-8')):
+        if kind == 'python' and not text.startswith(('def ', '    ')):
+            imports = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
+            exec(compile(ast.Module(imports, []), str(page), 'exec'), {})
+
+
+def test_the_example_of_contributing_is_in_the_source():
+    source = ''.join(path.read_text(encoding='utf-8') for path in (
+        ROOT / 'glmc' / 'methods.py', ROOT / 'glmc' / 'losses' / 'classification.py'))
+    section = CONTRIBUTING.read_text(encoding='utf-8').split('## Add a method')[1]
+    lines = [line for _, text in BLOCK.findall(section) for line in text.splitlines() if line]
+    assert lines and not [line for line in lines if line not in source]

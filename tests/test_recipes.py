@@ -91,10 +91,10 @@ def test_recipe_holds_the_values_of_the_table(name):
     args, given = read(name)
     values = {**vars(args), 'all_epochs': len(learning_rates(args))}
     assert tuple(values[column] for column in COLUMNS) == pytest.approx(TABLE[name])
-    assert args.method == 'glmc' and not unused_method_options('glmc', given)
-    assert args.balanced == ('balanced' in name)
+    assert args.method == ('glmc_balanced' if 'balanced' in name else 'glmc')
+    assert not unused_method_options('glmc', given)
     assert (args.mix_beta, args.cutmix_lambda, args.partner) == (1.0, 'nominal', 'sampler')
-    assert args.balanced or (args.alpha_power, args.alpha_scope) == (2.0, 'losses')
+    assert 'balanced' in name or (args.alpha_power, args.alpha_scope) == (2.0, 'losses')
     assert (args.sched, args.min_lr, args.amp, args.pretrained) == ('cosine', 0.0, False, False)
     if 'swin' not in name:
         assert (args.opt, args.momentum, args.filter_bias_and_bn) == ('momentum', 0.9, False)  # timm's sgd is Nesterov's
@@ -134,8 +134,15 @@ def test_recipe_builds_its_model(name):
     reference = MILLIONS[args.model] * 1e6 - (100 if args.model in (R32X4, R32) else 1000) * (backbone.head_hidden_size + 1)
     parameters = sum(p.numel() for p in backbone.parameters()) - num_classes * (backbone.head_hidden_size + 1)
     assert parameters == pytest.approx(reference, abs=0.06e6)
-    if args.model_kwargs:
+    if 'output_stride' in args.model_kwargs:
         assert features.shape[-2:] == (4, 4)
+
+
+@pytest.mark.parametrize('name', ['imagenet_lt_resnext50', 'inat18_resnext50'])
+def test_residual_blocks_of_resnext_start_as_in_the_released_code(name):
+    args, _ = read(name)
+    backbone = create_backbone(args.model, 10, **args.model_kwargs)
+    assert all((block.bn3.weight == 1).all() for stage in range(1, 5) for block in getattr(backbone, f'layer{stage}'))
 
 
 def test_models_are_in_the_registry():
@@ -169,7 +176,7 @@ def test_custom_spells_the_defaults_out():
     args, given = read(CUSTOM)
     defaults, _ = parse_args(train_parser(METHODS), [])
     assert {**vars(args), 'config': None} == vars(defaults)
-    assert METHODS['glmc'].options - given == {'balanced', 'joint_forward', 'mix_lambda', 'partner'}
+    assert METHODS['glmc'].options - given == {'joint_forward', 'partner'}
     assert {'command', 'batch', 'chosen', 'published', 'change'} == set(header(CUSTOM))
 
 

@@ -103,9 +103,9 @@ def test_second_run_gets_its_own_folder(script, folders, tmp_path):
     '--clip-grad 1.0', '--clip-grad 0.01 --clip-mode agc', '--sched-on-updates --warmup-epochs 1 --epochs 2',
     '--model test_vit --layer-decay 0.7', '--layer-decay 0.7', '--drop 0.3', '--drop-path 0.1', '--grad-checkpointing',
     '--channels-last', '--partner batch --resample-power 1', '--balanced', '--cutmix-lambda nominal', '--mix-beta 0.5',
-    '--mix-lambda per_view --cutmix-lambda area', '--sam-rho 0.05',
+    '--sam-rho 0.05',
     '--resample-power 0.2 --reweight-power 1.2', '--augmentation imagenet_lt', '--augmentation cifar', '--no-aug',
-    '--augmentation cifar --aa v0r --aug-views global', '--augmentation cifar --reprob 1 --aug-views local',
+    '--augmentation cifar --aa v0r', '--augmentation cifar --reprob 1',
     '--augmentation cifar --resident off', '--aa rand-m9-mstd0.5', '--reprob 1.0 --remode pixel', '--in-chans 1',
     '--in-chans 1 --augmentation imagenet_lt', '--opt adamw --lr-base 0.001 --opt-betas 0.9 0.99', '--workers 2',
     '--mean 0.4 --std 0.2', '--filter-bias-and-bn --opt lamb', '--gp max', '--sched step --decay-epochs 1',
@@ -118,7 +118,7 @@ def test_options_train(options, train):
 
 
 @pytest.mark.parametrize('options', [
-    '--mix-lambda per_view', '--mix-beta 0.3',
+    '--mix-beta 0.3',
     '--consistency-weight 5', '--resample-power 1', '--cutmix-lambda nominal', '--model-ema', '--drop 0.5',
     '--grad-accum-steps 2', '--clip-grad 0.001', '--weight-decay 0.5', '--augmentation imagenet_lt', '--hflip 0',
     '--reprob 1', '--partner batch', '--momentum 0.5', '--mean 0.1', '--projection-dim 8', '--balanced', '--method ce',
@@ -144,11 +144,7 @@ def test_learning_rate_of_sgd_for_another_optimizer_is_warned_about(options, war
 
 
 @pytest.mark.parametrize('options, told', [
-    ('--aug-views local', '--aug-views has no effect without --aa or --reprob'),
-    ('--aug-views local --aa v0r --no-aug',
-     '--aa has no effect with --no-aug|--aug-views has no effect without --aa or --reprob'),
-    ('--aug-views local --aa v0r --method ce', '--aug-views has no effect with --method ce'),
-    ('--mix-lambda per_view --method ce', '--mix-lambda has no effect with --method ce'),
+    ('--aa v0r --no-aug', '--aa has no effect with --no-aug'),
     ('--rearea 0.1 0.2 --reaspect 1', '--rearea has no effect without --reprob|--reaspect has no effect without --reprob')])
 def test_levers_without_effect_are_told(options, told, train):
     outcome, _ = train(*options.split())
@@ -159,13 +155,11 @@ def test_levers_of_augmentation_have_an_effect_and_resume_inside_an_epoch(train)
     cutout = '--augmentation cifar --reprob 1 --remode const'
     steps, runs = ('--resident', 'off', '--checkpoint-interval', '1'), {}
     for number, options in enumerate((
-            '--augmentation cifar', '--augmentation cifar --aa v0r', '--augmentation cifar --aa v0r --aug-views local',
-            '--augmentation cifar --aa v0r --aug-views global', cutout, f'{cutout} --aug-views global',
-            f'{cutout} --aug-views local', f'{cutout} --rearea 0.25 0.25 --reaspect 1')):
+            '--augmentation cifar', '--augmentation cifar --aa v0r', cutout, f'{cutout} --rearea 0.25 0.25 --reaspect 1')):
         _, runs[options] = train(*steps, *options.split(), experiment=f'run{number}')
     named = list(runs.values())
     assert not any(same_weights(one, two) for k, one in enumerate(named) for two in named[k + 1:])
-    for options in ('--augmentation cifar --aa v0r --aug-views local', f'{cutout} --aug-views global'):
+    for options in ('--augmentation cifar --aa v0r', cutout):
         run = runs[options]
         again = run.with_name(f'again-{run.name}')
         shutil.copytree(run, again)

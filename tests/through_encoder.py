@@ -1,5 +1,4 @@
-"""A classifier of stage 2 on stored features, beside the same trained on images that pass the encoder anew, each epoch
-augmented afresh.
+"""Compare classifiers of stage 2 on stored features with the same on images that pass the encoder in every epoch.
 
     python tests/through_encoder.py --model output/RUN --dataset hfds/PATH/TO/cifar100 --val-split test --stage2 maxnorm \
         --feature-views 4
@@ -23,23 +22,24 @@ from glmc.cli import parse_args, run_script  # noqa: E402
 from glmc.config import finetune_parser  # noqa: E402
 from glmc.data.datasets import ImageSet  # noqa: E402
 from glmc.errors import InputError  # noqa: E402
+from glmc.evaluation.priors import resolve_prior  # noqa: E402
 from glmc.evaluation.text import aligned  # noqa: E402
 from glmc.export.load import load_trained, trained_precision  # noqa: E402
 from glmc.models.classifier import linear_classifier  # noqa: E402
 from glmc.run_folder import provenance  # noqa: E402
 from glmc.stage2.classifiers import Linear, Stage1  # noqa: E402
 from glmc.stage2.features import Extractor, Features  # noqa: E402
+from glmc.stage2.finetune import METRICS  # noqa: E402
 from glmc.stage2.select import fit, measure, parse_classifiers  # noqa: E402
-from glmc.sweep.runs import FIGURES  # noqa: E402
 from glmc.training.launch import create_accelerator  # noqa: E402
 
 
 class FreshViews:
-    """In place of the views of `Features`: whoever takes some has the images augmented and encoded for it.
+    """Substitute for the views of `Features`: indexing augments and encodes the images.
 
     Args:
-        extract: Of the encoder.
-        images: Of which.
+        extract: Extractor of the encoder.
+        images: Training images.
     """
 
     def __init__(self, extract: Extractor, images: ImageSet):
@@ -47,48 +47,47 @@ class FreshViews:
         self.extract.cache, self.extract.workers = None, 0
         self.shape = (1, len(images), extract.model.head_hidden_size)
 
-    def __getitem__(self, place: tuple[Tensor, Tensor]) -> Tensor:
-        _, chosen = place
+    def __getitem__(self, index: tuple[Tensor, Tensor]) -> Tensor:
+        _, images = index
         self.extract.seed += 1
-        return self.extract(self.images.subset(chosen.numpy()), num_views=1).views[1]
+        return self.extract(self.images.subset(images.numpy()), num_views=1).views[1]
 
 
 def main() -> None:
-    args, given = parse_args(finetune_parser())
+    args, explicit = parse_args(finetune_parser())
     trained = load_trained(args.model[0])
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
-    job = prepare(args, given, trained, accelerator)
+    job = prepare(args, explicit, trained, accelerator)
     data = job['data']
     if data.validation is None:
         raise InputError('--val-split none: expected a split to evaluate on')
     extract = Extractor(
         trained.model, data_config=trained.data_config, augmentation=job['augmentation'], accelerator=accelerator,
         batch_size=args.batch_size, workers=args.workers, seed=args.seed)
-    stored, unseen = extract(data.train, args.feature_views), extract(data.validation)
+    stored, validation = extract(data.train, args.feature_views), extract(data.validation)
     logging.getLogger('glmc.stage2.features').setLevel(logging.WARNING)  # else a line for every batch
     sources = {f'stored, {views} augmented views': Features(stored.views[:1 + views], stored.labels)
                for views in sorted({0, 1, 2, args.feature_views})}
     sources['through the encoder'] = Features(FreshViews(extract, data.train), stored.labels)
-    own = linear_classifier(trained.model)
-    stage1 = Stage1(Linear(own.weight.detach(), own.bias.detach()), data.profile.counts,
-                    trained.facts.get('prior') == 'uniform')
+    layer, counts = linear_classifier(trained.model), data.profile.counts
+    stage1 = Stage1(Linear(layer.weight, layer.bias).detached(), counts,
+                    resolve_prior(trained.metadata.get('prior', 'train'), counts))
     rows = []
     for name, classifier in parse_classifiers(args.stage2, args.stage2_kwargs, two_heads=False).items():
         for source, features in sources.items():
             start = time.perf_counter()
-            metrics, _ = measure(fit(classifier, stage1, features, args.seed), unseen, stage1.counts,
-                                 data.profile.thresholds)
+            metrics, _ = measure(fit(classifier, stage1, features, args.seed), validation, counts, data.profile.thresholds)
             rows.append(dict(classifier=name, features=source, seconds=f'{time.perf_counter() - start:.1f}',
-                             **{figure: f'{metrics[figure]:.2f}' for figure in FIGURES}))
+                             **{name: f'{metrics[name]:.2f}' for name in METRICS}))
     print(aligned([list(rows[0]), *(list(row.values()) for row in rows)], left=2))
     path = Path(args.output) / 'through_encoder.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'w', newline='', encoding='utf-8') as file:
-        known = provenance()
-        facts = dict(command=known['command'], commit=known['commit'])
-        writer = csv.DictWriter(file, [*rows[0], 'threads', *facts])
+        run = provenance()
+        shared = dict(threads=torch.get_num_threads(), command=run['command'], commit=run['commit'])
+        writer = csv.DictWriter(file, [*rows[0], *shared])
         writer.writeheader()
-        writer.writerows({**row, 'threads': torch.get_num_threads(), **facts} for row in rows)
+        writer.writerows({**row, **shared} for row in rows)
 
 
 if __name__ == '__main__':

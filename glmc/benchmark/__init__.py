@@ -1,1 +1,1 @@
-"""Throughput beside a plain loop; `benchmark_glmc.py` is the script."""
+"""Speed and memory of a training compared with a plain loop; the script is benchmark_glmc.py."""

@@ -1,13 +1,12 @@
-"""Timing of training and input in turns, in one process."""
+"""Timing of the training and of its input pipeline, part by part in turns, in one process."""
 import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from glmc.benchmark.plain import PILImages, PlainLoop, pil_transform, timm_loader
@@ -20,90 +19,113 @@ from glmc.setup import Setup
 from glmc.training.engine import step_generator
 from glmc.training.launch import device_name
 
-PARTS = ('plain', 'run', 'step', 'input', 'timm')
+PARTS = ('plain', 'run', 'step', 'input', 'timm')  # methods of Benchmark
+SPEED_COLUMNS = (
+    'images_per_second', 'views_per_second', 'views_per_second_per_core', 'ms_per_step', 'ms_min', 'ms_max',
+    'ratio_to_plain', 'tflops', 'matmul_share', 'peak_memory')
 PRECISION = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}
 
 
 class Benchmark:
-    """The parts to measure, on the data, model and precision of a run.
+    """Measure the parts of a training run with its data, model and precision.
 
-    A part is prepared for its turn and gives a function that does n steps.
+    The method of a part prepares one turn and returns a function that runs n steps.
+
+    Args:
+        setup: The run; one process only.
     """
 
     def __init__(self, setup: Setup):
         self.setup, self.args, self.device = setup, setup.args, setup.accelerator.device
         if setup.accelerator.num_processes > 1:
             raise InputError(f'benchmark_glmc.py: expected one process, found {setup.accelerator.num_processes}')
-        self.loader = setup.train_loader  # `run` and `step` put short ones in its place
-        inner = getattr(self.loader, 'loader', self.loader)
-        self.resident = isinstance(inner, ResidentTrainLoader)
-        members = 2 if setup.method.paired and self.args.partner == 'sampler' else 1
-        self.num_views = setup.method.num_views * members  # of a row of a batch
+        self.loader = setup.train_loader
+        self.resident = isinstance(self.loader, ResidentTrainLoader)
+        images = 2 if setup.method.paired and self.args.partner == 'sampler' else 1
+        self.num_views = len(setup.method.views) * images  # per sample
         self.size = tuple(setup.data_config['input_size'][-2:])
-        self.batch = next(batch for batch in endless(self.loader, self.args.batch_size))
-        self.images = None  # for PIL, once asked for
+        self.batch = next(endless(self.loader.epoch, self.args.batch_size))[:2]
+        self.images = None  # set by pil_images
 
-    # --- the parts ---
+    # --- parts ---
 
     def plain(self) -> Callable[[int], None]:
         steps = PlainLoop(self.setup, self.pil_images(), pil_transform(self.setup)).steps()
         return lambda n: consume(steps, n)
 
-    def run_part(self) -> Callable[[int], None]:
-        batches = endless(self.loader, self.args.batch_size)
+    def run(self) -> Callable[[int], None]:
+        batches = endless(self.loader.epoch, self.args.batch_size)
         return lambda n: self._train(batches, n)
 
     def step(self) -> Callable[[int], None]:
-        return lambda n: self._train(itertools.repeat(self.batch), n)
+        return lambda n: self._train(itertools.repeat((*self.batch, 1.0)), n)
 
     def input(self) -> Callable[[int], None]:
-        batches = endless(self.loader, self.args.batch_size)
+        batches = endless(self.loader.epoch, self.args.batch_size)
         return lambda n: consume(batches, n)
 
     def timm(self) -> Callable[[int], None]:
-        batches = endless(timm_loader(self.setup, self.pil_images()), self.args.batch_size)
+        loader = timm_loader(self.setup, self.pil_images())
+        batches = endless(lambda epoch: loader, self.args.batch_size)
         return lambda n: consume(batches, n * self.num_views)
 
     def _train(self, batches: Iterator, num_steps: int) -> None:
-        """So many steps of the epoch that users get."""
+        """Train on the next batches with the training loop of train_glmc.py."""
         self.setup.train_loader = ShortLoader(batches, num_steps)
         self.setup.train_epoch(epoch=0)
 
-    def pil_images(self) -> 'PILImages':
-        """The training images; decoded ahead where `run` keeps them on the device, as CIFAR's own readers do."""
+    def pil_images(self) -> PILImages:
+        """Training images as PIL images, decoded in advance if the run keeps them on the device."""
         if self.images is None:
-            self.images = PILImages(self.setup.data.train, image_mode(self.setup.data_config), ahead=self.resident)
+            self.images = PILImages(self.setup.data.train, image_mode(self.setup.data_config), predecode=self.resident)
         return self.images
 
     def skipped(self) -> dict[str, str]:
-        """Parts that are left out, and why."""
+        """Skipped parts -> reason."""
         reasons = dict.fromkeys(self.args.skip, '--skip')
         if not isinstance(self.setup.data.train, ImageSet):
             reasons.update(plain='the source cannot be indexed', timm='the source cannot be indexed')
-        if self.args.method != 'glmc' or self.args.balanced:
-            reasons['plain'] = 'it is a loop for --method glmc without --balanced'
+        if self.args.method != 'glmc':
+            reasons['plain'] = 'it supports only --method glmc'
         return reasons
 
-    # --- measuring ---
+    # --- measurement ---
 
-    def measure(self, rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, int], float, float]:
-        """Seconds per step of each turn of each part, peak bytes, operations of a step, and of a second of matmul."""
-        prepare = {'plain': self.plain, 'run': self.run_part, 'step': self.step, 'input': self.input, 'timm': self.timm}
-        seconds = {name: [] for name in PARTS if name not in self.skipped()}
-        peaks, rates, flops = dict.fromkeys(seconds, 0), [], self.step_flops()
+    def measure(self, rounds: int, steps: int) -> dict:
+        """Time every part once a round.
+
+        Returns:
+            rows: part -> SPEED_COLUMNS that apply, and `turns` in ms; ratios and shares are medians over the rounds.
+            step_gflop: Operations of a training step. matmul_tflops: Rate of a matrix product.
+            bottleneck: `step` or `input`, or None. skipped: part -> reason.
+        """
+        skipped, flops = self.skipped(), self.step_flops()
+        seconds = {name: [] for name in PARTS if name not in skipped}
+        peaks, rates = dict.fromkeys(seconds, 0), []
         for _ in range(rounds):
             for name, turns in seconds.items():
-                before = self._reset_memory()
-                work = prepare[name]()
-                work(3 if name == 'step' else 2 * self.args.workers + 2)
-                turns.append(self._timed(work, steps) / steps)
-                del work  # its workers and its model go
-                own = 0 if name in ('run', 'step', 'input') else before  # what `run` keeps is not theirs
-                peaks[name] = max(peaks[name], self._peak_memory() - own)
+                turn, peak = self._turn(name, steps)
+                turns.append(turn)
+                peaks[name] = max(peaks[name], peak)
             rates.append(self.matmul_rate())
-        return seconds, peaks, flops, statistics.median(rates)
+        rate = statistics.median(rates)
+        rows = {name: self._row(name, seconds, flops, rate) | {'peak_memory': peaks[name] or None} for name in seconds}
+        return {'rows': rows, 'step_gflop': flops / 1e9, 'matmul_tflops': rate / 1e12, 'bottleneck': bottleneck(rows),
+                'skipped': skipped}
 
-    def _timed(self, work: Callable[[int], None], n: int) -> float:
+    def _turn(self, name: str, steps: int) -> tuple[float, int]:
+        """Seconds per step and peak bytes on the GPU of one turn. Memory of the run does not count for plain and timm."""
+        before = 0
+        if self.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = 0 if name in ('run', 'step', 'input') else torch.cuda.memory_allocated(self.device)
+        work = getattr(self, name)()
+        work(3 if name == 'step' else 2 * self.args.workers + 2)
+        seconds = self._time(work, steps) / steps
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == 'cuda' else 0
+        return seconds, peak - before
+
+    def _time(self, work: Callable[[int], None], n: int) -> float:
         self._synchronize()
         start = time.perf_counter()
         work(n)
@@ -114,24 +136,16 @@ class Benchmark:
         if self.device.type == 'cuda':
             torch.cuda.synchronize(self.device)
 
-    def _reset_memory(self) -> int:
-        if self.device.type != 'cuda':
-            return 0
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return torch.cuda.memory_allocated(self.device)
-
-    def _peak_memory(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == 'cuda' else 0
-
     def mixture(self):
+        """Mixture parameters of the first step, on the device; None if the method does not mix."""
         mixture = self.setup.mixer.sample_params(self.args.batch_size, self.size, step_generator(self.args.seed, 0, 0))
         return mixture if mixture is None else mixture.to(self.device)
 
     def step_flops(self) -> float:
-        """Operations of our step: three times its forward pass.
+        """Operations of a training step: three times its forward pass.
 
         torch's counter overestimates the weight gradient of grouped convolutions by the number of groups (2.15), so the
-        backward pass is not counted but taken as twice the forward pass, which it is.
+        backward pass is not counted but taken as twice the forward pass, which it is but for the first layer.
         """
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.setup.train_step.forward(*self.batch, self.mixture())  # not compiled
@@ -143,38 +157,28 @@ class Benchmark:
         dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.setup.accelerator.mixed_precision, torch.float32)
         a, b = torch.randn(2, size, size, device=self.device).to(dtype)
         a @ b
-        return 2 * size ** 3 * repeats / self._timed(lambda n: [a @ b for _ in range(n)], repeats)
+        return 2 * size ** 3 * repeats / self._time(lambda n: [a @ b for _ in range(n)], repeats)
 
-    # --- what comes out ---
+    # --- results ---
 
-    def figures(
-            self, seconds: dict[str, list[float]], peaks: dict[str, int], flops: float, matmul_rate: float) -> dict:
-        """Figures of each part; ratios and shares are medians over the rounds."""
-        rows, batch = {}, self.args.batch_size
-        for name, turns in seconds.items():
-            median = statistics.median(turns)
-            views = batch * self.num_views / median
-            row = dict(ms_per_step=1e3 * median, ms_min=1e3 * min(turns), ms_max=1e3 * max(turns),
-                       images_per_second=batch / median, views_per_second=views, turns=[1e3 * turn for turn in turns])
-            if name in ('input', 'timm'):
-                row['views_per_second_per_core'] = views / self._cores(name)
-            if name in ('plain', 'run', 'step'):
-                row.update(tflops=flops / median / 1e12, matmul_share=flops / median / matmul_rate)
-            if 'plain' in seconds and name != 'timm':
-                row['ratio_to_plain'] = statistics.median(p / t for p, t in zip(seconds['plain'], turns, strict=True))
-            row['peak_memory'] = peaks[name] or None
-            rows[name] = row
-        return {'rows': rows, 'step_gflop': flops / 1e9, 'matmul_tflops': matmul_rate / 1e12, 'bound': bound(rows),
-                'skipped': self.skipped()}
+    def _row(self, name: str, seconds: dict[str, list[float]], flops: float, matmul_rate: float) -> dict:
+        """Speed of a part from the seconds per step of each turn."""
+        turns, median = seconds[name], statistics.median(seconds[name])
+        images = self.args.batch_size / median
+        row = dict(ms_per_step=1e3 * median, ms_min=1e3 * min(turns), ms_max=1e3 * max(turns), images_per_second=images,
+                   views_per_second=images * self.num_views, turns=[1e3 * turn for turn in turns])
+        if name in ('input', 'timm'):
+            main_process_only = name == 'input' and self.resident
+            cores = 1 if main_process_only else max(min(self.args.workers, num_cores()), 1)
+            row['views_per_second_per_core'] = row['views_per_second'] / cores
+        else:
+            row.update(tflops=flops / median / 1e12, matmul_share=flops / median / matmul_rate)
+        if 'plain' in seconds and name != 'timm':
+            row['ratio_to_plain'] = statistics.median(p / t for p, t in zip(seconds['plain'], turns, strict=True))
+        return row
 
-    def _cores(self, name: str) -> int:
-        """Worker processes that have a core, or the main process."""
-        if name == 'input' and self.resident:
-            return 1
-        return max(min(self.args.workers, num_cores()), 1)
-
-    def facts(self) -> dict:
-        """What the figures hold for."""
+    def metadata(self) -> dict:
+        """Machine, model, options and versions of the measurement."""
         args, setup = self.args, self.setup
         return {
             'date': date.today().isoformat(), 'device': device_name(self.device), 'cores': num_cores(),
@@ -189,12 +193,10 @@ class Benchmark:
             'rounds': args.rounds, 'steps': args.steps, **provenance()}
 
 
-def endless(loader, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(epoch: Callable[[int], Iterable[Sequence]], batch_size: int) -> Iterator[Sequence]:
     """Full batches, epoch after epoch."""
-    for epoch in itertools.count():
-        if hasattr(loader, 'set_epoch'):
-            loader.set_epoch(epoch)
-        yield from (batch for batch in loader if len(batch[0]) == batch_size)
+    for number in itertools.count():
+        yield from (batch for batch in epoch(number) if len(batch[0]) == batch_size)
 
 
 def consume(iterator: Iterator, n: int) -> None:
@@ -203,21 +205,15 @@ def consume(iterator: Iterator, n: int) -> None:
 
 
 class ShortLoader:
-    """The next `num_steps` batches of an iterator as an epoch."""
+    """Loader whose only epoch is the next `num_steps` batches of an iterator."""
 
     def __init__(self, batches: Iterator, num_steps: int):
         self.batches, self.num_steps = batches, num_steps
 
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """The iterator has epochs of its own."""
-
-    def share(self, step: int) -> float:
-        return 1.0
-
     def __len__(self) -> int:
         return self.num_steps
 
-    def __iter__(self) -> Iterator:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator:
         return itertools.islice(self.batches, self.num_steps)
 
 
@@ -225,8 +221,8 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
-def bound(rows: dict) -> str | None:
-    """Which of step and input takes longer; that bounds `run`."""
+def bottleneck(rows: dict) -> str | None:
+    """The slower of `step` and `input`, which limits `run`; None unless both were measured."""
     if not {'step', 'input'} <= rows.keys():
         return None
     return max(('step', 'input'), key=lambda name: rows[name]['ms_per_step'])

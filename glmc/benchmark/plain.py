@@ -1,4 +1,4 @@
-"""GLMC as the published structure has it, without a thought for speed: what the benchmark compares with."""
+"""The baseline of the benchmark: a GLMC loop with the published structure, written without regard to speed."""
 import copy
 from collections.abc import Callable, Iterator
 
@@ -23,12 +23,12 @@ from glmc.setup import Setup
 
 
 class PlainLoop:
-    """A GLMC loop written down as the published one is built, without a thought for speed.
+    """GLMC training loop with the published structure.
 
     Args:
-        setup: Whose model, options and labels it takes.
-        images: Decoded images by index.
-        transform: PIL image -> normalised float tensor.
+        setup: Run with the model, the options and the training counts.
+        images: Training images and labels.
+        transform: PIL image -> normalised float tensor (c, H, W).
     """
 
     def __init__(self, setup: Setup, images: 'PILImages', transform: Callable):
@@ -40,7 +40,7 @@ class PlainLoop:
         self.image_weights = (np.asarray(counts, dtype=float) ** -self.args.resample_power)[images.labels]
 
     def steps(self) -> Iterator[float]:
-        """The loss of each step."""
+        """Train without end, and yield the loss of each step."""
         args = self.args
         lr = args.lr or 0.01
         optimizer = torch.optim.SGD(self.model.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay)
@@ -56,7 +56,7 @@ class PlainLoop:
             yield loss.item()
 
     def batches(self) -> Iterator[tuple]:
-        """Pairs of batches, from a uniform and from a weighted loader, each with worker processes of its own."""
+        """Pairs of batches from a uniform and a weighted loader, each with its own worker processes."""
         options = dict(batch_size=self.args.batch_size, num_workers=self.args.workers, drop_last=True,
                        pin_memory=self.device.type == 'cuda', persistent_workers=self.args.workers > 0)
         weighted = WeightedRandomSampler(self.image_weights, len(self.dataset))
@@ -66,24 +66,27 @@ class PlainLoop:
 
 
 def plain_model(setup: Setup) -> GLMCModule:
-    """A copy of the model that is trained with the same weights: float32, contiguous, not compiled."""
+    """Copy of the trainable module with the same weights: float32, contiguous, not compiled, in training mode."""
     return copy.deepcopy(setup.task.get_trainable_module()).float().to(memory_format=torch.contiguous_format).train()
 
 
 def plain_loss(
         model: GLMCModule, views: list[Tensor], labels: tuple[Tensor, Tensor], mixture: tuple, weight: Tensor,
-        alpha: float, gamma: float, mean: float | None = None) -> dict[str, Tensor]:
-    """The loss of a batch (GLMC Eq. 1-11), step by step, with a weighted copy of the labels.
+        alpha: float, gamma: float, mean_weight: float | None = None) -> dict[str, Tensor]:
+    """Loss of a batch (GLMC Eq. 1-11), step by step, with class weights multiplied into the labels.
 
     Args:
-        model: Encodes one view at a time.
+        model: Module that encodes one view at a time.
         views: i1, i2, j1, j2, each (B, c, H, W) and normalised.
-        labels: Of i and j, each (B,).
-        mixture: λ of the global view, λ of the local view's labels, box (y0, y1, x0, x1).
+        labels: Labels of i and of j, each (B,).
+        mixture: λ of the global view, λ of the labels of the local view, box (y0, y1, x0, x1).
         weight: (C,) class weights.
-        alpha: α.
-        gamma: γ.
-        mean: Weight of the mean training image, with `--alpha-scope encoder`; None with `losses`.
+        alpha: α in [0, 1].
+        gamma: γ, the weight of the consistency loss.
+        mean_weight: Mean class weight of the training images with `--alpha-scope encoder`; None with `losses`.
+
+    Returns:
+        Scalars loss, loss_c, loss_cb and loss_sim.
     """
     (i1, i2, j1, j2), (lam, local_lam, (y0, y1, x0, x1)) = views, mixture
     i, j = (F.one_hot(label, len(weight)).float() for label in labels)
@@ -91,24 +94,25 @@ def plain_loss(
     global_view = lam * i1 + (1 - lam) * j1
     local_view = i2.clone()
     local_view[:, :, y0:y1, x0:x1] = j2[:, :, y0:y1, x0:x1]
-    shares = mean and tuple(torch.tensor(share, device=i1.device) for share in (alpha, mean * (1 - alpha)))
+    gradient_scales = mean_weight and tuple(
+        torch.tensor(scale, device=i1.device) for scale in (alpha, mean_weight * (1 - alpha)))
     loss_c = loss_cb = 0
     outputs = []
-    for view, part in ((global_view, lam), (local_view, local_lam)):
-        output = model.forward_view(view, shares)
+    for view, lam_view in ((global_view, lam), (local_view, local_lam)):
+        output = model.forward_view(view, gradient_scales)
         outputs.append(output)
-        target, weighted = part * i + (1 - part) * j, part * i_weighted + (1 - part) * j_weighted
+        target, weighted = (lam_view * a + (1 - lam_view) * b for a, b in ((i, j), (i_weighted, j_weighted)))
         loss_c = loss_c - (F.log_softmax(output.logits, 1) * target).sum(1).mean()
         loss_cb = loss_cb - (F.log_softmax(output.rebalanced_logits, 1) * weighted).sum(1).mean()
     (_, _, h1, u1), (_, _, h2, u2) = outputs
     u1, h1, u2, h2 = (F.normalize(vector, dim=1) for vector in (u1, h1.detach(), u2, h2.detach()))
     loss_sim = -(u1 * h2).sum(1).mean() - (u2 * h1).sum(1).mean()
-    loss = (loss_c + loss_cb / mean if mean else alpha * loss_c + (1 - alpha) * loss_cb) + gamma * loss_sim
-    return dict(loss=loss, loss_c=loss_c, loss_cb=loss_cb, loss_sim=loss_sim)
+    classification = loss_c + loss_cb / mean_weight if mean_weight else alpha * loss_c + (1 - alpha) * loss_cb
+    return dict(loss=classification + gamma * loss_sim, loss_c=loss_c, loss_cb=loss_cb, loss_sim=loss_sim)
 
 
 class TwoViews(Dataset):
-    """Two augmented views of an image and its label."""
+    """Two augmented views of each image, and its label."""
 
     def __init__(self, images: 'PILImages', transform: Callable):
         self.images, self.transform = images, transform
@@ -122,19 +126,19 @@ class TwoViews(Dataset):
 
 
 class PILImages(Dataset):
-    """PIL images and labels, in the form that timm's loader takes.
+    """PIL images and labels; timm's loader sets `transform`.
 
     Args:
-        images: The set.
-        mode: RGB or L.
-        ahead: Decode all now instead of at each access.
+        images: Image set to read.
+        mode: PIL mode, RGB or L.
+        predecode: Decode all images now instead of at each access.
     """
 
     transform = None
 
-    def __init__(self, images: ImageSet, mode: str, ahead: bool):
+    def __init__(self, images: ImageSet, mode: str, predecode: bool):
         self.images, self.mode, self.labels = images, mode, images.labels
-        self.decoded = [images.image(index, mode) for index in range(len(images))] if ahead else None
+        self.decoded = [images.image(index, mode) for index in range(len(images))] if predecode else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -145,13 +149,13 @@ class PILImages(Dataset):
 
 
 def timm_augmentation(args: Options) -> dict:
-    """Options for timm's create_transform and create_loader."""
+    """Augmentation options as keywords of timm's create_transform and create_loader."""
     options = augmentation_options(args)
     return {**options, **IMAGENET_LT} if options.pop('augmentation') == 'imagenet_lt' else options
 
 
 def cifar_crop(setup: Setup) -> list[Callable] | None:
-    """PIL transforms of `cifar` augmentation, which timm has no option for; None for another."""
+    """PIL transforms of `cifar` augmentation, for which timm has no option; None with another augmentation."""
     size, args = tuple(setup.data_config['input_size'][-2:]), setup.args
     if args.augmentation != 'cifar' or args.no_aug:
         return None
@@ -161,7 +165,7 @@ def cifar_crop(setup: Setup) -> list[Callable] | None:
 
 
 def pil_transform(setup: Setup) -> Callable:
-    """PIL image -> normalised float tensor."""
+    """Training transform: PIL image -> normalised float tensor (c, H, W)."""
     config, crop = setup.data_config, cifar_crop(setup)
     if crop:
         return transforms.Compose([*crop, transforms.ToTensor(), transforms.Normalize(config['mean'], config['std'])])
@@ -170,7 +174,7 @@ def pil_transform(setup: Setup) -> Callable:
 
 
 def timm_loader(setup: Setup, images: PILImages):
-    """timm's loader, as its training script makes it."""
+    """timm's loader as its training script creates it, with the same augmentation."""
     args, config, device = setup.args, setup.data_config, setup.accelerator.device
     loader = create_loader(
         copy.copy(images), config['input_size'], args.batch_size, is_training=True, num_workers=args.workers,

@@ -1,10 +1,10 @@
-"""Look at an image set before it is trained on: what cannot be read, what is there twice, what to set.
+"""Scan an image set before training: unreadable images, duplicates, unusual formats, suggested options.
 
     python -m glmc.data.check my_images
     python -m glmc.data.check --train-list train.txt --val-list test.txt --data-dir images
 
-Takes the data options of train_glmc.py, decodes every image once, and changes nothing. Exit code 1 if an image cannot be
-read, stands in training and validation, or is there with two labels.
+The scan takes the data options of train_glmc.py, decodes every image once and changes nothing. The exit code is 1 if an
+image cannot be decoded, is in two sets or has two labels.
 """
 import hashlib
 import sys
@@ -18,127 +18,161 @@ from torch.utils.data import DataLoader, Dataset
 from glmc.cli import Parser, pick, run_script
 from glmc.config import DATA, add_groups, names
 from glmc.data.datasets import ImageSet
-from glmc.data.profiles import Profile
+from glmc.data.profiles import Profile, pluralize
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import ImageError, InputError
 
 ORIENTATION = 0x112  # EXIF
-SHOWN = 10  # of each kind of finding
+MAX_LISTED = 10  # findings of each kind
+NOTES = {  # attribute of ScanResult -> the images and how training and evaluation handle them
+    'rotated': 'with an EXIF rotation, which is ignored, as in timm',
+    'animated': 'with several frames, of which the first is used',
+    'small': 'with a side of less than 8 pixels, which is enlarged',
+}
 
 
 class ScanResult(NamedTuple):
-    """What decoding an image showed."""
+    """Result of decoding one image.
+
+    Args:
+        error: Error line, or empty.
+        digest: SHA-256 of mode, size and pixels.
+        format: File format and mode, e.g. `PNG RGB`.
+        small: Whether a side has less than 8 pixels.
+        rotated: Whether an EXIF tag asks for a rotation or a flip.
+        animated: Whether the file has several frames.
+    """
     error: str = ''
-    digest: bytes = b''  # of mode, size and pixels
-    kind: str = ''  # format and mode, as PNG RGB
-    small: bool = False  # a side of less than 8 pixels
-    rotated: bool = False  # by EXIF, which training ignores, as timm does
+    digest: bytes = b''
+    format: str = ''
+    small: bool = False
+    rotated: bool = False
     animated: bool = False
 
 
-class _Scan(Dataset):
+class _ScanDataset(Dataset):
     def __init__(self, images: ImageSet):
         self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple:
-        return tuple(self.look(index))
-
-    def look(self, index: int) -> ScanResult:
+    def __getitem__(self, index: int) -> ScanResult:
         try:
             with self.images.opened(index) as image:
-                kind, animated = f"{image.format or 'raw'} {image.mode}", getattr(image, 'n_frames', 1) > 1
+                file_format = f"{image.format or 'raw'} {image.mode}"
+                animated = getattr(image, 'n_frames', 1) > 1
                 rotated = image.getexif().get(ORIENTATION, 1) not in (0, 1)
                 image.load()
                 digest = hashlib.sha256(f'{image.mode} {image.size}'.encode() + image.convert('RGBA').tobytes()).digest()
-                return ScanResult('', digest, kind, min(image.size) < 8, rotated, animated)
+                return ScanResult('', digest, file_format, min(image.size) < 8, rotated, animated)
         except ImageError as error:
             return ScanResult(error=str(error))
 
 
 def scan(images: ImageSet, workers: int = 0) -> list[ScanResult]:
-    """Decode every image once."""
-    loader = DataLoader(_Scan(images), batch_size=None, num_workers=workers)
-    return [ScanResult(*look) for look in loader]
+    """Decode every image once.
+
+    Args:
+        images: N images.
+        workers: Processes that decode; 0 for the calling process.
+
+    Returns:
+        N results in the order of the set.
+    """
+    return list(DataLoader(_ScanDataset(images), batch_size=None, num_workers=workers))
 
 
 def readable_subset(images: ImageSet, workers: int = 0) -> tuple[ImageSet, list[str]]:
-    """The images that can be decoded, and the errors of the others."""
-    looks = scan(images, workers)
-    keep = [index for index, look in enumerate(looks) if not look.error]
-    return images.subset(np.array(keep)), [look.error for look in looks if look.error]
+    """Scan a set; returns the images that can be decoded, and the error lines of the others."""
+    results = scan(images, workers)
+    keep = [index for index, result in enumerate(results) if not result.error]
+    return images.subset(np.array(keep)), [result.error for result in results if result.error]
 
 
 def main() -> None:
-    parser = Parser(prog='python -m glmc.data.check',
-                    description='Scan an image set before training on it.')
-    parser.add_argument('folder', nargs='?', metavar='DIR', help='the same as --data-dir DIR')
-    add_groups(parser, *DATA)
-    parser.add_argument('-j', '--workers', type=int, default=2, help='processes that decode')
-    args = parser.parse_args()
+    args = check_parser().parse_args()
     args.data_dir = args.data_dir or args.folder
     data = load_training_data(**pick(args, names(*DATA)))
     sets = {name: images for name, images in (('train', data.train), ('holdout', data.holdout),
                                               ('validation', data.validation)) if images is not None}
     if not all(isinstance(images, ImageSet) for images in sets.values()):
-        raise InputError(f'--dataset {args.dataset}: cannot be scanned, it has no index')
-    looks = {name: scan(images, args.workers) for name, images in sets.items()}
-    problems = list(find_problems(sets, looks))
-    print('\n'.join([*describe(data, sets), '', *remarks(looks), *problems, '', *suggest(data.profile)]))
+        raise InputError(f'--dataset {args.dataset}: has no index and cannot be scanned; expected image folders, a list, '
+                         'torch/NAME or hfds/NAME')
+    results = {name: scan(images, args.workers) for name, images in sets.items()}
+    problems = list(find_problems(sets, results))
+    print('\n'.join([*describe(data, sets), '', *describe_images(results), '', *(problems or ['no problems found']), '',
+                     *suggest(data.profile)]))
     if problems:
         sys.exit(1)
 
 
+def check_parser() -> Parser:
+    parser = Parser(
+        prog='python -m glmc.data.check', usage='%(prog)s [DIR] [options]',
+        description='Scan an image set before training: decode every image once, list unreadable and duplicate images, and '
+        'suggest options. No file is changed.',
+        epilog='exit code: 0 without problems, 1 if an image cannot be decoded, is in two sets or has two labels, 2 for '
+        'wrong options')
+    parser.add_argument('folder', nargs='?', metavar='DIR', help='the same as --data-dir DIR')
+    add_groups(parser, *DATA)
+    parser.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='processes that decode')
+    return parser
+
+
 def describe(data: TrainingData, sets: dict[str, ImageSet]) -> Iterable[str]:
-    """The profile, and classes that are missing on one side."""
-    counts, names = data.profile.counts, data.class_names
+    """Lines on the class counts of each set, and on classes that cannot be evaluated."""
+    counts = data.profile.counts
     yield f'train: {data.profile.summary()}, imbalance {max(counts) / min(counts):.3g}'
-    for name, images in list(sets.items())[1:]:
-        held = images.counts()
-        yield f'{name}: {len(images):,} images, {held.max():,} … {held.min():,} per class'
-        missing = [str(names[c]) for c in np.flatnonzero(held == 0)]
+    for name, images in sets.items():
+        if name == 'train':
+            continue
+        counts = images.counts()
+        yield f"{name}: {pluralize(len(images), 'image')}, {counts.max():,} … {counts.min():,} per class"
+        missing = [str(data.class_names[c]) for c in np.flatnonzero(counts == 0)]
         if missing:
-            yield f'{name}: no image of {_some(missing)}; their accuracy cannot be measured'
+            yield f"{name}: {pluralize(len(missing), 'class')} without images, not evaluated: {', '.join(shorten(missing))}"
 
 
-def remarks(looks: dict[str, list[ScanResult]]) -> Iterable[str]:
-    """What is decided for unusual images, where there are any."""
-    everything = [look for found in looks.values() for look in found if not look.error]
-    yield 'kinds: ' + ', '.join(f'{n:,} {kind}' for kind, n in Counter(look.kind for look in everything).most_common(SHOWN))
-    for attribute, remark in (
-            ('rotated', 'turned by an EXIF tag, which is ignored in training and evaluation, as timm does'),
-            ('animated', 'with several frames, of which the first is taken'),
-            ('small', 'with a side of less than 8 pixels, which are enlarged')):
-        number = sum(getattr(look, attribute) for look in everything)
+def describe_images(results: dict[str, list[ScanResult]]) -> Iterable[str]:
+    """Lines on the file formats, and on unusual images that can be decoded."""
+    decoded = [result for found in results.values() for result in found if not result.error]
+    formats = Counter(result.format for result in decoded).most_common()
+    yield 'formats: ' + ', '.join(shorten([f'{number:,} {name}' for name, number in formats]))
+    for attribute, note in NOTES.items():
+        number = sum(getattr(result, attribute) for result in decoded)
         if number:
-            yield f'{number:,} images {remark}'
+            yield f"{pluralize(number, 'image')} {note}"
 
 
-def find_problems(sets: dict[str, ImageSet], looks: dict[str, list[ScanResult]]) -> Iterable[str]:
-    """Unreadable images, and the same pixels in two sets or under two labels."""
-    places = defaultdict(list)
-    for name, found in looks.items():
-        broken = [look.error for look in found if look.error]
-        if broken:
-            yield f'{name}: {len(broken):,} images cannot be decoded (--on-bad-image skip trains without them):'
-            yield from (f'    {error}' for error in broken[:SHOWN])
-        for index, look in enumerate(found):
-            if not look.error:
-                places[look.digest].append((name, index))
-    twice = [found for found in places.values() if len(found) > 1]
-    yield from _duplicates(sets, [found for found in twice if len({name for name, _ in found}) > 1],
-                           'stand in more than one set, so that the evaluation is too good')
-    yield from _duplicates(sets, [found for found in twice if len({int(sets[name].labels[k]) for name, k in found}) > 1],
-                           'are there with different labels')
+def find_problems(sets: dict[str, ImageSet], results: dict[str, list[ScanResult]]) -> Iterable[str]:
+    """Lines on unreadable images, and on equal pixels in two sets or with two labels; each image has one indented line."""
+    places = defaultdict(list)  # digest -> (name of the set, index) of the images with these pixels
+    for name, found in results.items():
+        start = f'{sets[name].source}: cannot decode image '
+        errors = [result.error.removeprefix(start) for result in found if result.error]
+        yield from _section(f"{name}: {pluralize(len(errors), 'image')} that cannot be decoded "
+                            '(--on-bad-image skip trains without them)', errors)
+        for index, result in enumerate(found):
+            if not result.error:
+                places[result.digest].append((name, index))
+    copies = [group for group in places.values() if len(group) > 1]
+    for heading, keys in (
+            ('in more than one set (the measured accuracy is too high)', lambda name, index: name),
+            ('with more than one label', lambda name, index: int(sets[name].labels[index]))):
+        groups = [group for group in copies if len({keys(*place) for place in group}) > 1]
+        yield from _section(f"{pluralize(len(groups), 'image')} {heading}", [
+            ' = '.join(f'{name} {sets[name].names[index]}' for name, index in group[:4]) for group in groups])
 
 
-def _duplicates(sets: dict[str, ImageSet], groups: Sequence[list], what: str) -> Iterable[str]:
-    if groups:
-        yield f'{len(groups):,} images {what}:'
-        for found in groups[:SHOWN]:
-            yield '    ' + ' = '.join(f'{name} {sets[name].names[index]}' for name, index in found[:4])
+def _section(heading: str, lines: Sequence[str]) -> list[str]:
+    return [f'{heading}:', *(f'    {line}' for line in shorten(lines))] if lines else []
+
+
+def shorten(items: Sequence[str]) -> list[str]:
+    """The first `MAX_LISTED` items, then the number of the others."""
+    more = len(items) - MAX_LISTED
+    return [*items[:MAX_LISTED], *([f'{more:,} more'] if more > 0 else [])]
 
 
 def suggest(profile: Profile) -> Iterable[str]:
@@ -153,11 +187,7 @@ def suggest(profile: Profile) -> Iterable[str]:
            'ImageNet-LT and iNaturalist; k 1.2 for CIFAR, 1 elsewhere)')
     if not all(len(classes) for classes in profile.groups().values()) and len(counts) >= 3:
         few, many = (int(t) for t in np.quantile(counts, (1 / 3, 2 / 3)))
-        yield f'suggestion: --shot-thresholds {few} {many}, thirds of the classes: one of the usual groups is empty'
-
-
-def _some(names: Sequence[str]) -> str:
-    return ', '.join(names[:SHOWN]) + (f' and {len(names) - SHOWN} more' if len(names) > SHOWN else '')
+        yield f'suggestion: --shot-thresholds {few} {many} (thirds of the classes), since a shot group is empty'
 
 
 if __name__ == '__main__':

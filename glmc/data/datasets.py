@@ -1,15 +1,16 @@
-"""Image sets whose labels and names are known without decoding, long-tailed and held-out parts of them."""
+"""Image sets with labels and names that are known without decoding; their long-tailed and held-out subsets."""
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
 
-from glmc.data.profiles import long_tail_counts, long_tail_indices
-from glmc.errors import ImageError, InputError
+from glmc.data.profiles import long_tail_counts, long_tail_indices, pluralize
+from glmc.errors import ImageError, InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,11 @@ class ImageSet:
     """An indexable set of labelled images.
 
     Args:
-        read: Index -> open PIL image, in whatever mode the file has.
-        labels: (N,) int64.
-        names: N names, `class/file` where there are files, else indices.
-        class_names: C names, in label order.
-        source: What the user called it, for messages.
+        read: Index -> open PIL image in the mode of its file.
+        labels: (N,) int64 labels.
+        names: N names, `class/file` for files, else indices.
+        class_names: C names in label order.
+        source: Option and value that name the set in messages, or the path of its list.
     """
     read: Callable[[int], Image.Image]
     labels: np.ndarray
@@ -41,40 +42,39 @@ class ImageSet:
         return np.bincount(self.labels, minlength=self.num_classes)
 
     def identities(self) -> list[str]:
-        """`class/file` of each image, without suffix and outer folders: the same from folders, a tar or a parquet file."""
+        """`class/file` of each image without suffix and outer folders, equal for folders, tars and parquet files."""
         files = (os.path.splitext(os.path.basename(name))[0] for name in self.names)
         return [f'{self.class_names[label]}/{file}' for label, file in zip(self.labels.tolist(), files, strict=True)]
 
     def image(self, index: int, mode: str = 'RGB') -> Image.Image:
-        """The decoded image in `mode`, RGB or L; errors as in `opened`."""
+        """Decode an image to `mode`, RGB or L; raises an ImageError as `opened` does."""
         with self.opened(index) as image:
             return to_mode(image, mode)
 
     @contextmanager
     def opened(self, index: int) -> Iterator[Image.Image]:
-        """The image with its size known and its pixels not yet decoded.
+        """Open an image without decoding its pixels.
 
         Raises:
-            ImageError: If it cannot be decoded, now or inside the block, naming the file.
+            ImageError: If the image cannot be decoded, here or inside the `with` block; one line that names the file.
         """
         try:
             with self.read(index) as image:
                 yield image
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageError(f'{self.source}: cannot decode image {self.names[index]}: {error}') from error
+            raise ImageError(f'{self.source}: cannot decode image {self.names[index]}: {first_line(error)}') from error
 
     def subset(self, indices: np.ndarray) -> 'ImageSet':
-        """The images at these indices, in this order."""
+        """Image set with the images at these indices, in this order."""
         indices = np.asarray(indices, dtype=np.int64)
-        read = self.read
-        return replace(self, read=_Reindexed(read, indices), labels=self.labels[indices],
+        return replace(self, read=partial(_read_at, self.read, indices), labels=self.labels[indices],
                        names=[self.names[i] for i in indices.tolist()])
 
     def with_classes(self, class_names: Sequence[str]) -> 'ImageSet':
-        """The same images, labelled by the place of their class in `class_names`, matched by name.
+        """Image set with labels that index `class_names`; classes are matched by name.
 
         Raises:
-            InputError: If a class that has images here is not among them.
+            InputError: If `class_names` lacks a class that has images here.
         """
         if list(self.class_names) == list(class_names):
             return self
@@ -82,16 +82,20 @@ class ImageSet:
         unknown = [self.class_names[c] for c in np.unique(self.labels) if self.class_names[c] not in index]
         if unknown:
             raise InputError(
-                f'{self.source}: class {unknown[0]!r} is not in the training data, which has {len(class_names)} classes')
+                f'{self.source}: class {unknown[0]!r} is not in the training data, '
+                f"which has {pluralize(len(class_names), 'class')}")
         lookup = np.array([index.get(name, -1) for name in self.class_names])
         return replace(self, labels=lookup[self.labels], class_names=class_names)
 
 
 class BadImages:
-    """Images of a set that could not be decoded, known to all processes of its loader, and what stands in for them.
+    """Record of the images that cannot be decoded, in memory shared with the loader processes, with their replacement.
 
     Args:
-        images: The set.
+        images: Image set.
+
+    Attributes:
+        flags: (N,) bool, True for an image that could not be decoded so far.
     """
 
     def __init__(self, images: ImageSet):
@@ -99,10 +103,13 @@ class BadImages:
         self.flags = torch.zeros(len(images), dtype=torch.bool).share_memory_()
 
     def first_readable(self, index: int, use: Callable[[int], object]):
-        """`use(index)`, or of the next image of the same class for which it does not fail, in the order of the set.
+        """Call `use(index)`; if it raises an ImageError, replace the image by the next one of its class that can be used.
+
+        Returns:
+            The result of `use`.
 
         Raises:
-            ImageError: If it fails for all images of the class.
+            ImageError: If no image of the class can be used.
         """
         try:
             return use(index)
@@ -117,31 +124,31 @@ class BadImages:
             raise error
 
     def names(self) -> list[str]:
-        """Those that were met so far."""
+        """Names of the images that could not be decoded so far."""
         return [self.images.names[index] for index in self.flags.nonzero().flatten().tolist()]
 
 
-@dataclass(frozen=True)
-class _Reindexed:
-    read: Callable[[int], Image.Image]
-    indices: np.ndarray
-
-    def __call__(self, index: int) -> Image.Image:
-        return self.read(int(self.indices[index]))
+def _read_at(read: Callable[[int], Image.Image], indices: np.ndarray, index: int) -> Image.Image:
+    return read(int(indices[index]))
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Pixels in `mode`, RGB or L; 16-bit grey keeps its upper 8 bits, where PIL alone would clip it to white."""
+    """Convert an image to `mode`, RGB or L; 16-bit grey keeps its upper 8 bits, which PIL would clip to white."""
     if image.mode.startswith('I'):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert(mode)
 
 
 def long_tailed(images: ImageSet, imbalance_factor: float, kind: str, split: str, seed: int) -> ImageSet:
-    """Cut a long tail into a balanced set; the largest class keeps as many images as the smallest class of all has.
+    """Cut a long tail into a balanced set; its largest class has as many images as the smallest class of `images`.
+
+    Args:
+        images: Image set.
+        imbalance_factor, kind: See `profiles.long_tail_counts`.
+        split, seed: See `profiles.long_tail_indices`.
 
     Raises:
-        InputError: If the profile leaves a class without an image.
+        InputError: If a class would have no image.
     """
     try:
         counts = long_tail_counts(int(images.counts().min()), images.num_classes, imbalance_factor, kind)
@@ -151,21 +158,26 @@ def long_tailed(images: ImageSet, imbalance_factor: float, kind: str, split: str
 
 
 def split_holdout(images: ImageSet, holdout: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Set images of every class aside: `holdout` of each if it is at least 1, else that fraction, at least one.
+    """Set images of every class aside at random.
+
+    Args:
+        images: Image set.
+        holdout: Images per class, or if below 1, their fraction; at least one image per class is set aside.
+        seed: Seed of the choice.
 
     Returns:
         (training set, held-out set).
 
     Raises:
-        InputError: If a class would be left without a training image.
+        InputError: If a class would have no training image.
     """
     rng = np.random.default_rng((seed, 1))
     held = []
     for label, count in enumerate(images.counts().tolist()):
         take = int(holdout) if holdout >= 1 else max(int(count * holdout), 1)
         if take >= count:
-            raise InputError(f'--holdout {holdout:g}: class {images.class_names[label]!r} has {count} training images, '
-                             f'setting {take} aside leaves none')
+            raise InputError(f'--holdout {holdout:g}: class {images.class_names[label]!r} has '
+                             f"{pluralize(count, 'training image')}, setting {take} aside leaves none")
         held.append(rng.permutation(np.flatnonzero(images.labels == label))[:take])
     held = np.sort(np.concatenate(held))
     return images.subset(np.setdiff1d(np.arange(len(images)), held)), images.subset(held)

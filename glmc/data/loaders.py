@@ -1,14 +1,13 @@
-"""Views of images as batches on the device, decoded once and uint8 until they are mixed there."""
+"""Batches of images on the device: decoded once, uint8 until the training step mixes and normalises them."""
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import IterableImageDataset, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
@@ -21,37 +20,33 @@ from glmc.data.transforms import view_transform
 
 
 class ViewDataset(Dataset):
-    """Augmented views of the images of a draw.
+    """Augmented views of sampled images.
 
     Args:
         images: The set.
-        make_views: Of `transforms.view_transform`.
-        num_views: Views of each image, all from one decoding.
-        mode: RGB or L.
-        bad: Stands in for images that cannot be decoded; None to raise.
+        make_views: PIL image and mode -> (c, H, W) uint8 views, as `transforms.view_transform` returns.
+        mode: PIL mode of the decoded images, RGB or L.
+        bad: Replaces images that cannot be decoded; None to raise.
     """
 
-    def __init__(self, images: ImageSet, make_views: Callable, num_views: int, mode: str = 'RGB',
-                 bad: BadImages | None = None):
-        self.images, self.make_views, self.num_views, self.mode, self.bad = images, make_views, num_views, mode, bad
+    def __init__(self, images: ImageSet, make_views: Callable, mode: str = 'RGB', bad: BadImages | None = None):
+        self.images, self.make_views, self.mode, self.bad = images, make_views, mode, bad
 
     def __getitem__(self, sample: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """(images · views, c, H, W) uint8, image by image, and the (images,) labels."""
+        """(images, views, c, H, W) uint8 views and (images,) labels of a sample (seed, i) or (seed, i, j)."""
         seed, *indices = sample
+        load = partial(self.bad.first_readable, use=self._views) if self.bad else self._views
         with seeded(seed):
-            views = [view for index in indices for view in self._views_or_others(index)]
-        return torch.stack(views), torch.from_numpy(self.images.labels[indices])
+            views = torch.stack([load(index) for index in indices])
+        return views, torch.from_numpy(self.images.labels[indices])
 
-    def _views_or_others(self, index: int) -> list[Tensor]:
-        return self.bad.first_readable(index, self._views) if self.bad else self._views(index)
-
-    def _views(self, index: int) -> list[Tensor]:
+    def _views(self, index: int) -> Tensor:
         with self.images.opened(index) as image:
-            return self.make_views(image, self.num_views, self.mode)
+            return torch.stack(self.make_views(image, self.mode))
 
 
 class EvalDataset(Dataset):
-    """Each image once, by timm's evaluation transform; `bad` as of ViewDataset."""
+    """Each image once, by timm's evaluation transform; arguments as those of `ViewDataset`."""
 
     def __init__(self, images: ImageSet, transform: Callable, mode: str = 'RGB', bad: BadImages | None = None):
         self.images, self.transform, self.mode, self.bad = images, transform, mode, bad
@@ -60,35 +55,37 @@ class EvalDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = self.bad.first_readable(index, self._image) if self.bad else self._image(index)
+        """(c, H, W) uint8 image and its label."""
+        load = partial(self.images.image, mode=self.mode)
+        image = self.bad.first_readable(index, load) if self.bad else load(index)
         return self.transform(image), torch.as_tensor(self.images.labels[index])
-
-    def _image(self, index: int) -> Image.Image:
-        return self.images.image(index, self.mode)
 
 
 class IterableViews(IterableDataset):
     """Views of the images of a source that can only be read in its own order (wds/, tfds/, hfids/)."""
 
-    def __init__(self, source: IterableImageDataset, make_views: Callable, num_views: int, mode: str = 'RGB'):
-        self.source, self.make_views, self.num_views, self.mode = source, make_views, num_views, mode
+    def __init__(self, source: IterableImageDataset, make_views: Callable, mode: str = 'RGB'):
+        self.source, self.make_views, self.mode = source, make_views, mode
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for image, label in self.source:
-            yield torch.stack(self.make_views(image, self.num_views, self.mode)), torch.tensor([label])
+            yield torch.stack(self.make_views(image, self.mode))[None], torch.tensor([label])
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """All global generators that timm's transforms draw from, seeded for one draw and put back afterwards."""
+    """Seed the global CPU generators that timm's transforms use, and restore them afterwards.
+
+    `torch.manual_seed` would seed the generators of CUDA as well, which nothing restores.
+    """
     in_worker = get_worker_info() is not None  # nothing else draws there
     state = None if in_worker else (random.getstate(), np.random.get_state(), torch.get_rng_state())
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
@@ -99,7 +96,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Normalize(nn.Module):
-    """Images in 0…255, uint8 or mixed from such, to zero mean and unit deviation.
+    """Pixel values 0…255, uint8 or mixed from such, to zero mean and unit deviation.
 
     Args:
         mean, std: Per channel, for images in 0…1.
@@ -111,109 +108,151 @@ class Normalize(nn.Module):
         self.register_buffer('std', 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """(…, c, H, W) pixel values -> the same shape, float."""
         return (images - self.mean) / self.std
 
+    def inverse(self, images: Tensor) -> Tensor:
+        """Normalised images -> pixel values."""
+        return images * self.std + self.mean
 
-class DeviceLoader:
-    """A DataLoader of (uint8 images, labels) whose batches arrive on the device.
+
+class TrainLoader:
+    """Training batches on the device; a subclass reads them.
 
     Args:
-        loader: Yields (B, …, c, H, W) uint8 images and their labels.
-        normalize: For whoever uses the images.
-        device: Where to.
+        normalize: Pixel values -> input of the model; the training step applies it after mixing.
+        device: Device of the batches.
+        sampler: Sampler of the batches; None for a source that has its own order.
+        erasing: timm's random erasing, which fills boxes with values of normalised images; None for none.
+    """
+
+    def __init__(self, normalize: Normalize, device: torch.device, sampler: PairSampler | None,
+                 erasing: RandomErasing | None = None):
+        self.normalize, self.device, self.sampler, self.erasing = normalize, device, sampler, erasing
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Batches of an epoch from a step on.
+
+        Yields:
+            (B, images, views, c, H, W) pixel values, uint8 or with random erasing float; (B, images) labels; and the batch
+            fraction: images of this process over the mean of all processes, 1 but for an uneven last step.
+        """
+        batches = prefetched(self.batches(epoch, start_step), self.device)
+        for step, (views, labels) in enumerate(batches, start_step):
+            yield self._erased(views), labels, self.sampler.batch_fraction(step) if self.sampler else 1.0
+
+    def batches(self, epoch: int, start_step: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """Views and labels, on any device."""
+        raise NotImplementedError
+
+    def _erased(self, views: Tensor) -> Tensor:
+        if self.erasing is None:
+            return views
+        return self.normalize.inverse(self.erasing(self.normalize(views).flatten(0, 2)).view_as(views))
+
+
+class WorkerTrainLoader(TrainLoader):
+    """Training batches of a DataLoader with worker processes.
+
+    Args:
+        loader: DataLoader of (B, images, views, c, H, W) uint8 views and (B, images) labels.
+        normalize, device, erasing: As those of `TrainLoader`.
+    """
+
+    def __init__(self, loader: DataLoader, normalize: Normalize, device: torch.device, erasing: RandomErasing | None = None):
+        sampler = loader.batch_sampler if isinstance(loader.batch_sampler, PairSampler) else None
+        super().__init__(normalize, device, sampler, erasing)
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def batches(self, epoch: int, start_step: int) -> Iterable[tuple[Tensor, Tensor]]:
+        if self.sampler:
+            self.sampler.set_epoch(epoch, start_step)
+            return self.loader
+        if hasattr(self.loader.dataset.source, 'set_epoch'):
+            self.loader.dataset.source.set_epoch(epoch)
+        return islice(self.loader, start_step, None)  # read and dropped
+
+
+class EvalLoader:
+    """Evaluation batches on the device.
+
+    Args:
+        loader: DataLoader of (B, c, H, W) uint8 images and (B,) labels.
+        normalize: Pixel values -> input of the model.
+        device: Device of the batches.
     """
 
     def __init__(self, loader: DataLoader, normalize: Normalize, device: torch.device):
         self.loader, self.normalize, self.device = loader, normalize, device
-        self.drop = 0
-
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """The epoch that comes next, from this step on; a source without an index reads and drops what comes before."""
-        self.drop = start_step
-        if isinstance(self.loader.batch_sampler, PairSampler):
-            self.loader.batch_sampler.set_epoch(epoch, start_step)
-            self.drop = 0
-        source = getattr(self.loader.dataset, 'source', None)
-        if hasattr(source, 'set_epoch'):
-            source.set_epoch(epoch)
-
-    def share(self, step: int) -> float:
-        """Of `PairSampler.share`."""
-        sampler = self.loader.batch_sampler
-        return sampler.share(step) if isinstance(sampler, PairSampler) else 1.0
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in islice(self.loader, self.drop, None):
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        return prefetched(self.loader, self.device)
 
 
-class ErasingLoader:
-    """A loader whose views are normalised and pass timm's random erasing, before anything is mixed.
-
-    Args:
-        loader: Yields (B, V, c, H, W) uint8 views and labels.
-        erasing: timm's.
-        views: Which of the V it is for.
-    """
-
-    def __init__(self, loader, erasing: RandomErasing, views: slice = slice(None)):
-        self.loader, self.erasing, self.views, self.normalize = loader, erasing, views, nn.Identity()
-
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        self.loader.set_epoch(epoch, start_step)
-
-    def share(self, step: int) -> float:
-        return self.loader.share(step)
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.loader:
-            images = self.loader.normalize(images)
-            chosen = images[:, self.views]
-            images[:, self.views] = self.erasing(chosen.flatten(0, 1)).view_as(chosen)
-            yield images, labels
+def prefetched(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Batches on the device. On CUDA each is copied on a stream of its own while the one before it is used."""
+    if device.type != 'cuda':
+        yield from (tuple(tensor.to(device) for tensor in batch) for batch in batches)
+        return
+    side, ready = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            copied = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream(device).wait_stream(side)
+        for tensor in copied:
+            tensor.record_stream(torch.cuda.current_stream(device))
+        ready = copied
+    if ready is not None:
+        yield ready
 
 
 def create_train_loader(
-        images: ImageSet | IterableImageDataset, augmentation: dict, *, num_views: int, batch_size: int,
+        images: ImageSet | IterableImageDataset, augmentation: dict, *, views: Sequence[str], batch_size: int,
         resample_power: float | None, data_config: dict, device: torch.device, seed: int, workers: int,
-        rank: int = 0, world_size: int = 1, bad: BadImages | None = None) -> DeviceLoader:
-    """Batches of (B, images · views, c, H, W) uint8 views and (B, images) labels.
+        rank: int = 0, world_size: int = 1, bad: BadImages | None = None,
+        erasing: RandomErasing | None = None) -> WorkerTrainLoader:
+    """Training loader with worker processes.
 
     Args:
         images: The training set.
         augmentation: Options of `transforms.view_transform`.
-        num_views: Views of each image.
-        batch_size: Per process.
-        resample_power: q of the partner images; None for none.
+        views: Names of the views of each image.
+        batch_size: Samples per process.
+        resample_power: q of the second image of each sample; None for samples of one image.
         data_config: timm's: input_size, mean, std.
-        device, seed, workers, rank, world_size: As their names say.
-        bad: Of ViewDataset.
+        device: Device of the batches.
+        seed: Seed of order and augmentation.
+        workers: Worker processes.
+        rank, world_size: This process, and the number of processes.
+        bad, erasing: As those of `ViewDataset` and `TrainLoader`.
 
     Raises:
-        ValueError: If the batch is larger than the set.
+        ValueError: If the global batch is larger than the set.
     """
-    make_views = view_transform(data_config['input_size'][-2:], mean=data_config['mean'], **augmentation)
-    views = make_views, num_views, image_mode(data_config)
+    make_views = view_transform(data_config['input_size'][-2:], views, mean=data_config['mean'], **augmentation)
+    mode = image_mode(data_config)
     if isinstance(images, IterableImageDataset):
         images.set_loader_cfg(num_workers=workers)  # which its length depends on
-        dataset, batching = IterableViews(images, *views), dict(batch_size=batch_size, drop_last=True)
+        dataset, batching = IterableViews(images, make_views, mode), dict(batch_size=batch_size, drop_last=True)
     else:
-        dataset = ViewDataset(images, *views, bad)
+        dataset = ViewDataset(images, make_views, mode, bad)
         batching = dict(batch_sampler=PairSampler(images.labels, batch_size, resample_power, seed, rank, world_size))
     loader = _data_loader(dataset, workers, device, seed, **batching)
-    return DeviceLoader(loader, create_normalize(data_config, device), device)
+    return WorkerTrainLoader(loader, create_normalize(data_config, device), device, erasing)
 
 
 def create_eval_loader(
         images: ImageSet | IterableImageDataset, *, batch_size: int, data_config: dict, device: torch.device,
-        workers: int, rank: int = 0, world_size: int = 1) -> DeviceLoader:
-    """Batches of (B, c, H, W) uint8 images and (B,) labels: this process's share, no image twice."""
+        workers: int, rank: int = 0, world_size: int = 1) -> EvalLoader:
+    """Evaluation loader of this process's images; over all processes no image comes twice."""
     transform = eval_transform(data_config)
     if isinstance(images, IterableImageDataset):
         images.transform = Compose([partial(to_mode, mode=image_mode(data_config)), transform])
@@ -222,16 +261,16 @@ def create_eval_loader(
         dataset = EvalDataset(images, transform, image_mode(data_config))
         sampler = ShardSampler(len(images), rank, world_size)
     loader = _data_loader(dataset, workers, device, 0, batch_size=batch_size, sampler=sampler)
-    return DeviceLoader(loader, create_normalize(data_config, device), device)
+    return EvalLoader(loader, create_normalize(data_config, device), device)
 
 
 def eval_transform(data_config: dict) -> Callable:
-    """timm's evaluation transform, PIL image -> uint8 tensor (c, H, W)."""
+    """timm's evaluation transform, PIL image -> (c, H, W) uint8."""
     return create_transform(**data_config, is_training=False, use_prefetcher=True)
 
 
 def create_normalize(data_config: dict, device: torch.device) -> Normalize:
-    """With timm's mean and standard deviation."""
+    """`Normalize` with timm's mean and standard deviation, on the device."""
     return Normalize(data_config['mean'], data_config['std']).to(device)
 
 
@@ -243,12 +282,12 @@ def image_mode(data_config: dict) -> str:
 def _data_loader(dataset, workers: int, device: torch.device, seed: int, **kwargs) -> DataLoader:
     return DataLoader(
         dataset, num_workers=workers, pin_memory=device.type == 'cuda', persistent_workers=workers > 0,
-        generator=torch.Generator().manual_seed(seed), **kwargs,  # its own generator: none of the training's draws
+        generator=torch.Generator().manual_seed(seed), **kwargs,  # its own generator: none of the training's numbers
         worker_init_fn=_ignore_signals if workers else None)
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to all processes of a job must not take the images from under the step that is to be finished."""
+    """Let the main process finish its step when a signal goes to all processes of a job."""
     for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)

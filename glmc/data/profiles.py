@@ -1,4 +1,4 @@
-"""Class counts, long-tail profiles, shot groups and the fingerprint of a training set (pure numpy)."""
+"""Class counts, long-tail profiles, shot groups and the fingerprint of a training set, in numpy."""
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ SHOT_NAMES = ('many', 'medium', 'few')
 
 
 def long_tail_counts(n_max: int, num_classes: int, imbalance_factor: float, kind: str = 'exp') -> np.ndarray:
-    """Images per class of a long-tail profile, largest class first (Cui et al., arXiv 1901.05555).
+    """Compute the images per class of a long-tail profile, largest class first (Cui et al., arXiv 1901.05555).
 
     `exp`: n_c = int(n_max · F^(-c/(C-1))). `step`: the first half of the classes keeps n_max, the rest int(n_max / F).
 
     Args:
-        n_max: Images of the largest class.
+        n_max: Images in the largest class.
         num_classes: C.
         imbalance_factor: F = n_max / n_min, at least 1.
         kind: `exp` or `step`.
@@ -23,7 +23,7 @@ def long_tail_counts(n_max: int, num_classes: int, imbalance_factor: float, kind
         (C,) int64 counts.
 
     Raises:
-        ValueError: If an argument is out of range or a class would be left without an image.
+        ValueError: If an argument is out of range or a class would have no image.
     """
     if n_max < 1 or num_classes < 1:
         raise ValueError(f'n_max and num_classes must be >= 1, got {n_max} and {num_classes}')
@@ -44,23 +44,23 @@ def long_tail_counts(n_max: int, num_classes: int, imbalance_factor: float, kind
 
 def long_tail_indices(
         labels: np.ndarray, counts: Sequence[int], split: str = 'cao', seed: int = 0) -> np.ndarray:
-    """Which images a long-tailed subset keeps: `counts[c]` of the images of class c.
+    """Choose the images of a long-tailed subset: `counts[c]` images of class c.
 
-    `cao` shuffles inside each class, classes in label order, with one numpy `RandomState(0)`, as the subset that
-    the field compares on (Cao et al., arXiv 1906.07413); `first` keeps the first of each class; `random` is `cao`
-    with a seed of one's own.
+    `cao` shuffles each class in label order with one numpy `RandomState(0)`, which gives the subset that the field
+    compares on (Cao et al., arXiv 1906.07413). `first` keeps the first images of each class. `random` is `cao` with
+    `RandomState(seed)`.
 
     Args:
         labels: (N,) label of each image.
         counts: (C,) images to keep per class.
         split: `cao`, `first` or `random`.
-        seed: For `random`.
+        seed: Seed of `random`.
 
     Returns:
-        Sorted int64 indices into `labels`.
+        (sum of counts,) int64 indices into `labels`, ascending.
 
     Raises:
-        ValueError: If a class has fewer images than asked for, or `split` is unknown.
+        ValueError: If a class has fewer than `counts[c]` images, or `split` is unknown.
     """
     if split not in ('cao', 'first', 'random'):
         raise ValueError(f"split must be 'cao', 'first' or 'random', got {split!r}")
@@ -69,7 +69,7 @@ def long_tail_indices(
     for label, count in enumerate(counts):
         members = np.flatnonzero(labels == label)
         if len(members) < count:
-            raise ValueError(f'class {label} has {len(members)} images, {count} are needed')
+            raise ValueError(f"class {label} has {pluralize(len(members), 'image')}, {count} are needed")
         if split != 'first':
             rng.shuffle(members)
         kept.append(members[:count])
@@ -77,15 +77,18 @@ def long_tail_indices(
 
 
 def shot_groups(counts: Sequence[int], few: int = 20, many: int = 100) -> dict[str, np.ndarray]:
-    """Classes by the number of their training images: few <= `few` < medium <= `many` < many (Liu et al., arXiv 1904.05160).
+    """Group the classes by training images: few <= `few` < medium <= `many` < many (Liu et al., arXiv 1904.05160).
 
     Args:
         counts: (C,) training images per class.
-        few: Largest count that is still few-shot.
-        many: Largest count that is not yet many-shot.
+        few: Largest few-shot count.
+        many: Largest medium-shot count.
 
     Returns:
         {'many', 'medium', 'few'} -> class indices; a group may be empty.
+
+    Raises:
+        ValueError: If `few` exceeds `many`.
     """
     if few > many:
         raise ValueError(f'the few-shot threshold must not exceed the many-shot one, got {few} and {many}')
@@ -94,19 +97,24 @@ def shot_groups(counts: Sequence[int], few: int = 20, many: int = 100) -> dict[s
     return {name: np.flatnonzero(mask) for name, mask in zip(SHOT_NAMES, masks, strict=True)}
 
 
+def pluralize(number: int, noun: str) -> str:
+    """The number with its noun: `1 image`, `2 images`, `2 classes`."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 def fingerprint(names: Iterable[str]) -> str:
-    """Identity of a set of training images: sha256 over the sorted names, one a line, whatever their order was."""
+    """Identify a set of training images by the sha256 of their sorted names, one a line."""
     return hashlib.sha256('\n'.join(sorted(names)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Class counts of a training set, its shot groups and its identity: what is logged and stored about it.
+    """Class counts, shot groups and identity of a training set.
 
     Args:
-        counts: C training images per class.
+        counts: (C,) training images per class.
         thresholds: (few, many) of `shot_groups`.
-        fingerprint: sha256 over the names of the images; None for a source without an index.
+        fingerprint: See `fingerprint`; None for a source without an index.
     """
     counts: tuple[int, ...]
     thresholds: tuple[int, int] = (20, 100)
@@ -115,7 +123,7 @@ class Profile:
     @classmethod
     def of(cls, labels: np.ndarray, num_classes: int, names: Iterable[str],
            thresholds: Sequence[int] = (20, 100)) -> 'Profile':
-        """Profile of a set of (N,) labels with N names."""
+        """Profile of a set with (N,) labels, C classes and N names."""
         counts = np.bincount(labels, minlength=num_classes).tolist()
         return cls(tuple(counts), tuple(thresholds), fingerprint(names))
 
@@ -128,13 +136,13 @@ class Profile:
         return shot_groups(self.counts, *self.thresholds)
 
     def summary(self) -> str:
-        """One line: images, classes, largest and smallest class, and the number of classes in each group."""
+        """One line with the images, classes, largest and smallest class, and classes per group."""
         groups = ', '.join(f'{len(classes)} {name}' for name, classes in self.groups().items())
-        return (f'{self.num_images:,} images of {len(self.counts)} classes, {max(self.counts):,} … {min(self.counts):,} '
-                f'per class ({groups})')
+        return (f"{pluralize(self.num_images, 'image')} of {pluralize(len(self.counts), 'class')}, "
+                f'{max(self.counts):,} … {min(self.counts):,} per class ({groups})')
 
     def as_dict(self) -> dict:
-        """Plain values for JSON, as `config.json` of an export has them."""
+        """Plain values for JSON, as in `config.json` of an export."""
         return {
             'num_images': self.num_images, 'class_counts': list(self.counts), 'shot_thresholds': list(self.thresholds),
             'shot_classes': {name: len(classes) for name, classes in self.groups().items()},

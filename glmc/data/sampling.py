@@ -1,10 +1,24 @@
 """Which images a step sees: seeded, different each epoch, one global stream whatever the number of processes."""
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
 MIN_IMAGES = 2  # per process and step: BatchNorm has no variance of one
+
+
+def stream(purpose: str, seed: int, *position: int) -> np.random.Generator:
+    """Random numbers of one purpose, a function of its name, the seed and a position.
+
+    Seeds without a name would meet: numpy pads them with zeros, so that (seed, epoch) is also (seed, epoch, step 0).
+
+    Args:
+        purpose: `sampler`, `crops` or `mixture`.
+        seed: Seed of the run.
+        position: Epoch, or epoch and step; always as many numbers for one purpose.
+    """
+    return np.random.default_rng((zlib.crc32(purpose.encode()), seed, *position))
 
 
 def image_weights(labels: np.ndarray, power: float) -> np.ndarray:
@@ -22,18 +36,18 @@ def image_weights(labels: np.ndarray, power: float) -> np.ndarray:
 
 
 class PairSampler(Sampler):
-    """Batches of draws: image i, each once an epoch in random order, its partner j with replacement, and a seed.
+    """Batches of samples: a seed, image i, each once an epoch in random order, and its partner j with replacement.
 
-    The draws of an epoch are a function of (seed, epoch); each of the global batches is dealt out over the
-    processes, so that their union is what a single process would have drawn. The last batch is smaller; where it
-    would leave a process with fewer than two images, the batch before it takes them. Iteration starts at the step that
-    `set_epoch` says, with the draws that an epoch from its beginning has there.
+    The samples of an epoch are a function of (seed, epoch). Each global batch is dealt out over the processes: together
+    they get the batch of a single process. The last batch is smaller; if it would give a process fewer than two images,
+    the batch before takes them. Iteration starts at the step of `set_epoch`.
 
     Args:
         labels: (N,) label of each image.
-        batch_size: Per process.
+        batch_size: Samples per process.
         resample_power: q of `image_weights` for j; None for no partner.
-        seed, rank, world_size: As their names say.
+        seed: Seed of the run.
+        rank, world_size: This process, and the number of processes.
 
     Yields:
         Lists of `batch_size` tuples (seed of the augmentation, i) or (seed, i, j).
@@ -54,7 +68,7 @@ class PairSampler(Sampler):
         self.epoch, self.start_step = 0, 0
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """The epoch that comes next, from this step on."""
+        """Set the epoch of the next iteration, and its first step."""
         self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:
@@ -62,17 +76,17 @@ class PairSampler(Sampler):
         return steps + (rest >= MIN_IMAGES * self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        draws = self.sample_epoch()
+        columns = self.sample_epoch()
         for step in range(self.start_step, len(self)):
-            part = self.positions(step)
-            yield list(zip(*(column[part].tolist() for column in draws), strict=True))
+            rows = self.positions(step)
+            yield list(zip(*(column[rows].tolist() for column in columns), strict=True))
 
     def positions(self, step: int) -> slice:
-        """This process's part of a step, as places in the draws of the epoch."""
+        """Positions of this process's samples of a step within the epoch."""
         start, stop = self._bounds(step)
         return slice(start + self.rank, stop, self.world_size)
 
-    def share(self, step: int) -> float:
+    def batch_fraction(self, step: int) -> float:
         """Images of this process in a step over the mean of all processes: 1 but for an uneven last step."""
         start, stop = self._bounds(step)
         return len(range(start + self.rank, stop, self.world_size)) * self.world_size / (stop - start)
@@ -82,8 +96,8 @@ class PairSampler(Sampler):
         return start, start + self.global_batch if step + 1 < len(self) else self.num_images
 
     def sample_epoch(self) -> Sequence[np.ndarray]:
-        """Columns (seed, i) or (seed, i, j) of the whole epoch, each (N,)."""
-        rng = np.random.default_rng((self.seed, self.epoch))
+        """Columns (seed, i) or (seed, i, j) of a whole epoch, each (N,)."""
+        rng = stream('sampler', self.seed, self.epoch)
         columns = [rng.integers(2 ** 32, size=self.num_images), rng.permutation(self.num_images)]
         if self.weights is not None:
             columns.append(rng.choice(self.num_images, size=self.num_images, p=self.weights))
@@ -91,7 +105,7 @@ class PairSampler(Sampler):
 
 
 class ShardSampler(Sampler):
-    """Every index once over all processes, without padding: evaluation counts each image exactly once."""
+    """Each index once over all processes, without padding, so that evaluation counts each image once."""
 
     def __init__(self, num_images: int, rank: int = 0, world_size: int = 1):
         self.indices = range(rank, num_images, world_size)

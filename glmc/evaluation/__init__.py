@@ -1,1 +1,1 @@
-"""Metrics of long-tailed classification, class priors, and results as text."""
+"""Long-tail metrics, class priors, and text tables."""

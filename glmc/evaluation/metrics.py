@@ -1,4 +1,4 @@
-"""Long-tail metrics on top of timm's evaluator: shot groups, per-class accuracy, calibration."""
+"""Long-tail metrics as an extension of timm's evaluator: shot groups, per-class accuracy, calibration."""
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,24 +11,24 @@ from torch import Tensor
 
 from glmc.data.profiles import SHOT_NAMES, shot_groups
 
-NUM_BINS = 15  # of the expected calibration error (Guo et al., arXiv 1706.04599)
-WORST_PART = 10  # the worst class in ten, rounded up
+NUM_BINS = 15  # bins of the expected calibration error (Guo et al., arXiv 1706.04599)
+WORST_PART = 10  # worst_tenth: mean of the worst C / 10 classes, rounded up
 
 
 class Predictions(NamedTuple):
-    """What was predicted for each evaluated image, in the order of the set."""
+    """Predictions for N evaluated images, in the order of the set."""
     labels: np.ndarray  # (N,) int64
     predicted: np.ndarray  # (N,) int64
     confidence: np.ndarray  # (N,) float32, probability of the predicted class
 
 
 class LongTailEvaluator(ClassificationEvaluator):
-    """Counters on the device, no synchronisation per batch; exact under several processes, which only sum them.
+    """Count hits per class on the device, without synchronisation per batch; processes sum their counters.
 
     Args:
-        train_counts: (C,) training images per class, which decide many, medium and few.
+        train_counts: (C,) training images per class, which define the shot groups.
         thresholds: (few, many) of `shot_groups`.
-        device: Of the logits.
+        device: Device of the logits.
     """
 
     def __init__(self, train_counts: Sequence[int], thresholds: Sequence[int] = (20, 100), device=None):
@@ -36,8 +36,8 @@ class LongTailEvaluator(ClassificationEvaluator):
         self.groups = shot_groups(self.train_counts, *thresholds)
         self.thresholds = list(thresholds)
         group = np.zeros(len(self.train_counts), dtype=np.int64)
-        for place, name in enumerate(SHOT_NAMES):
-            group[self.groups[name]] = place
+        for index, name in enumerate(SHOT_NAMES):
+            group[self.groups[name]] = index
         self.group_of_class = torch.from_numpy(group).to(device or 'cpu')
         super().__init__(device)
 
@@ -45,16 +45,16 @@ class LongTailEvaluator(ClassificationEvaluator):
         super().reset()
         size = len(self.train_counts)
         self.per_class = torch.zeros(3, size, dtype=torch.int64, device=self.device)  # images, predictions, hits
-        # images, confidence, hits; bins of the many-, then of the medium-, then of the few-shot classes
+        # images, confidence, hits; columns are the bins of the many-, medium- and few-shot classes
         self.bins = torch.zeros(3, len(SHOT_NAMES) * NUM_BINS, dtype=self.loss_sum.dtype, device=self.device)
-        self.records = []  # (B, 3) label, prediction, confidence; they stay on the device
+        self.records = []  # (B, 3) label, prediction, confidence on the device
 
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Count a batch of (B, C) logits and (B,) labels."""
+        """Add a batch of (B, C) logits and (B,) labels."""
         super().update(output, target)
         confidence, predicted = output.float().softmax(-1).max(-1)
-        confidence = confidence.nan_to_num(0.0)  # of logits that are not finite, as overflown half precision gives
+        confidence = confidence.nan_to_num(0.0)  # non-finite logits, e.g. overflown half precision
         hit = predicted == target
         one = torch.ones_like(target)
         self.per_class[0].scatter_add_(0, target, one)
@@ -66,28 +66,32 @@ class LongTailEvaluator(ClassificationEvaluator):
         self.records.append(torch.stack([target.float(), predicted.float(), confidence], 1))
 
     def compute(self, distributed: bool = False) -> dict:
-        """Metrics in percent (loss, counts and lists aside); None for a group or class without images."""
+        """Compute all metrics, accuracies in percent; None for a group or class without images.
+
+        Args:
+            distributed: Sum the counters of all processes.
+        """
         metrics = dict(super().compute(distributed))
         per_class, bins = self.per_class.clone(), self.bins.clone()
         if distributed:
             dist.all_reduce(per_class)
             dist.all_reduce(bins)
         images, predictions, hits = per_class.cpu().double()
-        accuracy = 100 * hits / images  # nan where a class has no image
+        accuracy = 100 * hits / images  # (C,), nan for a class without images
         seen = images > 0
         bins = bins.cpu().view(3, len(SHOT_NAMES), NUM_BINS)
         metrics.update({name: _mean(accuracy[classes][seen[classes]]) for name, classes in self.groups.items()})
         metrics.update(
-            loss=metrics['loss'] if math.isfinite(metrics['loss']) else None,  # JSON has no other word for it
-            top1=100 * (hits.sum() / images.sum().clamp(min=1)).item(),  # of equal logits the first, as for each class
+            loss=metrics['loss'] if math.isfinite(metrics['loss']) else None,  # JSON has no nan
+            top1=100 * (hits.sum() / images.sum().clamp(min=1)).item(),  # argmax takes the first of equal logits
             class_mean=_mean(accuracy[seen]),
             worst_class=accuracy[seen].min().item() if seen.any() else None,
             worst_tenth=_worst_mean(accuracy[seen], WORST_PART),
             harmonic_mean=_harmonic_mean(accuracy[seen]),
             macro_f1=_mean(100 * (2 * hits / (images + predictions))[seen | (predictions > 0)]),
             ece=_calibration_error(*bins.sum(1)),
-            **{f'ece_{name}': _calibration_error(*bins[:, place]) if bins[0, place].any() else None
-               for place, name in enumerate(SHOT_NAMES)},
+            **{f'ece_{name}': _calibration_error(*bins[:, index]) if bins[0, index].any() else None
+               for index, name in enumerate(SHOT_NAMES)},
             **dict(zip(('bin_images', 'bin_confidence', 'bin_hits'), bins.sum(1).tolist(), strict=True)),
             num_images=int(images.sum()),
             shot_classes={name: len(self.groups[name]) for name in SHOT_NAMES},
@@ -100,18 +104,18 @@ class LongTailEvaluator(ClassificationEvaluator):
         return metrics
 
     def predictions(self, distributed: bool = False) -> Predictions:
-        """All images that were counted, on every process; with several, image k of process r of P is number k·P + r."""
+        """Return the predictions of all processes on every process; image k of rank r of P is image k·P + r of the set."""
         records = torch.cat([torch.zeros(0, 3, device=self.device), *self.records]).cpu().numpy()
         if distributed:
-            shares = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, records)
-            places = [np.arange(len(share)) * len(shares) + rank for rank, share in enumerate(shares)]
-            records = np.concatenate(shares)[np.argsort(np.concatenate(places))]
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, records)
+            positions = [np.arange(len(part)) * len(gathered) + rank for rank, part in enumerate(gathered)]
+            records = np.concatenate(gathered)[np.argsort(np.concatenate(positions))]
         return Predictions(records[:, 0].astype(np.int64), records[:, 1].astype(np.int64), records[:, 2])
 
 
 def confused_pairs(predictions: Predictions, limit: int = 20) -> list[tuple[int, int, int]]:
-    """The most frequent mistakes as (label, prediction, images), without a C x C matrix."""
+    """Most frequent errors as (label, prediction, images), in descending order; without a C x C matrix."""
     wrong = predictions.labels != predictions.predicted
     pairs = np.stack([predictions.labels[wrong], predictions.predicted[wrong]])
     (labels, predicted), images = np.unique(pairs, axis=1, return_counts=True)
@@ -124,12 +128,12 @@ def _mean(values: Tensor) -> float | None:
 
 
 def _worst_mean(values: Tensor, part: int) -> float | None:
-    """Mean of the lowest value in `part`, rounded up to whole ones."""
+    """Mean of the lowest ceil(N / part) of N values."""
     return _mean(values.sort().values[:-(-len(values) // part)])
 
 
 def _harmonic_mean(values: Tensor) -> float | None:
-    """0 where a class has no hit at all."""
+    """Harmonic mean; 0 if any value is 0, None without values."""
     if not len(values):
         return None
     return 0.0 if (values == 0).any() else len(values) / (1 / values).sum().item()

@@ -1,4 +1,4 @@
-"""Test distributions and what they change: which images are kept, and how logits move from one prior to another."""
+"""Class priors: test sets subsampled to a prior, and logits adjusted from one prior to another."""
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,37 +10,37 @@ from torch import Tensor, nn
 from glmc.data.profiles import long_tail_counts
 from glmc.errors import InputError
 
-PRIOR_IMAGES = 10 ** 6  # that stand for a prior given as shares: a share of zero is taken for half an image
+PRIOR_IMAGES = 10 ** 6  # total images of a prior given as weights: zero weight counts as half an image
 TARGETS = ('uniform', 'forward', 'backward')
 
 
 def ranked_counts(train_counts: Sequence[int], n_max: int, kind: str, imbalance_factor: float) -> np.ndarray:
     """Test images per class of the test-agnostic benchmark (SADE, Zhang et al., arXiv 2107.09249).
 
-    `forward`: n_max·F^(-r/(C-1)) for the class of rank r by training images, as long-tailed as training is; `backward`:
-    the same the other way round; `uniform`: n_max of each. Classes with equally many training images rank by label.
+    `forward`: n_max·F^(-r/(C-1)) images for the class of rank r by training images. `backward`: the same counts in
+    reverse order. `uniform`: n_max images of each class. Classes with the same number of training images rank by label.
 
     Args:
         train_counts: (C,) training images per class.
         n_max: Test images of the largest class.
-        kind: One of TARGETS.
-        imbalance_factor: F, which `uniform` has no use for.
+        kind: A name in TARGETS.
+        imbalance_factor: F; `uniform` ignores it.
 
     Returns:
         (C,) int64 counts.
 
     Raises:
-        ValueError: If a class would be left without an image or `kind` is unknown.
+        ValueError: If a class would have no image or `kind` is unknown.
     """
     factor = _factor(kind, imbalance_factor)
     return _by_rank(long_tail_counts(n_max, len(train_counts), factor), train_counts, kind)
 
 
 def target_prior(train_counts: Sequence[int], kind: str, imbalance_factor: float) -> np.ndarray:
-    """(C,) class probabilities of `ranked_counts`, before rounding to images."""
+    """Class probabilities (C,) of `ranked_counts` without rounding to images; same arguments."""
     rank = np.arange(len(train_counts)) / max(len(train_counts) - 1, 1)
-    shares = _by_rank(_factor(kind, imbalance_factor) ** -rank, train_counts, kind)
-    return shares / shares.sum()
+    weights = _by_rank(_factor(kind, imbalance_factor) ** -rank, train_counts, kind)
+    return weights / weights.sum()
 
 
 def _factor(kind: str, imbalance_factor: float) -> float:
@@ -50,7 +50,7 @@ def _factor(kind: str, imbalance_factor: float) -> float:
 
 
 def _by_rank(profile: np.ndarray, train_counts: Sequence[int], kind: str) -> np.ndarray:
-    """A profile that falls with the rank, or with `backward` rises, in the order of the classes."""
+    """Assign a (C,) descending profile to the classes by rank, in reverse for `backward`; (C,) in label order."""
     order = np.argsort(-np.asarray(train_counts), kind='stable')
     values = np.empty_like(profile)
     values[order] = profile[::-1] if kind == 'backward' else profile
@@ -58,7 +58,7 @@ def _by_rank(profile: np.ndarray, train_counts: Sequence[int], kind: str) -> np.
 
 
 def read_prior(path: str, num_classes: int) -> np.ndarray:
-    """(C,) class probabilities from a file of weights, images or shares: a JSON list, or one number a line.
+    """Read class probabilities (C,) from a file of weights or image counts: a JSON list, or one number a line.
 
     Raises:
         InputError: If the file is neither, or has another number of classes.
@@ -78,47 +78,48 @@ def read_prior(path: str, num_classes: int) -> np.ndarray:
 
 
 def normalized(counts: Sequence[float]) -> np.ndarray:
-    """(C,) float64 probabilities; classes that were counted zero times get those of half an image."""
+    """Normalise image counts to (C,) float64 probabilities; a count of zero is replaced by half an image."""
     counts = np.maximum(np.asarray(counts, dtype=np.float64), 0.5)
     return counts / counts.sum()
 
 
 def resolve_prior(prior: str | Sequence[float], train_counts: Sequence[int]) -> np.ndarray:
-    """(C,) probabilities of the class prior that a classifier embodies, as an export names it.
+    """Resolve the class prior that an export stores to (C,) float64 probabilities.
 
     Args:
-        prior: `train` for the prior of the training set, `uniform`, or C probabilities.
+        prior: `train` for the prior of the training set, `uniform`, or (C,) weights; zero is replaced by 5e-7 of the sum.
         train_counts: (C,) training images per class.
     """
     if prior == 'uniform':
         return normalized(np.ones(len(train_counts)))
     if prior == 'train':
         return normalized(train_counts)
-    shares = np.asarray(prior, dtype=np.float64)
-    return shares / shares.sum()
+    weights = np.asarray(prior, dtype=np.float64)
+    weights = np.where(weights > 0, weights, 0.5 / PRIOR_IMAGES * weights.sum())
+    return weights / weights.sum()
 
 
 def prior_shift(source: Sequence[float], target: Sequence[float]) -> Tensor:
-    """What to add to logits learnt under one class prior to use them under another: log π_target - log π_source.
+    """Adjustment of logits from one class prior to another: log π_target - log π_source.
 
     Logit adjustment (Menon et al., arXiv 2007.07314; Saerens et al. 2002).
 
     Args:
-        source: (C,) probabilities the classifier embodies.
-        target: (C,) probabilities it will meet.
+        source: (C,) probabilities that the classifier embodies.
+        target: (C,) probabilities of the test images.
 
     Returns:
-        (C,) float32, zero where nothing changes.
+        (C,) float32 to add to the logits.
     """
     return torch.from_numpy(np.log(np.asarray(target)) - np.log(np.asarray(source))).float()
 
 
 class AdjustedModel(nn.Module):
-    """A model whose logits are averaged over the mirrored image and moved to another class prior.
+    """Wrap a model with flip test-time augmentation and an adjustment to another class prior.
 
     Args:
-        model: Images -> (B, C) logits.
-        shift: (C,) of `prior_shift`, or None.
+        model: Module from (B, c, H, W) images to (B, C) logits.
+        shift: (C,) result of `prior_shift`, or None.
         flip: Average the logits of image and mirror image.
     """
 

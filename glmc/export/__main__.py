@@ -1,4 +1,4 @@
-"""`python -m glmc.export CHECKPOINT [FOLDER]`: export again, from a checkpoint alone."""
+"""`python -m glmc.export CHECKPOINT [FOLDER]`: export the model of a checkpoint."""
 import sys
 
 from glmc.export.export import main

@@ -1,4 +1,4 @@
-"""Export: the bare backbone as an ordinary timm model folder, and what was measured on it.
+"""Export of the bare backbone as an ordinary timm model folder with its metrics.
 
     python -m glmc.export CHECKPOINT [FOLDER]    exports again, from a checkpoint alone
 """
@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import timm
@@ -15,8 +14,8 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from glmc.cli import Parser
-from glmc.errors import InputError
+from glmc.cli import Parser, run_script
+from glmc.errors import InputError, RunError, first_line
 from glmc.export.card import write_card
 from glmc.models.backbone import create_backbone
 from glmc.training.checkpoint import load_checkpoint
@@ -25,59 +24,82 @@ from glmc.training.checkpoint import load_checkpoint
 def export_model(
         folder: str | Path, model: nn.Module, *, data_config: dict, class_names: list[str], metrics: dict,
         source: dict | None = None) -> Path:
-    """Write `model.safetensors`, `config.json`, `metrics.json` and the model card, read back and compared.
+    """Write weights, config.json, metrics.json and the model card, then load them and compare the logits bit for bit.
 
     Args:
-        folder: Where to; an earlier export there is replaced once the new one is proved.
+        folder: Target; an earlier export there is replaced once the new one is verified.
         model: Bare timm model.
-        data_config: timm's, of the evaluation: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        data_config: timm's data config of the evaluation: input_size, mean, std, interpolation, crop_pct, crop_mode.
         class_names: C names.
-        metrics: What `metrics.json` says.
-        source: More for the root of config.json: `method`, `profile`, `prior`, `precision`, `recipe`, `license`,
-            `base_model`.
+        metrics: Content of metrics.json.
+        source: `glmc` entry of config.json: `method`, `profile`, `prior` ('train', 'uniform' or C weights), `precision`,
+            `recipe`, `license`, `base_model`.
 
     Returns:
         The folder.
 
     Raises:
-        RuntimeError: If what was read back does not give the same logits, bit for bit.
+        RunError: If the written files cannot be loaded or give other logits; an earlier export is kept.
+        OSError: If a file cannot be written; an earlier export is kept.
     """
     folder = Path(folder)
-    beside = folder.with_name(folder.name + '.tmp')
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, value in model.state_dict().items()}
-    save_file(tensors, beside / 'model.safetensors', metadata={'format': 'pt'})
-    os.chmod(beside / 'model.safetensors', (beside.stat().st_mode & 0o666))
-    config = dict(
-        label_names=list(class_names), glmc=source or {}, pretrained_cfg=dict(
-            tag='glmc', license=(source or {}).get('license'), origin_url=None, paper_ids=None, hf_hub_id=None))
-    save_config_for_hf(model, str(beside / 'config.json'), model_config=config, data_config=data_config)
-    (beside / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-    write_card(beside)
-    verify_export(beside, model)
+    partial = folder.with_name(folder.name + '.tmp')
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_files(partial, model, data_config, class_names, metrics, source or {})
+        error = verify_export(partial, model)
+        if error:
+            raise RunError(f'{folder}: not exported: {error}; an earlier export and the checkpoints are unchanged; '
+                           '`python -m glmc.export CHECKPOINT FOLDER` tries again from a checkpoint')
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    os.replace(partial, folder)
     return folder
 
 
+def _write_files(
+        folder: Path, model: nn.Module, data_config: dict, class_names: list[str], metrics: dict, source: dict) -> None:
+    folder.mkdir(parents=True)
+    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+               for name, value in model.state_dict().items()}
+    save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
+    os.chmod(folder / 'model.safetensors', (folder.stat().st_mode & 0o666))
+    config = dict(label_names=list(class_names), glmc=source, pretrained_cfg=dict(
+        tag='glmc', license=source.get('license'), origin_url=None, paper_ids=None, hf_hub_id=None))
+    save_config_for_hf(model, str(folder / 'config.json'), model_config=config, data_config=data_config)
+    (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    write_card(folder)
+
+
 @torch.no_grad()
-def verify_export(folder: Path, model: nn.Module) -> None:
-    """Load the folder as a user would and compare logits on two random images, in float32 on the CPU."""
-    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    size = timm.data.resolve_model_data_config(loaded)['input_size']
-    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+def verify_export(folder: Path, model: nn.Module) -> str | None:
+    """Load the folder as a user would and compare the logits of two random images, in float32 on the CPU.
+
+    Returns:
+        The error in words, or None if the logits are equal bit for bit.
+    """
     reference = copy.deepcopy(model).to('cpu', torch.float32, memory_format=torch.contiguous_format).eval()
-    if not torch.equal(reference(images), loaded(images)):
-        raise RuntimeError(f'{folder}: the exported model does not give the logits of the trained one')
+    try:
+        loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        size = timm.data.resolve_model_data_config(loaded)['input_size']
+        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+        equal = torch.equal(reference(images), loaded(images))
+    except Exception as error:  # timm and the model raise anything
+        return f'the written files cannot be loaded: {first_line(error).rstrip(":")}'
+    return None if equal else 'the loaded model gives other logits than the trained one, or NaN'
 
 
 def export_checkpoint(checkpoint: str | Path, folder: str | Path | None = None) -> Path:
-    """Export the model of a checkpoint, by default to `export` beside the checkpoint's folder.
+    """Export the model of a checkpoint, by default to `export` beside the folder of the checkpoint.
+
+    Returns:
+        The folder.
 
     Raises:
         InputError: If the checkpoint cannot be read or `folder` exists.
+        RunError: If the export cannot be verified.
     """
     checkpoint = Path(checkpoint)
     folder = Path(folder or checkpoint.parent.parent / 'export')
@@ -91,13 +113,12 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path | None = None) 
 
 
 def main() -> int:
+    """Run `python -m glmc.export` and return its exit code."""
     parser = Parser(prog='python -m glmc.export', description='Export the model of a checkpoint.')
     parser.add_argument('checkpoint', help='.safetensors file of a run')
-    parser.add_argument('folder', nargs='?', help='where to; default: export/ of the run')
-    args = parser.parse_args()
-    try:
+    parser.add_argument('folder', nargs='?', help='target folder; default: export/ of the run')
+
+    def export() -> None:
+        args = parser.parse_args()
         print(export_checkpoint(args.checkpoint, args.folder))
-    except InputError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    return run_script(export)

@@ -1,4 +1,4 @@
-"""The losses: one free function per equation, and modules that hold what a loss takes from the class counts."""
+"""Losses: one free function per equation, and modules that hold class weights, margins and priors."""
 from glmc.losses.classification import (
     ClassBalancedFocalLoss,
     DeferredReweighting,

@@ -1,4 +1,4 @@
-"""The losses: one free function per equation, and modules that hold what a loss takes from the class counts."""
+"""Classification losses: one free function per equation, and modules that hold class weights, margins and priors."""
 from collections.abc import Sequence
 
 import torch
@@ -13,10 +13,10 @@ def effective_number_weights(counts: Sequence[int], beta: float = 0.9999) -> Ten
 
 
 def prior_adjustment(counts: Sequence[int], tau: float = 1.0) -> Tensor:
-    """What logit adjustment adds to the logits, τ·log π_c with π_c = n_c / Σ n (Menon et al., arXiv 2007.07314, Eq. 10).
+    """Term that logit adjustment adds to the logits, τ·log π_c, π_c = n_c / Σ n (Menon et al., arXiv 2007.07314, Eq. 10).
 
     Returns:
-        (C,) float32; zero for τ = 0, the same for all classes where all have the same number of images.
+        (C,) float32; zero for τ = 0, and equal for all classes if all have equally many images.
     """
     counts = torch.as_tensor(counts, dtype=torch.float64)
     return (tau * (counts / counts.sum()).log()).float()
@@ -90,14 +90,14 @@ class LogitAdjustedLoss(nn.Module):
 
 
 class DeferredReweighting(nn.Module):
-    """Cross-entropy that weighs classes by their effective number from a certain epoch on (DRW; arXiv 1906.07413).
+    """Cross-entropy with class weights by effective number from a certain epoch on (DRW; arXiv 1906.07413).
 
-    The mean is torch's, divided by the weights of the batch.
+    The mean is torch's weighted mean, over the sum of the weights of the batch.
 
     Args:
         counts: (C,) training images per class.
         effective_beta: β of the effective number.
-        drw_start: Part of the epochs in which all classes weigh the same; 160 of 200 in the paper.
+        drw_start: Fraction of the epochs with equal weights; 160 of 200 epochs in the paper.
     """
 
     def __init__(self, counts: Sequence[int], effective_beta: float = 0.9999, drw_start: float = 0.8):
@@ -107,7 +107,7 @@ class DeferredReweighting(nn.Module):
         self.register_buffer('class_weight', torch.ones(len(counts)), persistent=False)  # filled: nothing is compiled anew
 
     def set_progress(self, progress: float) -> None:
-        """Choose the weights for T/T_max = progress in [0, 1)."""
+        """Set the weights for T/T_max = progress in [0, 1)."""
         started = progress >= self.drw_start
         self.class_weight.copy_(self.deferred_weight if started else torch.ones_like(self.deferred_weight))
 
@@ -121,7 +121,7 @@ class LDAMLoss(DeferredReweighting):
     Args:
         counts, effective_beta, drw_start: As those of `DeferredReweighting`.
         ldam_margin: Margin of the smallest class.
-        cosine_scale: s, of the classifier whose logits s·cos come in.
+        cosine_scale: s of the cosine classifier that gives the logits s·cos.
     """
 
     def __init__(self, counts: Sequence[int], effective_beta: float = 0.9999, drw_start: float = 0.8,

@@ -1,4 +1,4 @@
-"""Backbone, training-only heads, and the record of what they give for one view."""
+"""Creation of timm backbones."""
 import difflib
 
 import timm
@@ -11,15 +11,15 @@ from glmc.errors import InputError, first_line
 def create_backbone(
         name: str, num_classes: int, img_size: int | None = None, in_chans: int | None = None,
         checkpoint_path: str | None = None, **kwargs) -> nn.Module:
-    """`timm.create_model` with the image size passed on to the models that need it, and errors a user can act on.
+    """Create a timm model, with the image size for models that need it, and errors a user can act on.
 
     Args:
         name: timm architecture, `hf-hub:…` or `local-dir:…`.
-        num_classes: C.
+        num_classes: C classes.
         img_size: Side in pixels; None for the model's own.
         in_chans: Image channels; None for the model's own.
         checkpoint_path: Weights to start from (`--initial-checkpoint`).
-        **kwargs: For `timm.create_model`; None is left out.
+        **kwargs: More arguments of `timm.create_model`; None is omitted.
 
     Raises:
         InputError: If timm does not know the model or cannot create it with these options.
@@ -40,7 +40,7 @@ def create_backbone(
 def _load_initial_checkpoint(model: nn.Module, path: str) -> None:
     try:
         load_checkpoint(model, path, weights_only=True)
-    except Exception as error:  # whatever a foreign file makes torch or safetensors raise
+    except Exception as error:  # a foreign file makes torch and safetensors raise anything
         raise InputError(
             f'--initial-checkpoint {path}: expected weights of this model, found: {first_line(error)}') from error
 

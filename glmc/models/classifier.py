@@ -1,4 +1,4 @@
-"""The backbone's classifier: what it takes, what is put into it, and modules that fold into it."""
+"""The classifier of a backbone: checks, changes, and modules with another classifier that folds into it."""
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -11,7 +11,7 @@ from glmc.errors import InputError, first_line
 
 @torch.no_grad()
 def classifies_pre_logits(backbone: nn.Module) -> bool:
-    """Whether classifier(pre_logits) gives the model's own logits, found out once with two random images.
+    """Whether classifier(pre_logits) equals the model's own logits, by a test with two random images.
 
     Raises:
         InputError: If the backbone has no classifier.
@@ -35,17 +35,17 @@ def classifies_pre_logits(backbone: nn.Module) -> bool:
 
 
 def linear_classifier(backbone: nn.Module) -> nn.Linear:
-    """The backbone's classifier, one linear layer with a bias on the pooled features.
+    """Classifier of a backbone that is one linear layer with a bias on the pooled features.
 
     Raises:
-        InputError: If it is several heads, a convolution, without a bias, or takes more than the pooled features.
+        InputError: If it has several heads, is a convolution, has no bias, or needs more than the pooled features.
     """
     fits = classifies_pre_logits(backbone)
     classifier = backbone.get_classifier()
     if not isinstance(classifier, nn.Linear):
         found = f'{len(classifier)} heads' if isinstance(classifier, tuple) else type(classifier).__name__
     elif not fits:
-        found = 'more between the two'
+        found = 'other layers between the two'
     elif classifier.bias is None:
         found = 'one without a bias'
     else:
@@ -56,7 +56,7 @@ def linear_classifier(backbone: nn.Module) -> nn.Linear:
 
 @contextmanager
 def _random_classifier(backbone: nn.Module, generator: torch.Generator):
-    """The backbone in eval mode with a random classifier: with weights of 0, which some start from, wrong looks right."""
+    """Backbone in eval mode with a random classifier; some start with weights of 0, which would pass any test."""
     classifier = backbone.get_classifier() if hasattr(backbone, 'get_classifier') else None
     if classifier is None:
         raise _encoder_error(backbone)
@@ -76,12 +76,12 @@ def _random_classifier(backbone: nn.Module, generator: torch.Generator):
 
 @contextmanager
 def float32_classifier(model: nn.Module):
-    """The model with a classifier that computes in float32 whatever autocast says, as long as the block lasts.
+    """Let the classifier of a model compute in float32 within the block, whatever autocast says.
 
-    Logits in bfloat16 have 8 bits, and in many an image two classes share the highest one.
+    Logits in bfloat16 have 8 bits, so that two classes often share the highest one.
 
     Args:
-        model: timm's, or one that passes `get_classifier` on.
+        model: A timm model, or a wrapper with `get_classifier`.
     """
     classifier = model.get_classifier()
     parts = classifier if isinstance(classifier, (tuple, nn.ModuleList)) else [classifier]  # some have several heads
@@ -110,28 +110,28 @@ def _name(backbone: nn.Module) -> str:
 
 
 class Folding:
-    """A module whose classifier folds into that of its `backbone`."""
+    """Mixin for a module whose classifier folds into that of its `backbone`."""
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """(C, D) weight and (C,) bias of the linear classifier."""
+        """(C, D) weight and (C,) bias of the folded classifier."""
         raise NotImplementedError
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Set the backbone's own classifier."""
+        """Write the folded classifier into the backbone's own."""
         set_classifier(self.backbone, *self.folded())
 
 
 class FoldedModule(Folding, nn.Module):
     """A backbone trained with a classifier of another form, which folds into the backbone's own linear one.
 
-    The backbone's classifier is not trained, only set by `fold`; so the backbone alone is what is evaluated and exported.
+    `fold` sets the backbone's own classifier, which is not trained; the backbone alone is evaluated and exported.
 
     Args:
         backbone: Any timm model whose classifier is one linear layer on the pooled features.
 
     Raises:
-        InputError: If it is not.
+        InputError: If the classifier is something else.
     """
 
     def __init__(self, backbone: nn.Module):
@@ -141,13 +141,13 @@ class FoldedModule(Folding, nn.Module):
         linear_classifier(backbone).requires_grad_(False)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pooled features r (B, D)."""
+        """(B, D) pooled features r."""
         return self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
 
 
 @torch.no_grad()
 def set_classifier(backbone: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Put these (C, D) weights and (C,) biases into the backbone's linear classifier."""
+    """Set the (C, D) weight and the (C,) bias of the backbone's linear classifier."""
     classifier = backbone.get_classifier()
     classifier.weight.copy_(weight)
     classifier.bias.copy_(bias)
@@ -155,7 +155,7 @@ def set_classifier(backbone: nn.Module, weight: Tensor, bias: Tensor) -> None:
 
 @torch.no_grad()
 def cap_norms(weight: Tensor, max_norm: float | Tensor) -> Tensor:
-    """Rows of (C, D) weights scaled down to norm δ where they are longer (MaxNorm; arXiv 2203.14197, Eq. 5; GLMC Eq. 13)."""
+    """(C, D) weights with rows scaled down to norm δ if they are longer (MaxNorm; arXiv 2203.14197, Eq. 5; GLMC Eq. 13)."""
     return weight * (max_norm / weight.norm(dim=1, keepdim=True)).clamp(max=1)
 
 

@@ -1,4 +1,4 @@
-"""Classifiers of another form that fold into the backbone's own linear one, and what is done to the rows of that."""
+"""Cosine classifiers, which fold into the backbone's own linear one."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,11 +22,11 @@ class CosineClassifier(nn.Module):
 class CosineModule(FoldedModule):
     """A backbone with a cosine classifier.
 
-    s·cos(r, w) = (s / |r|)·ŵ·r: a linear classifier up to the norm of r, which no class depends on. Folded, with the mean
-    norm of the training features in place of |r|, it ranks the classes of every image alike; how sure it is differs.
+    s·cos(r, w) = (s / |r|)·ŵ·r is linear in r but for the norm |r|, which is the same for all classes. The folded classifier
+    uses the mean norm of the training features for |r|: it ranks the classes of every image alike, with other confidence.
 
     Args:
-        backbone: As of `FoldedModule`.
+        backbone: As that of `FoldedModule`.
         cosine_scale: s.
     """
 
@@ -47,12 +47,12 @@ class CosineModule(FoldedModule):
 
 
 class CosineGLMCModule(Folding, GLMCModule):
-    """GLMC with cosine classifiers, of which the rebalanced one folds into the backbone's as that of `CosineModule` does.
+    """GLMC with cosine classifiers; the rebalanced one folds into the backbone's own, as in `CosineModule`.
 
     Args:
-        backbone: As of `FoldedModule`.
-        cosine_scale: s of both.
-        projection_dim, joint_forward: As of `GLMCModule`.
+        backbone: As that of `FoldedModule`.
+        cosine_scale: s of both classifiers.
+        projection_dim, joint_forward: As those of `GLMCModule`.
     """
 
     def __init__(self, backbone: nn.Module, cosine_scale: float = 30.0, projection_dim: int = 256,

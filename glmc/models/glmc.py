@@ -9,7 +9,7 @@ from glmc.models.classifier import classifies_pre_logits
 
 
 class ViewOutput(NamedTuple):
-    """What GLMCModule gives for one view."""
+    """Outputs of GLMCModule for one view."""
     logits: Tensor | None  # (B, C) conventional classifier; None on balanced data, where there is only one
     rebalanced_logits: Tensor  # (B, C) the backbone's own classifier
     projection: Tensor  # (B, d) h
@@ -17,16 +17,16 @@ class ViewOutput(NamedTuple):
 
 
 class GLMCModule(nn.Module):
-    """A timm backbone whose own classifier is the rebalanced one, with the heads that only training needs.
+    """A timm backbone, whose own classifier is the rebalanced one, with heads that only training needs.
 
     r = E(x); conventional classifier c(r), projection h = proj(r), prediction u = pred(h), all single linear layers
-    (GLMC section 3.1). Export keeps the backbone and drops what is beside it.
+    (GLMC section 3.1). Export keeps the backbone and drops the heads.
 
     Args:
         backbone: Any timm model with a classifier.
         projection_dim: d.
-        balanced: Leave out the conventional classifier; the backbone's own takes its place.
-        joint_forward: Encode both views as one batch of 2B, BatchNorm statistics over both.
+        balanced: Omit the conventional classifier, for balanced data; the backbone's own one takes its role.
+        joint_forward: Encode both views as one batch of 2B, with BatchNorm statistics over both.
 
     Raises:
         InputError: If the backbone is an encoder without a classifier.
@@ -45,38 +45,42 @@ class GLMCModule(nn.Module):
 
     def forward(
             self, global_view: Tensor, local_view: Tensor,
-            shares: tuple[Tensor, Tensor] | None = None) -> tuple[ViewOutput, ViewOutput]:
-        """Both views, each (B, c, H, W); each in a forward pass of its own, as in the paper, unless `joint_forward`.
+            gradient_scales: tuple[Tensor, Tensor] | None = None) -> tuple[ViewOutput, ViewOutput]:
+        """Outputs for both views, in one forward pass per view as in the paper, or in one for both with `joint_forward`.
 
-        Two scalars multiply what reaches the encoder of the gradients of the conventional and of the rebalanced classifier;
-        the outputs are the same.
+        Args:
+            global_view, local_view: (B, c, H, W).
+            gradient_scales: Factors of the gradients that the conventional and the rebalanced classifier send to the
+                encoder, two scalars; the outputs do not depend on them. None for 1.
         """
         if self.joint_forward:
-            both = self.forward_view(torch.cat([global_view, local_view]), shares)
+            both = self.forward_view(torch.cat([global_view, local_view]), gradient_scales)
             halves = [(None, None) if output is None else output.chunk(2) for output in both]
             return tuple(ViewOutput(*half) for half in zip(*halves, strict=True))
-        return self.forward_view(global_view, shares), self.forward_view(local_view, shares)
+        return self.forward_view(global_view, gradient_scales), self.forward_view(local_view, gradient_scales)
 
-    def forward_view(self, images: Tensor, shares: tuple[Tensor, Tensor] | None = None) -> ViewOutput:
-        """One view; where the backbone's classifier takes more than the pooled features, its head runs twice, and head
-        drop-out draws two masks."""
+    def forward_view(self, images: Tensor, gradient_scales: tuple[Tensor, Tensor] | None = None) -> ViewOutput:
+        """Outputs for one view of (B, c, H, W) images.
+
+        If the backbone's classifier needs more than the pooled features, its head runs twice, with two drop-out masks.
+        """
         features = self.backbone.forward_features(images)
         pre_logits = self.backbone.forward_head(features, pre_logits=True)  # (B, D)
         projection = self.projector(pre_logits)  # (B, d)
-        conventional, rebalanced = shares or (None, None)
+        conventional, rebalanced = gradient_scales or (None, None)
         logits = None if self.classifier is None else self.classifier(scale_gradient(pre_logits, conventional))
         rebalanced_logits = self.rebalanced_logits(features, pre_logits, rebalanced)
         return ViewOutput(logits, rebalanced_logits, projection, self.predictor(projection))
 
     def rebalanced_logits(self, features: Tensor | Sequence[Tensor], pre_logits: Tensor, factor: Tensor | None) -> Tensor:
-        """(B, C) of the backbone's own classifier, whose gradient to the features is multiplied by `factor`."""
+        """(B, C) logits of the backbone's own classifier, whose gradient to the features is multiplied by `factor`."""
         if self.single_pass:
             return self.backbone.get_classifier()(scale_gradient(pre_logits, factor))
         return self.backbone.forward_head(scale_gradient(features, factor))
 
 
 def scale_gradient(features: Tensor | Sequence[Tensor], factor: Tensor | None) -> Tensor | Sequence[Tensor]:
-    """The same features, to the bit, whose gradient is multiplied by a scalar; None leaves all as it is."""
+    """Features, bit for bit the same, whose gradient is multiplied by a scalar; None for 1."""
     if factor is None:
         return features
     if not isinstance(features, Tensor):

@@ -1,1 +1,1 @@
-"""The report of a result: figures, pictures, HTML, and trackers."""
+"""Reports of results: figures, pictures, HTML, comparison, trackers."""

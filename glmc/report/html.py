@@ -1,4 +1,4 @@
-"""HTML of a report: every piece a function, every text escaped, no script and nothing to fetch."""
+"""HTML of a report: escaped text, no script, no external file."""
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -34,9 +34,9 @@ th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); }
 td { overflow-wrap: anywhere; }
 td:first-child { min-width: 7.5rem; }
 th:not(:first-child), td:not(:first-child) { text-align: right; }
-.facts td:nth-child(2) { text-align: left; font-family: ui-monospace, monospace; font-size: .82rem; }
-.facts td:first-child { min-width: 0; white-space: nowrap; color: var(--soft); vertical-align: top; }
-.facts thead { display: none; }
+.metadata td:nth-child(2) { text-align: left; font-family: ui-monospace, monospace; font-size: .82rem; }
+.metadata td:first-child { min-width: 0; white-space: nowrap; color: var(--soft); vertical-align: top; }
+.metadata thead { display: none; }
 .whole { white-space: nowrap; }
 .bar { display: inline-block; height: .5rem; background: var(--accent); border-radius: 3px; margin-right: .5rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: 1rem; }
@@ -48,8 +48,14 @@ th:not(:first-child), td:not(:first-child) { text-align: right; }
 """
 
 
-def page(title: str, subtitle: str, parts: Iterable[str]) -> str:
-    """A whole page."""
+def html_document(title: str, subtitle: str, parts: Iterable[str]) -> str:
+    """Return a complete HTML document.
+
+    Args:
+        title: Heading and window title, as plain text.
+        subtitle: Line below the heading, as plain text.
+        parts: HTML of the body; empty parts are dropped.
+    """
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
             f'<style>{CSS}</style></head>\n<body><main><h1>{escape(title)}</h1><p>{escape(subtitle)}</p>\n'
@@ -57,39 +63,46 @@ def page(title: str, subtitle: str, parts: Iterable[str]) -> str:
 
 
 def tiles(numbers: dict[str, str]) -> str:
-    """Large numbers in a row."""
+    """Return a row of large numbers; label -> value."""
     cells = (f'<div><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in numbers.items())
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
 def figure(title: str, svg: str) -> str:
+    """Return a titled figure."""
     return f'<figure><h2>{escape(title)}</h2>{svg}</figure>'
 
 
 def columns(*parts: str) -> str:
-    """Side by side where there is room."""
+    """Return parts side by side, or below each other on a narrow screen."""
     return f'<div class="columns">{"".join(parts)}</div>'
 
 
 def section(title: str, content: str) -> str:
+    """Return a titled box; the content is HTML."""
     return f'<section><h2>{escape(title)}</h2>{content}</section>'
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """HTML that `table` does not escape."""
 
 
-def bars(percent: float) -> Html:
-    """A number with a bar as long as it."""
+def bar(percent: float) -> Html:
+    """Return a number with a bar of proportional length."""
     return Html(f'<span class="whole"><span class="bar" style="width:{percent * 0.6:.0f}px"></span>{percent:.1f}</span>')
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """A table; numbers to the right, first column to the left. Without a head it is a list of facts."""
-    cells = ''.join(f'<th>{escape(text)}</th>' for text in head)
+    """Return a table, first column left-aligned, numbers right-aligned.
+
+    Args:
+        head: Column titles; all empty for a list of names and values.
+        rows: Cells; text is escaped unless it is Html.
+    """
+    titles = ''.join(f'<th>{escape(text)}</th>' for text in head)
     body = ''.join('<tr>' + ''.join(f'<td>{_cell(value)}</td>' for value in row) + '</tr>' for row in rows)
-    kind = '' if any(head) else ' class="facts"'
-    return f'<table{kind}><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>'
+    kind = '' if any(head) else ' class="metadata"'
+    return f'<table{kind}><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _cell(value) -> str:
@@ -99,7 +112,7 @@ def _cell(value) -> str:
 
 
 def picture_section(title: str, text: str, pictures: Sequence[Picture]) -> str:
-    """A grid of pictures; nothing where there are none."""
+    """Return a titled grid of pictures below a line of text; empty without pictures."""
     if not pictures:
         return ''
     return section(title, f'<p>{escape(text)}</p><div class="pictures">{"".join(map(_picture, pictures))}</div>')

@@ -1,4 +1,4 @@
-"""Pictures of a report: what the net was most surely wrong about, and what it sees while it trains."""
+"""Pictures of a report: the most confident mistakes and the training inputs."""
 import base64
 import io
 import unicodedata
@@ -17,18 +17,18 @@ from glmc.training.engine import step_generator
 HIDDEN = ('Cc', 'Cf', 'Cs', 'Co', 'Cn')  # Unicode's control, direction, unpaired and unassigned characters
 JOINERS = '\u200c\u200d'  # of several scripts and of emoji
 SIDE = 160  # longest side of a picture, in pixels
-LONGEST = 60  # characters of a name that are shown; the tables beside the report have it in full
-SMALL = 64  # pictures up to this side are shown pixel by pixel
+MAX_LENGTH = 60  # characters of a name in the report; per_class.csv and confused_pairs.csv contain it in full
+SMALL = 64  # longest side, in pixels, of pictures that are enlarged without smoothing
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Images that belong together, and what they are.
+    """One or several images with a caption.
 
     Args:
-        images: One above the other.
-        caption: First line.
-        detail: Second line.
+        images: Images, shown one above the other.
+        caption: First line of text.
+        detail: Second line of text.
     """
     images: Sequence[Image.Image]
     caption: str
@@ -37,50 +37,61 @@ class Picture:
 
 def worst_mistakes(
         images: ImageSet, predictions: Predictions, class_names: Sequence[str], limit: int = 16) -> list[Picture]:
-    """The images that the model was surest about and wrong, with their file names."""
+    """Return the misclassified images of the highest confidence, captioned with classes and file name.
+
+    Args:
+        images: Evaluated images.
+        predictions: Predictions of every image, in the order of `images`.
+        class_names: C names.
+        limit: Maximal number of pictures.
+    """
     wrong = np.flatnonzero(predictions.labels != predictions.predicted)
     chosen = wrong[np.argsort(-predictions.confidence[wrong], kind='stable')][:limit]
-    return [_mistake(images, index, predictions, class_names) for index in chosen.tolist()]
+    pictures = []
+    for index in chosen.tolist():
+        image = images.image(index)
+        image.thumbnail((SIDE, SIDE))
+        label, predicted = (class_names[classes[index]] for classes in (predictions.labels, predictions.predicted))
+        caption = (f'{display_name(label)} predicted as {display_name(predicted)} '
+                   f'({100 * predictions.confidence[index]:.0f} %)')
+        pictures.append(Picture([image], caption, display_name(images.names[index], keep_end=True)))
+    return pictures
 
 
-def _mistake(images: ImageSet, index: int, predictions: Predictions, class_names: Sequence[str]) -> Picture:
-    image = images.image(index)
-    image.thumbnail((SIDE, SIDE))
-    label, predicted = (shown(class_names[c]) for c in (predictions.labels[index], predictions.predicted[index]))
-    confidence = 100 * predictions.confidence[index]
-    caption = f'{label}, taken for {predicted} ({confidence:.0f} %)'
-    return Picture([image], caption, shown(images.names[index], keep_end=True))
+def display_name(name, max_length: int = MAX_LENGTH, keep_end: bool = False) -> str:
+    """Return a name on one line, shortened, with control characters and changes of direction replaced.
 
-
-def shown(name, longest: int = LONGEST, keep_end: bool = False) -> str:
-    """A name as a reader can take it: one line, not endless, nothing that turns the text around it."""
+    Args:
+        name: Any text or value.
+        max_length: Maximal number of characters.
+        keep_end: Shorten at the start, as for paths.
+    """
     line = ' '.join(str(name).split())
     text = ''.join('\ufffd' if unicodedata.category(c) in HIDDEN and c not in JOINERS else c for c in line)
-    if len(text) > longest:
-        text = f'…{text[1 - longest:]}' if keep_end else f'{text[:longest - 1]}…'
+    if len(text) > max_length:
+        text = f'…{text[1 - max_length:]}' if keep_end else f'{text[:max_length - 1]}…'
     return text or '(no name)'
 
 
 @torch.no_grad()
 def mixed_views(loader, mixer, class_names: Sequence[str], seed: int, epoch: int, limit: int = 8) -> list[Picture]:
-    """Inputs of the net as training makes them: by its loader and its mixer, the global view above the local one.
+    """Inputs of the net as training makes them, the global view above the local one.
 
     Args:
-        loader: Of the training.
-        mixer: Of the method.
+        loader: The training loader.
+        mixer: The mixer of the method, on the loader's device.
         class_names: C names.
-        seed, epoch: Whose random numbers are used.
-        limit: Pictures, each from a mixture of its own.
+        seed, epoch: Seed and epoch of the random numbers.
+        limit: Number of pictures, each with its own mixture.
     """
-    loader.set_epoch(epoch)
-    views, labels = next(iter(loader))
+    views, labels, _ = next(loader.epoch(epoch))
     views, labels = views[:limit], labels[:limit]
     pictures = []
     for k in range(len(views)):
-        mixture = mixer.sample_params(len(views), views.shape[-2:], step_generator(seed, epoch, k))
-        inputs, targets = mixer(views, labels, mixture if mixture is None else mixture.to(views.device))
+        params = mixer.sample_params(len(views), views.shape[-2:], step_generator(seed, epoch, k))
+        inputs, targets = mixer(views, labels, params if params is None else params.to(views.device))
         inputs, targets = _as_tuple(inputs), _as_tuple(targets)
-        images = [to_image(_pixels(image[k], loader)) for image in inputs]
+        images = [to_image(image[k].float()) for image in inputs]
         names = ' | '.join(dict.fromkeys(describe_target(target[k], class_names) for target in targets))
         pictures.append(Picture(images, names))
     return pictures
@@ -90,14 +101,8 @@ def _as_tuple(value) -> tuple:
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
-def _pixels(image: Tensor, loader) -> Tensor:
-    """(c, H, W) in 0…255; random erasing hands out normalised images."""
-    normalize = getattr(getattr(loader, 'loader', None), 'normalize', None)
-    return image.float() if normalize is None else image * normalize.std + normalize.mean
-
-
 def to_image(pixels: Tensor) -> Image.Image:
-    """PIL image of (c, H, W) values in 0…255."""
+    """Create a PIL image from (c, H, W) values in 0…255."""
     array = pixels.clamp(0, 255).round().to('cpu', torch.uint8).permute(1, 2, 0).numpy()
     image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
     image.thumbnail((SIDE, SIDE))
@@ -105,17 +110,22 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def describe_target(target: Tensor, class_names: Sequence[str]) -> str:
-    """A label, or the two largest parts of a soft one."""
+    """Return the class of a label, or the two largest weights of a soft label with their classes.
+
+    Args:
+        target: Scalar class or (C,) class probabilities.
+        class_names: C names.
+    """
     if target.ndim == 0:
-        return shown(class_names[int(target)])
+        return display_name(class_names[int(target)])
     weights, classes = target.float().topk(min(2, len(target)))
-    parts = [f'{weight:.2f} {shown(class_names[c])}' for weight, c in zip(weights.tolist(), classes.tolist(), strict=True)
-             if weight > 0.005]
-    return ' + '.join(parts)
+    return ' + '.join(
+        f'{weight:.2f} × {display_name(class_names[c])}'
+        for weight, c in zip(weights.tolist(), classes.tolist(), strict=True) if weight > 0.005)
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image inside a page: lossless where it is small."""
+    """Encode an image for an HTML page: PNG up to SMALL pixels a side, JPEG above."""
     file, small = io.BytesIO(), max(image.size) <= SMALL
     image.save(file, 'PNG') if small else image.convert('RGB').save(file, 'JPEG', quality=85)
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"

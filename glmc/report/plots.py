@@ -1,4 +1,4 @@
-"""Figures of a report, for one result or several side by side; each shows 8,142 classes as well as 10."""
+"""Plots of a report for one or several results, readable with 10 or 8,142 classes."""
 import io
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLoc
 
 from glmc.evaluation.metrics import Predictions
 
-INK, GRID = '#1a1c20', '#c9ccd1'  # in SVG both follow the page's colours
+INK, GRID = '#1a1c20', '#c9ccd1'  # in SVG both are replaced by colours of the HTML
 SERIES = ('#2f7fc1', '#d1495b', '#3a9e6c', '#b07d1e', '#8a63c9', '#3aa0a8', '#c9639a', '#7d8590')
 SHOT_COLOURS = {'many': '#2f7fc1', 'medium': '#b07d1e', 'few': '#d1495b'}
 STYLE = {
@@ -23,12 +23,18 @@ STYLE = {
     'axes.spines.right': False, 'font.size': 11, 'legend.frameon': False, 'svg.fonttype': 'none', 'lines.linewidth': 1.8,
 }
 THOUSANDS = FuncFormatter(lambda value, _: f'{value:,.0f}')
-MAX_CELLS = 100  # rows and columns of the confusion matrix; more classes share a cell
-CROWDED = 300  # points from which on they are drawn small and faint, as one bitmap inside the SVG
+MAX_CELLS = 100  # rows and columns of the confusion matrix; with more classes several share a cell
+CROWDED = 300  # more points than this are small and faint, one bitmap inside the SVG
 
 
 def make_figure(plot: Callable[..., None], *args, size: tuple[float, float] = (4.8, 3.4)) -> Figure:
-    """A figure with one plot on it, in the report's style."""
+    """Create a figure in the report's style and draw one plot on it.
+
+    Args:
+        plot: Function of the axes and `args`.
+        *args: Further arguments of the function.
+        size: Width and height in inches.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout='constrained', facecolor='white')
         plot(figure.add_subplot(), *args)
@@ -36,23 +42,29 @@ def make_figure(plot: Callable[..., None], *args, size: tuple[float, float] = (4
 
 
 def as_svg(figure: Figure) -> str:
-    """SVG to be put into a page: transparent, its ink and grid in the page's colours."""
+    """Return a figure as inline SVG, transparent, with text and grid in the colours of the HTML."""
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(file, format='svg', transparent=True, dpi=144, metadata={'Date': None})
-        figure.set_layout_engine('none')  # the layout is found, the next format need not look for it
+        figure.set_layout_engine('none')  # keeps the layout for the next format
     text = file.getvalue()
     return text[text.index('<svg'):].replace(INK, 'currentColor').replace(GRID, 'var(--grid)')
 
 
 def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph')  # in a name, of a script that matplotlib's own font lacks
+        warnings.filterwarnings('ignore', 'Glyph')  # a script that matplotlib's font lacks
         figure.savefig(path, dpi=144)
 
 
 def accuracy_over_count(axes: Axes, results: dict[str, dict]) -> None:
-    """Accuracy of each class over its training images, with bands of the shot groups and a running mean."""
+    """Plot the accuracy of each class over its training images, with shot groups and a running mean.
+
+    Args:
+        axes: Target.
+        results: Label -> metrics; the shot groups are those of the first result.
+    """
     first = next(iter(results.values()))
     counts = np.maximum(first['train_counts'], 1)
     _shot_bands(axes, counts, first['shot_thresholds'])
@@ -63,14 +75,14 @@ def accuracy_over_count(axes: Axes, results: dict[str, dict]) -> None:
         axes.scatter(counts[seen], accuracy[seen], s=4 if crowded else 22, alpha=0.25 if crowded else 0.6,
                      color=colour, linewidths=0, rasterized=crowded)
         axes.plot(*_running_mean(counts[seen], accuracy[seen]), color=colour, label=name)
-    axes.set(xscale='log', xlabel='training images of the class', ylabel='accuracy, %', ylim=(-3, 103))
-    _plain_ticks(axes)
+    axes.set(xscale='log', xlabel='training images per class', ylabel='accuracy, %', ylim=(-3, 103))
+    _format_counts(axes)
     if len(results) > 1:
         _legend_below(axes)
 
 
-def _plain_ticks(axes: Axes) -> None:
-    """Images as numbers, not as powers; between the powers of ten where there would be less than two of them."""
+def _format_counts(axes: Axes) -> None:
+    """Label a logarithmic axis with whole numbers, linearly spaced if it spans less than two powers of ten."""
     low, high = axes.get_xlim()
     axes.xaxis.set_major_formatter(THOUSANDS)
     if np.floor(np.log10(high)) - np.ceil(np.log10(low)) < 1:
@@ -93,7 +105,7 @@ def _shot_bands(axes: Axes, counts: np.ndarray, thresholds: Sequence[int]) -> No
 
 
 def _running_mean(counts: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over 3 to 16 groups of neighbouring counts, each with as many classes, twelve if there are enough."""
+    """Return geometric mean counts and mean accuracies of 3 to 16 equal groups of neighbouring counts."""
     order = np.argsort(counts, kind='stable')
     groups = np.array_split(order, min(16, max(len(order) // 12, 3)))
     return (np.array([np.exp(np.log(counts[group]).mean()) for group in groups if len(group)]),
@@ -101,49 +113,64 @@ def _running_mean(counts: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray,
 
 
 def reliability(axes: Axes, results: dict[str, dict]) -> None:
-    """Accuracy over confidence in the bins of the calibration error; the diagonal is a model that knows how sure it is."""
+    """Plot accuracy over confidence in the bins of the calibration error; a calibrated model follows the diagonal.
+
+    Args:
+        axes: Target.
+        results: Label -> metrics.
+    """
     axes.plot([0, 100], [0, 100], color=GRID, linestyle='--', linewidth=1.2)
     for colour, (name, metrics) in zip(cycle(SERIES), results.items(), strict=False):
         images, confidence, hits = (np.array(metrics[f'bin_{column}']) for column in ('images', 'confidence', 'hits'))
         used = images > 0
         share = images / max(images.sum(), 1)
-        places = (np.arange(len(images)) + 0.5) * 100 / len(images)
-        axes.bar(places, 100 * share, width=100 / len(images), color=colour, alpha=0.2, linewidth=0)
+        centers = (np.arange(len(images)) + 0.5) * 100 / len(images)
+        axes.bar(centers, 100 * share, width=100 / len(images), color=colour, alpha=0.2, linewidth=0)
         error = metrics.get('ece')
         label = f'{name}, ECE {error:.1f} %' if isinstance(error, (int, float)) else name
         axes.plot(100 * confidence[used] / images[used], 100 * hits[used] / images[used], marker='o', markersize=4,
                   color=colour, label=label)
-    axes.set(xlabel='confidence, %  (bars: share of images)', ylabel='accuracy, %', xlim=(0, 100), ylim=(0, 103))
+    axes.set(xlabel='confidence, % (bars: % of images)', ylabel='accuracy, %', xlim=(0, 100), ylim=(0, 103))
     _legend_below(axes)
 
 
 def _legend_below(axes: Axes) -> None:
-    """Where it hides no point, however many there are."""
+    """Place the legend outside the axes, where it covers no point."""
     axes.figure.legend(loc='outside lower center', ncols=2)
 
 
 def classifier_norms(axes: Axes, norms: dict[str, Sequence[float]], train_counts: Sequence[int]) -> None:
-    """Norm of each class's weights, most frequent class first."""
+    """Plot the norm of each class's weights, most frequent class first.
+
+    Args:
+        axes: Target.
+        norms: Classifier -> (C,) norms.
+        train_counts: (C,) training images per class.
+    """
     order = np.argsort(-np.asarray(train_counts), kind='stable')
     rank, crowded = np.arange(1, len(order) + 1), len(order) > CROWDED
     for colour, (name, values) in zip(SERIES, norms.items(), strict=False):
-        values = np.asarray(values)[order]
+        line = rank, np.asarray(values)[order]
         if crowded:
-            axes.scatter(rank, values, s=3, alpha=0.15, color=colour, linewidths=0, rasterized=True)
-        axes.plot(*(_block_means(rank, values) if crowded else (rank, values)), color=colour, label=name)
-    axes.set(xlabel='class, most frequent first', ylabel='norm of its weights')
+            axes.scatter(*line, s=3, alpha=0.15, color=colour, linewidths=0, rasterized=True)
+            line = [[block.mean() for block in np.array_split(column, 60)] for column in line]
+        axes.plot(*line, color=colour, label=name)
+    axes.set(xlabel='class, most frequent first', ylabel='norm of the class weights')
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.xaxis.set_major_formatter(THOUSANDS)
     axes.legend(loc='lower left')
 
 
-def _block_means(*columns: np.ndarray) -> list[list[float]]:
-    return [[block.mean() for block in np.array_split(column, 60)] for column in columns]
-
-
 def curves(axes: Axes, rows: Sequence[dict], columns: dict[str, str], label: str) -> None:
-    """Columns of summary.csv over the epochs; name of a column -> its label."""
+    """Plot columns of summary.csv over the epochs.
+
+    Args:
+        axes: Target.
+        rows: Rows of summary.csv.
+        columns: Name of a column -> label of its curve.
+        label: Label of the vertical axis.
+    """
     for series, (column, name) in zip(SERIES, columns.items(), strict=False):
         colour = SHOT_COLOURS.get(name, INK if name == 'top-1' else series)
         points = [(row['epoch'] + 1, row[column]) for row in rows if row.get(column) is not None]
@@ -154,29 +181,46 @@ def curves(axes: Axes, rows: Sequence[dict], columns: dict[str, str], label: str
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if len(rows) == 1:
         axes.set_xlim(rows[0]['epoch'] + 0.5, rows[0]['epoch'] + 1.5)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4, handlelength=1.2, columnspacing=1.2)
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        ncols = 4 if len(''.join(labels)) < 35 else 2
+        axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=ncols, handlelength=1.2, columnspacing=1.2)
 
 
 def confusion(axes: Axes, predictions: Predictions, train_counts: Sequence[int]) -> None:
-    """Share of a label's images that got each prediction, most frequent class first; neighbours share a cell if need be."""
+    """Plot the confusion matrix in % of each true class, most frequent class first.
+
+    Args:
+        axes: Target.
+        predictions: Predictions of every evaluated image.
+        train_counts: (C,) training images per class.
+    """
     matrix, per_cell = confusion_matrix(predictions, train_counts)
     colours = LinearSegmentedColormap.from_list('share', [(0.82, 0.29, 0.36, 0.0), (0.82, 0.29, 0.36, 1.0)])
     image = axes.imshow(matrix, cmap=colours, norm=PowerNorm(0.5, 0, 100), interpolation='nearest', aspect='auto',
                         extent=(0.5, len(train_counts) + 0.5, len(train_counts) + 0.5, 0.5))
     axes.grid(False)
-    each = f', {per_cell:.0f} in a cell' if per_cell > 1 else ''
-    axes.set(xlabel=f'predicted class, most frequent first{each}', ylabel='label')
+    shared = f', {per_cell:.0f} per cell' if per_cell > 1 else ''
+    axes.set(xlabel=f'predicted class, most frequent first{shared}', ylabel='true class')
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axis.set_major_formatter(THOUSANDS)
-    bar = axes.figure.colorbar(image, ax=axes, label='% of the label')
+    bar = axes.figure.colorbar(image, ax=axes, label='% of the true class')
     bar.outline.set_visible(False)
     bar.solids.set(rasterized=True)
 
 
 def confusion_matrix(predictions: Predictions, train_counts: Sequence[int]) -> tuple[np.ndarray, float]:
-    """(K, K) percentages by row, K <= MAX_CELLS, and the classes that share a cell; a row without images is 0."""
+    """Return the confusion matrix and the number of classes that share a cell.
+
+    Args:
+        predictions: Predictions of every evaluated image.
+        train_counts: (C,) training images per class.
+
+    Returns:
+        (K, K) percentages of each true class by row, K = min(C, MAX_CELLS), most frequent class first, 0 in a row without
+        images; C / K.
+    """
     num_classes = len(train_counts)
     size = min(num_classes, MAX_CELLS)
     rank = np.empty(num_classes, dtype=np.int64)
@@ -188,16 +232,21 @@ def confusion_matrix(predictions: Predictions, train_counts: Sequence[int]) -> t
 
 
 def picture_grid(pictures: Sequence[tuple[Sequence, str]], columns: int = 4) -> Figure:
-    """Pictures with a caption each; several pictures of one entry stand above each other."""
+    """Create a figure with a grid of captioned pictures.
+
+    Args:
+        pictures: (images, caption) pairs, equally many images each, shown one above the other.
+        columns: Number of columns.
+    """
     with matplotlib.rc_context({**STYLE, 'font.size': 7}):
-        lines, tall = -(-len(pictures) // columns), len(pictures[0][0])
-        figure = Figure(figsize=(1.9 * columns, (1.7 * tall + 0.5) * lines), layout='constrained', facecolor='white')
-        grid = figure.subplots(lines * tall, columns, squeeze=False)
+        rows, height = -(-len(pictures) // columns), len(pictures[0][0])
+        figure = Figure(figsize=(1.9 * columns, (1.7 * height + 0.5) * rows), layout='constrained', facecolor='white')
+        grid = figure.subplots(rows * height, columns, squeeze=False)
         for axes in grid.flat:
             axes.axis('off')
-        for place, (images, caption) in enumerate(pictures):
-            line, column = divmod(place, columns)
-            for row, image in enumerate(images):
-                grid[line * tall + row][column].imshow(image.convert('RGB'))
-            grid[line * tall][column].set_title(caption, fontsize=7, wrap=True)
+        for index, (images, caption) in enumerate(pictures):
+            row, column = divmod(index, columns)
+            for k, image in enumerate(images):
+                grid[row * height + k][column].imshow(image.convert('RGB'))
+            grid[row * height][column].set_title(caption, fontsize=7, wrap=True)
     return figure

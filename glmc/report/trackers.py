@@ -1,4 +1,4 @@
-"""Accelerate's trackers beside summary.csv: TensorBoard, Weights & Biases, Trackio."""
+"""Accelerate's trackers TensorBoard, Weights & Biases and Trackio, in addition to summary.csv."""
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,10 @@ PROJECT = 'glmc'
 
 
 def require_trackers(names: str | None) -> list[str]:
-    """The trackers' names, once each.
+    """Return the names of the trackers without repetitions.
+
+    Args:
+        names: Comma-separated names, or None.
 
     Raises:
         InputError: If a package is missing.
@@ -27,12 +30,12 @@ def require_trackers(names: str | None) -> list[str]:
 
 
 def start_trackers(accelerator: Accelerator, names: Sequence[str], folder: Path, options: dict) -> None:
-    """Start the trackers and store the options; from now on `accelerator.log` and `log_pictures` reach them.
+    """Start the trackers and log the options; `accelerator.log` and `log_pictures` write to them afterwards.
 
     Args:
-        accelerator: Of the run.
-        names: Of `require_trackers`.
-        folder: Of the run, whose name the trackers show; TensorBoard and Weights & Biases write below it.
+        accelerator: Accelerator of the run.
+        names: Result of `require_trackers`.
+        folder: Run folder; its name is the name of the run, TensorBoard and Weights & Biases write below it.
         options: Hyper-parameters.
     """
     if not names:
@@ -46,19 +49,26 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], folder: Path,
 
 
 def log_row(accelerator: Accelerator, row: dict) -> None:
-    """A row of summary.csv, its empty cells aside."""
+    """Log a row of summary.csv without its empty cells."""
     if accelerator.trackers:
         accelerator.log({name: value for name, value in row.items() if name != 'epoch' and value != ''}, step=row['epoch'])
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
-    """Close the trackers; `accelerator.end_training` would also take the process group from under the other processes."""
+    """Close the trackers; `accelerator.end_training` would also destroy the process group that others still use."""
     for tracker in accelerator.trackers:
         tracker.finish()
 
 
 def log_pictures(accelerator: Accelerator, name: str, pictures: Sequence[Picture], step: int) -> None:
-    """Pictures of one size, the images of each above each other, to the trackers that take them."""
+    """Log pictures to the trackers that support images, the images of each picture one above the other.
+
+    Args:
+        accelerator: Accelerator of the run.
+        name: Name of the series.
+        pictures: Pictures of equal size.
+        step: Epoch.
+    """
     if not pictures:
         return
     stacked = [np.concatenate([np.asarray(image.convert('RGB')) for image in picture.images]) for picture in pictures]

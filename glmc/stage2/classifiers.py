@@ -1,12 +1,13 @@
-"""Classifiers for the features of a frozen encoder: each a linear layer, by its own rule. None needs a search."""
+"""Classifiers for the features of a frozen encoder: rules that compute a linear layer. No rule requires a search."""
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from glmc.losses.classification import LogitAdjustedLoss, effective_number_weights, prior_adjustment
 from glmc.models.classifier import cap_norms, norm_radius
@@ -17,16 +18,25 @@ _logger = logging.getLogger(__name__)
 
 
 class Linear(NamedTuple):
-    """A linear classifier."""
+    """Weights of a linear classifier."""
     weight: Tensor  # (C, D)
     bias: Tensor  # (C,)
 
     def __call__(self, features: Tensor) -> Tensor:
+        """(B, D) features -> (B, C) logits."""
         return F.linear(features, self.weight, self.bias)
 
     def scaled(self, scale: Tensor) -> 'Linear':
-        """Logit of each class times its (C,) scale."""
+        """Multiply the logit of each class by its (C,) scale."""
         return Linear(scale[:, None] * self.weight, scale * self.bias)
+
+    def detached(self) -> 'Linear':
+        """The same tensors without gradients."""
+        return Linear(self.weight.detach(), self.bias.detach())
+
+    def trainable(self) -> 'Linear':
+        """Copy that requires gradients."""
+        return Linear(*(tensor.detach().clone().requires_grad_() for tensor in self))
 
 
 @dataclass(frozen=True)
@@ -34,14 +44,14 @@ class Stage1:
     """The classifier of the first stage.
 
     Args:
-        linear: Itself.
+        linear: Its weights.
         counts: (C,) images per class that it was trained on.
-        rebalanced: Whether it is fitted to a uniform class prior instead of theirs.
-        conventional: GLMC's other classifier, which learns their prior; None where it is not at hand.
+        prior: (C,) probabilities of the class prior that it embodies.
+        conventional: GLMC's conventional classifier, which learns the training prior; None if unknown.
     """
     linear: Linear
     counts: list[int]
-    rebalanced: bool = False
+    prior: Sequence[float]
     conventional: Linear | None = None
 
 
@@ -49,102 +59,136 @@ def train_linear(
         logits: Callable[[Tensor], Tensor], parameters: list[Tensor], features: Features,
         loss: Callable[[Tensor, Tensor], Tensor], *, lr: float, epochs: int, weight_decay: float,
         generator: torch.Generator, batch_size: int = 64, class_balanced: bool = False,
-        after_step: Callable[[], None] = lambda: None, after_epoch: Callable[[int], None] = lambda epoch: None) -> None:
-    """SGD with momentum 0.9 and a cosine to 0, epoch by epoch; each image in one of its views, drawn at random.
+        after_step: Callable[[], None] = lambda: None, after_epoch: Callable[[], None] = lambda: None) -> None:
+    """Train parameters in place by SGD with momentum 0.9 and a cosine to 0, one random view of each image an epoch.
 
     Args:
-        logits: (B, D) features -> (B, C).
-        parameters: What is trained, in place.
-        features: Of the training images.
-        loss: Of logits and labels.
-        lr, epochs, weight_decay, batch_size: As their names say.
-        generator: Owner of the order and the views.
-        class_balanced: Draw images with replacement, every class alike, instead of each once.
-        after_step, after_epoch: Called then.
+        logits: Function of (B, D) features that returns (B, C) logits.
+        parameters: Tensors to train.
+        features: Features of the training images.
+        loss: Function of (B, C) logits and (B,) labels.
+        lr: Learning rate of the first epoch.
+        epochs: Passes over the images.
+        weight_decay: L2 penalty on all parameters.
+        generator: Source of the order and the views.
+        batch_size: Images per step.
+        class_balanced: Sample images with replacement, every class equally often, instead of each once.
+        after_step: Called after every step.
+        after_epoch: Called after every epoch.
     """
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     num_views, size = features.views.shape[:2]
-    for epoch in range(epochs):
-        order = _balanced_order(features.labels, generator) if class_balanced else torch.randperm(size, generator=generator)
+    class_weights = 1 / torch.bincount(features.labels).double()
+    for _ in range(epochs):
+        if class_balanced:
+            order = torch.multinomial(class_weights[features.labels], size, replacement=True, generator=generator)
+        else:
+            order = torch.randperm(size, generator=generator)
         views = torch.randint(num_views, (size,), generator=generator)
-        for chosen, view in zip(order.split(batch_size), views.split(batch_size), strict=True):
+        for indices, view in zip(order.split(batch_size), views.split(batch_size), strict=True):
             optimizer.zero_grad()
-            batch, labels = features.views[view, chosen], features.labels[chosen]
+            batch, labels = features.views[view, indices], features.labels[indices]
             loss(logits(batch.to(parameters[0].device)), labels.to(parameters[0].device)).backward()
             optimizer.step()
             after_step()
         schedule.step()
-        after_epoch(epoch)
+        after_epoch()
 
 
-def _balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
-    weights = 1 / torch.bincount(labels)[labels].double()
-    return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
+def softmax_bce(logits: Tensor, labels: Tensor, class_weight: Tensor) -> Tensor:
+    """-w_y·(log p_y + Σ_{c≠y} log(1 - p_c)), p = softmax: binary cross-entropy of every class probability.
 
+    The class-balanced loss of the Weight Balancing code (arXiv 2203.14197). Its mean over classes, too, makes the gradient
+    about C times smaller than that of weighted cross-entropy.
 
-def _trainable(linear: Linear) -> Linear:
-    """A copy that can learn."""
-    return Linear(*(tensor.detach().clone().requires_grad_() for tensor in linear))
+    Args:
+        logits: (B, C) logits.
+        labels: (B,) labels.
+        class_weight: (C,) weights w.
 
-
-def _result(linear: Linear) -> Linear:
-    return Linear(*(tensor.detach() for tensor in linear))
+    Returns:
+        Scalar, mean over all B·C probabilities.
+    """
+    one_hot = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    return F.binary_cross_entropy(logits.softmax(1), one_hot, weight=class_weight[labels][:, None])
 
 
 class Classifier:
-    """A rule for a linear layer, a dataclass of its hyper-parameters."""
+    """Base of the rules that compute a linear layer from features: frozen dataclasses of hyper-parameters.
+
+    Fields of type str list their choices in the field's metadata.
+    """
 
     grid: ClassVar[dict] = {}  # field -> values to search
-    two_heads: ClassVar[bool] = False  # whether it needs `Stage1.conventional`
+    two_heads: ClassVar[bool] = False  # whether `Stage1.conventional` is required
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
-        """The linear layer that these features call for; the same for the same generator."""
+        """Compute a new linear layer; the same for the same state of the generator. Changes none of its arguments.
+
+        Args:
+            stage1: Classifier of the first stage.
+            features: Features of the training images.
+            generator: Source of all random numbers.
+        """
         raise NotImplementedError
+
+    def train_copy(
+            self, linear: Linear, features: Features, loss: Callable, generator: torch.Generator, **options) -> Linear:
+        """Train a copy of a linear layer with the lr, epochs and weight decay of this rule."""
+        linear = linear.trainable()
+        train_linear(linear, list(linear), features, loss, lr=self.lr, epochs=self.epochs, weight_decay=self.weight_decay,
+                     generator=generator, **options)
+        return linear.detached()
 
 
 @dataclass(frozen=True)
 class MaxNorm(Classifier):
-    """Class-balanced loss under strong weight decay, rows capped at δ = min + radius·(max - min) of their first norms.
+    """Class-balanced loss under strong weight decay, rows capped at δ = min + radius·(max - min) of their initial norms.
 
-    Weight Balancing (arXiv 2203.14197); as GLMC has it (arXiv 2305.08661, Eq. 13), projected after every step as its paper
-    says, or with `project='epoch'` as the code behind its numbers does.
+    Weight Balancing (arXiv 2203.14197), as used by GLMC (arXiv 2305.08661, Eq. 13). `project` caps after every step, as in
+    GLMC's paper, or every epoch, as in the published code. `loss` is weighted cross-entropy (ce) or, as in the published
+    code, `softmax_bce` (bce). The default is ce, which has the higher class mean on held-out images once the weight decay
+    and the learning rate are chosen there (results/maxnorm-loss.csv).
     """
     lr: float = 0.01
     epochs: int = 10
     weight_decay: float = 0.1
     beta: float = 0.9999
     radius: float = 0.1
-    project: str = 'step'
+    project: str = field(default='step', metadata=dict(choices=('step', 'epoch')))
+    loss: str = field(default='ce', metadata=dict(choices=('ce', 'bce')))
     grid: ClassVar[dict] = dict(radius=(0.05, 0.1, 0.3, 1.0), weight_decay=(0.01, 0.1))
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
-        linear = _trainable(stage1.linear)
+        linear = stage1.linear.trainable()
         radius = norm_radius(linear.weight, self.radius)
         weight = effective_number_weights(features.counts(len(linear.bias)), self.beta).to(linear.bias.device)
-        clipped, per_epoch = [], []
+        losses = {'ce': partial(F.cross_entropy, weight=weight), 'bce': partial(softmax_bce, class_weight=weight)}
+        clipped, clipped_per_epoch = [], []
 
         @torch.no_grad()
         def project() -> None:
             clipped.append((linear.weight.norm(dim=1) > radius).sum())
             linear.weight.copy_(cap_norms(linear.weight, radius))
 
-        def after_epoch(epoch: int) -> None:
+        def after_epoch() -> None:
             if self.project == 'epoch':
                 project()
-            per_epoch.append(f'{torch.stack(clipped).float().mean().item():.0f}')
+            clipped_per_epoch.append(f'{torch.stack(clipped).float().mean().item():.0f}')
             clipped.clear()
 
-        train_linear(linear, list(linear), features, nn.CrossEntropyLoss(weight), lr=self.lr, epochs=self.epochs,
+        train_linear(linear, list(linear), features, losses[self.loss], lr=self.lr, epochs=self.epochs,
                      weight_decay=self.weight_decay, generator=generator, after_epoch=after_epoch,
                      after_step=project if self.project == 'step' else lambda: None)
-        _logger.info(f"maxnorm: radius {radius.item():.3f}, rows clipped at a projection, by epoch: {' '.join(per_epoch)}")
-        return _result(linear)
+        _logger.info(f'maxnorm: radius {radius.item():.3f}, rows clipped at a projection, by epoch: '
+                     + ' '.join(clipped_per_epoch))
+        return linear.detached()
 
 
 @dataclass(frozen=True)
 class BalancedSoftmax(Classifier):
-    """Softmax weighted by the class counts, which the exported classifier goes without (arXiv 2007.10740).
+    """Cross-entropy of logits + log prior; the exported classifier omits the prior (arXiv 2007.10740).
 
     The learning rate is ours, chosen on held-out images of short runs (results/README.md).
     """
@@ -154,29 +198,30 @@ class BalancedSoftmax(Classifier):
     grid: ClassVar[dict] = dict(lr=(0.001, 0.01, 0.1))
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
-        linear = _trainable(stage1.linear)
-        loss = LogitAdjustedLoss(features.counts(len(linear.bias))).to(linear.bias.device)
-        train_linear(linear, list(linear), features, loss, lr=self.lr, epochs=self.epochs, weight_decay=self.weight_decay,
-                     generator=generator)
-        return _result(linear)
+        bias = stage1.linear.bias
+        loss = LogitAdjustedLoss(features.counts(len(bias))).to(bias.device)
+        return self.train_copy(stage1.linear, features, loss, generator)
 
 
 @dataclass(frozen=True)
 class LogitAdjust(Classifier):
-    """Bias less τ·log prior, after training (arXiv 2007.07314).
+    """Bias - log prior, without training (arXiv 2007.07314).
 
-    τ is 1 where stage 1 has learnt the prior of its training set, 0 where it is fitted to a uniform one already.
+    Without τ, the prior is the one that stage 1 embodies, and a uniform one changes nothing. With τ, the adjustment is
+    τ·log of the training prior.
     """
     tau: float | None = None
     grid: ClassVar[dict] = dict(tau=tuple(k / 10 for k in range(-5, 21)))
 
-    def resolved(self, stage1: Stage1) -> 'LogitAdjust':
-        """With the τ that stage 1 calls for."""
-        return replace(self, tau=float(not stage1.rebalanced)) if self.tau is None else self
-
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
         weight, bias = stage1.linear
-        return Linear(weight, bias - prior_adjustment(stage1.counts, self.resolved(stage1).tau).to(bias.device))
+        if self.tau is not None:
+            adjustment = prior_adjustment(stage1.counts, self.tau)
+        elif min(stage1.prior) == max(stage1.prior):
+            return stage1.linear
+        else:
+            adjustment = prior_adjustment(stage1.prior)
+        return Linear(weight, bias - adjustment.to(bias.device))
 
 
 @dataclass(frozen=True)
@@ -189,11 +234,9 @@ class CRT(Classifier):
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
         bound = stage1.linear.weight.shape[1] ** -0.5
-        linear = _trainable(Linear(*(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator).to(tensor.device)
-                                     for tensor in stage1.linear)))
-        train_linear(linear, list(linear), features, F.cross_entropy, lr=self.lr, epochs=self.epochs,
-                     weight_decay=self.weight_decay, generator=generator, class_balanced=True)
-        return _result(linear)
+        initial = Linear(*(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator).to(tensor.device)
+                           for tensor in stage1.linear))
+        return self.train_copy(initial, features, F.cross_entropy, generator, class_balanced=True)
 
 
 @dataclass(frozen=True)
@@ -205,7 +248,7 @@ class LWS(Classifier):
     grid: ClassVar[dict] = dict(lr=(0.0025, 0.025, 0.1))
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
-        linear = _result(stage1.linear)
+        linear = stage1.linear.detached()
         scale = torch.ones_like(linear.bias, requires_grad=True)
         train_linear(lambda batch: scale * linear(batch), [scale], features, F.cross_entropy, lr=self.lr,
                      epochs=self.epochs, weight_decay=self.weight_decay, generator=generator, class_balanced=True)
@@ -214,7 +257,10 @@ class LWS(Classifier):
 
 @dataclass(frozen=True)
 class TauNorm(Classifier):
-    """Logits divided by ‖w_c‖^τ (arXiv 1910.09217; there without bias), times the geometric mean of it to stay as sure."""
+    """Logits divided by ‖w_c‖^τ (arXiv 1910.09217; there without bias).
+
+    A common factor, the geometric mean of ‖w_c‖^τ, keeps the confidence at the level of stage 1.
+    """
     tau: float = 0.7
     grid: ClassVar[dict] = dict(tau=tuple(k / 10 for k in range(21)))
 
@@ -233,16 +279,13 @@ class LabelOverSmoothing(Classifier):
     grid: ClassVar[dict] = dict(lr=(5e-4, 5e-3, 5e-2), smoothing=(0.9, 0.98))
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
-        linear = _trainable(stage1.linear)
-        loss = nn.CrossEntropyLoss(label_smoothing=self.smoothing)
-        train_linear(linear, list(linear), features, loss, lr=self.lr, epochs=self.epochs, weight_decay=self.weight_decay,
-                     generator=generator)
-        return _result(linear)
+        loss = partial(F.cross_entropy, label_smoothing=self.smoothing)
+        return self.train_copy(stage1.linear, features, loss, generator)
 
 
 @dataclass(frozen=True)
 class NearestClassMean(Classifier):
-    """Cosine to the mean of the class's normalised features, of plain views (NCM; arXiv 1910.09217)."""
+    """Cosine to the class mean of the normalised features of the plain views (NCM; arXiv 1910.09217)."""
     scale: float = 30.0
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
@@ -254,7 +297,7 @@ class NearestClassMean(Classifier):
 
 @dataclass(frozen=True)
 class HeadAverage(Classifier):
-    """w·cb + (1-w)·(c - τ·log π): both classifiers of GLMC, averaged as logits, which is one linear layer exactly."""
+    """w·cb + (1-w)·(c - τ·log π): the average logits of GLMC's two classifiers, exactly one linear layer."""
     weight: float = 0.5
     tau: float = 0.0
     grid: ClassVar[dict] = dict(weight=tuple(k / 10 for k in range(11)), tau=(0.0, 0.5, 1.0))

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder: extracted once, kept in a memory-mapped file that a later run finds again."""
+"""Features of a frozen encoder: extracted once into a memory-mapped file, which later runs read."""
 import hashlib
 import json
 import logging
@@ -25,11 +25,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Features:
-    """Pooled features of a set.
+    """Pooled features of N images.
 
     Args:
-        views: (1 + V, N, D) float32: of the plain view, then of V augmented ones.
-        labels: (N,) int64.
+        views: (1 + V, N, D) float32 features of the plain view, then of V augmented views.
+        labels: (N,) int64 labels.
     """
     views: Tensor
     labels: Tensor
@@ -39,28 +39,30 @@ class Features:
 
     @property
     def plain(self) -> Tensor:
-        """(N, D), as evaluation sees the images."""
+        """(N, D) features of the plain view, which evaluation uses."""
         return self.views[0]
 
     def subset(self, indices: Tensor) -> 'Features':
+        """Features of the images at (n,) int64 indices."""
         return Features(self.views[:, indices], self.labels[indices])
 
     def counts(self, num_classes: int) -> list[int]:
-        """Images per class."""
+        """Count the images per class."""
         return torch.bincount(self.labels, minlength=num_classes).tolist()
 
 
 class Extractor:
-    """An encoder, and how images get to it.
+    """Extract the features of image sets with a frozen encoder.
 
     Args:
         model: Bare timm model.
-        data_config: timm's: input_size, mean, std, interpolation, crop_pct.
-        augmentation: Options of `transforms.view_transform`, of the augmented views.
+        data_config: timm's input_size, mean, std, interpolation and crop_pct.
+        augmentation: Options of `transforms.view_transform` for the augmented views.
         accelerator: Device and precision.
-        cache: Folder of the files; None to keep nothing.
-        batch_size, workers: Of the loader.
-        seed: Of the augmented views.
+        cache: Folder of the feature files; None writes no files.
+        batch_size: Images per batch of the loader.
+        workers: Processes of the loader.
+        seed: Seed of the augmented views.
     """
 
     def __init__(self, model: nn.Module, *, data_config: dict, augmentation: dict, accelerator: Accelerator,
@@ -72,7 +74,7 @@ class Extractor:
         self.identity = weights_digest(model)
 
     def __call__(self, images: ImageSet, num_views: int = 0) -> Features:
-        """Features of the plain view and of `num_views` augmented ones, from the file where there is one."""
+        """Features of the plain view and of `num_views` augmented views, read from the cache if it contains them."""
         shape = (1 + num_views, len(images), self.model.head_hidden_size)
         labels = torch.from_numpy(images.labels)
         if self.cache is None:
@@ -89,15 +91,15 @@ class Extractor:
         return Features(torch.from_numpy(values), labels)
 
     def key(self, images: ImageSet, num_views: int) -> str:
-        """Name of what the features depend on: the weights, the images in their order, and how they are seen."""
-        facts = dict(
+        """Hash of everything that determines the features: weights, images in order, preprocessing and augmentation."""
+        metadata = dict(
             weights=self.identity, source=images.source, images=list(images.identities()), labels=images.labels.tolist(),
             data_config=self.data_config, precision=self.accelerator.mixed_precision, views=num_views,
             augmentation=num_views and [self.augmentation, self.seed])
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(metadata, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
     def extract(self, images: ImageSet, values: np.ndarray) -> None:
-        """Fill (1 + V, N, D)."""
+        """Fill a (1 + V, N, D) array with the features of the plain view and of V augmented views."""
         _logger.info(f'Extracting features: {len(images):,} images x {len(values)} views')
         mode, num_views = image_mode(self.data_config), len(values) - 1
         plain = EvalDataset(images, eval_transform(self.data_config), mode)
@@ -105,21 +107,21 @@ class Extractor:
         if not num_views:
             return
         make_views = view_transform(
-            self.data_config['input_size'][-2:], mean=self.data_config['mean'], **self.augmentation)
+            self.data_config['input_size'][-2:], ('plain',) * num_views, mean=self.data_config['mean'], **self.augmentation)
         seeds = np.random.default_rng((self.seed, 2)).integers(2 ** 32, size=len(images)).tolist()
-        draws = list(zip(seeds, range(len(images)), strict=True))
-        batches = [draws[start:start + self.batch_size] for start in range(0, len(draws), self.batch_size)]
-        self._fill(values[1:], self._loader(ViewDataset(images, make_views, num_views, mode), batch_sampler=batches))
+        samples = list(zip(seeds, range(len(images)), strict=True))
+        batches = [samples[start:start + self.batch_size] for start in range(0, len(samples), self.batch_size)]
+        self._fill(values[1:], self._loader(ViewDataset(images, make_views, mode), batch_sampler=batches))
 
     def _loader(self, dataset, **batching) -> DataLoader:
         return DataLoader(dataset, num_workers=self.workers, generator=torch.Generator(), **batching)
 
     def _fill(self, values: np.ndarray, loader: Iterable) -> None:
-        """Features of batches of (B, c, H, W) or (B, V, c, H, W) images, as (V, B, D), into their places."""
+        """Encode batches of (B, c, H, W) images or (B, 1, V, c, H, W) views into consecutive slices of a (V, N, D) array."""
         start = 0
         with frozen(self.model), torch.inference_mode(), self.accelerator.autocast():
             for images, _ in tqdm(loader, leave=False, disable=not sys.stderr.isatty()):
-                views = images.unsqueeze(1) if images.ndim == 4 else images
+                views = images.unsqueeze(1) if images.ndim == 4 else images.flatten(0, 1)  # (B, V, c, H, W)
                 encoded = self._encode(views.flatten(0, 1)).unflatten(0, views.shape[:2])
                 values[:, start:start + len(images)] = encoded.transpose(0, 1).cpu().numpy()
                 start += len(images)
@@ -131,7 +133,7 @@ class Extractor:
 
 @contextmanager
 def frozen(model: nn.Module):
-    """The model in eval mode, so that no running statistic changes, and as before afterwards."""
+    """Set the model to eval mode, so that no running statistic changes, and restore its mode on exit."""
     training = model.training
     model.eval()
     try:
@@ -141,7 +143,7 @@ def frozen(model: nn.Module):
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 of the architecture's name, of all weights and statistics but the classifier's."""
+    """sha256 of the architecture's name and of all weights and statistics except the classifier's."""
     classifier = {id(tensor) for tensor in model.get_classifier().state_dict(keep_vars=True).values()}
     digest = hashlib.sha256(str(model.pretrained_cfg.get('architecture', type(model).__name__)).encode())
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -152,7 +154,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def open_features(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The file, memory-mapped, changes staying in memory; None if it is absent or not of this shape."""
+    """Memory-map a file copy-on-write; None if it is missing, unreadable or of another shape."""
     try:
         values = np.load(path, mmap_mode='c')
     except (OSError, ValueError, EOFError):
@@ -161,13 +163,19 @@ def open_features(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def write_features(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> None:
-    """Write the file beside its place and put it there when it is whole."""
+    """Write a temporary file and rename it to `path` when it is complete.
+
+    Args:
+        path: Path of the file.
+        shape: Shape of the float32 array.
+        fill: Function that fills the memory-mapped array.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f'.{os.getpid()}.tmp')
+    temporary = path.with_suffix(f'.{os.getpid()}.tmp')
     try:
-        values = np.lib.format.open_memmap(beside, 'w+', np.float32, shape)
+        values = np.lib.format.open_memmap(temporary, 'w+', np.float32, shape)
         fill(values)
         values.flush()
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

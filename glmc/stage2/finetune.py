@@ -1,6 +1,8 @@
-"""Stage 2 as a whole: features, classifiers, one table, and an export of each."""
+"""Stage 2 from model to exports: extract features, train classifiers, compare them in one table, export each."""
 import copy
+import csv
 import logging
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,17 +15,20 @@ from torch import nn
 from glmc.data.datasets import ImageSet
 from glmc.data.sources import TrainingData
 from glmc.errors import InputError
+from glmc.evaluation.priors import resolve_prior
+from glmc.evaluation.text import aligned, mean_std
 from glmc.export.export import export_model
 from glmc.models.classifier import linear_classifier, set_classifier
 from glmc.run_folder import provenance, write_tables
-from glmc.stage2.classifiers import Linear, LogitAdjust, Stage1
-from glmc.stage2.features import Extractor, Features
-from glmc.stage2.select import fit, measure, parse_classifiers, search, stratified_split
-from glmc.stage2.tables import FIGURES, TABLE, Trained, table, write_table
+from glmc.stage2.classifiers import Classifier, Linear, Stage1
+from glmc.stage2.features import Extractor
+from glmc.stage2.select import Result, fit, measure, parse_classifiers, search, stratified_split
 
 _logger = logging.getLogger(__name__)
 CHOICE = ('stage2_holdout', 'stage2_kwargs', 'seed')
 OPTIONS = (*CHOICE, 'feature_views', 'feature_cache', 'batch_size', 'workers')
+TABLE = 'stage2.csv'
+METRICS = ('top1', 'many', 'medium', 'few', 'class_mean', 'ece')
 
 
 def run_stage2(
@@ -31,135 +36,157 @@ def run_stage2(
         accelerator: Accelerator, augmentation: dict, counts: Sequence[int] | None = None,
         conventional: nn.Linear | None = None, stage2_holdout: float | None = None, stage2_kwargs: dict | None = None,
         feature_views: int = 2, feature_cache: str | Path | None = None, batch_size: int = 64, workers: int = 2,
-        seed: int = 42) -> list[Trained]:
-    """Train classifiers on the features of a model, print one table, and export each as stage 1 is exported.
+        seed: int = 42) -> list[Result]:
+    """Train classifiers on the features of a model, print one table, and export each with the encoder of stage 1.
 
-    Hyper-parameters are their defaults, or chosen on held-out training images; never on the validation images.
+    Hyper-parameters are their defaults, or chosen on held-out training images; never on the validation images. Writes
+    stage2.csv, and for each classifier NAME/export/, NAME/per_class.csv and NAME/confused_pairs.csv.
 
     Args:
-        folder: Where to: NAME/export/, NAME/per_class.csv and stage2.csv.
-        names: Of classifiers, commas between, or `all`.
-        model: Bare timm model of stage 1; it stays as it is.
-        data: Training and validation images; those held out, which stage 1 has not seen, choose where there are both.
-        export: `data_config`, `class_names` and `source` of `export_model`, of stage 1.
-        metrics: Of metrics.json of stage 1, as far as known.
-        accelerator: Device and precision; the main process does everything.
-        augmentation: Of the augmented views, as that of stage 1.
-        counts: (C,) images per class that stage 1 was trained on, if not those of `data`.
-        conventional: The classifier beside the model's own, of GLMC, if it is at hand.
-        stage2_holdout: Training images of each class, or a part of them, to choose on where none are held out.
-        stage2_kwargs: NAME.FIELD -> value of hyper-parameters, which no choice changes.
-        feature_views: V augmented views of each image.
-        feature_cache: Folder of the features; `folder`/features by default.
-        batch_size, workers, seed: As their names say.
+        folder: Output folder.
+        names: Names of classifiers, separated by commas, or `all`.
+        model: Bare timm model of stage 1; it is not changed.
+        data: Training and validation images. With both validation and holdout images, the holdout ones, unseen by
+            stage 1, choose the hyper-parameters.
+        export: `data_config`, `class_names` and `source` of `export_model`, as of stage 1.
+        metrics: Known entries of metrics.json of stage 1.
+        accelerator: Device and precision; the main process does all work.
+        augmentation: Options of `transforms.view_transform` for the augmented views.
+        counts: (C,) images per class that stage 1 was trained on; default: those of `data`.
+        conventional: GLMC's conventional classifier, if available.
+        stage2_holdout: Training images per class, or their fraction, to choose hyper-parameters on if `data` has no
+            holdout images.
+        stage2_kwargs: NAME.FIELD -> value of hyper-parameters, which no search changes.
+        feature_views: Augmented views V per training image.
+        feature_cache: Folder of the features; default: `folder`/features.
+        batch_size: Images per pass through the encoder.
+        workers: Processes of the loader.
+        seed: Seed of views, splits and training.
 
     Returns:
-        The classifier of stage 1, then those asked for; nothing in processes other than the main one.
+        The classifier of stage 1, then the requested ones; an empty list in all processes but the main one.
 
     Raises:
-        InputError: For a name or setting that is wrong, a model whose classifier is not one linear layer, or a held-out
-            part that leaves a class empty.
+        InputError: If a name or setting is wrong, the model's classifier is not one linear layer, or the held-out images
+            would leave a class without training images.
     """
-    classifiers, own, parts = check_stage2(
+    classifiers, layer, split = check_stage2(
         names, model=model, data=data, conventional=conventional, stage2_holdout=stage2_holdout,
         stage2_kwargs=stage2_kwargs, seed=seed)
     if not accelerator.is_main_process:
         return []
-    folder, counts = Path(folder), list(counts or data.profile.counts)
+    folder, counts, thresholds = Path(folder), list(counts or data.profile.counts), data.profile.thresholds
     extract = Extractor(
         model, data_config=export['data_config'], augmentation=augmentation, accelerator=accelerator,
         cache=feature_cache or folder / 'features', batch_size=batch_size, workers=workers, seed=seed)
     start = time.perf_counter()
-    features, unseen, heldout = extract(data.train, feature_views), extract(_validation(data)), _heldout(data)
-    choice = _choice(features, heldout and extract(heldout), parts)
+    features = extract(data.train, feature_views)
+    validation = extract(data.holdout if data.validation is None else data.validation)
+    search_sets = None  # features to train candidates on, features to score them on
+    if _has_unseen_holdout(data):
+        search_sets = features, extract(data.holdout)
+    elif split:
+        search_sets = tuple(features.subset(torch.from_numpy(indices)) for indices in split)
     extraction = round(time.perf_counter() - start, 1)
-    stage1 = Stage1(_detached(own), counts, export['source'].get('prior') == 'uniform',
-                    conventional and _detached(conventional))
-    thresholds = data.profile.thresholds
-    results = [Trained('stage 1', stage1.linear, *measure(stage1.linear, unseen, counts, thresholds), {})]
+    stage1 = Stage1(
+        Linear(layer.weight, layer.bias).detached(), counts, resolve_prior(export['source'].get('prior', 'train'), counts),
+        conventional and Linear(conventional.weight, conventional.bias).detached())
+    results = [Result('stage 1', stage1.linear, *measure(stage1.linear, validation, counts, thresholds), {})]
     for name, classifier in classifiers.items():
-        fixed = [key.partition('.')[2] for key in stage2_kwargs or () if key.startswith(f'{name}.')]
-        results.append(_train(name, classifier, stage1, features, choice, unseen, thresholds, seed, fixed))
-    print(f'\nStage 2 on {len(unseen):,} images, features in {extraction} s:\n{table([results])}', flush=True)
-    facts = dict(feature_views=feature_views, feature_seconds=extraction)
+        start, score = time.perf_counter(), None
+        if search_sets:
+            fixed = [key.partition('.')[2] for key in stage2_kwargs or () if key.startswith(f'{name}.')]
+            classifier, score = search(classifier, stage1, *search_sets, seed, fixed)
+        linear = fit(classifier, stage1, features, seed)
+        seconds = time.perf_counter() - start
+        settings = ', '.join(f'{key} {value}' for key, value in asdict(classifier).items())
+        _logger.info(f'{name}: {seconds:.1f} s, {settings}'
+                     + ('' if score is None else f', class mean {score:.2f} on held-out images'))
+        results.append(Result(name, linear, *measure(linear, validation, counts, thresholds), asdict(classifier), seconds,
+                              score))
+    print(f'\nStage 2 on {len(validation):,} images, features in {extraction} s:\n{results_table([results])}', flush=True)
+    metadata = dict(feature_views=feature_views, feature_seconds=extraction)
     for result in results[1:]:
-        _leave(folder / result.name, result, results[0], model, export, metrics, facts)
-    write_table(folder / TABLE, {metrics.get('weights', metrics['method']): results})
+        _export_classifier(folder / result.name, result, results[0], model, export, metrics, metadata)
+    write_results(folder / TABLE, {metrics.get('weights', metrics['method']): results})
     return results
 
 
 def check_stage2(
         names: str, *, model: nn.Module, data: TrainingData, conventional: nn.Linear | None = None,
-        stage2_holdout: float | None = None, stage2_kwargs: dict | None = None, seed: int = 42) -> tuple:
-    """Refuse what `run_stage2` would, before stage 1 has cost anything.
+        stage2_holdout: float | None = None, stage2_kwargs: dict | None = None,
+        seed: int = 42) -> tuple[dict[str, Classifier], nn.Linear, tuple | None]:
+    """Raise the errors of `run_stage2` without any work, so that a run can fail before stage 1.
 
     Returns:
-        The classifiers by name, the linear classifier of stage 1, and places of `stratified_split` or None.
+        The classifiers by name, the linear classifier of stage 1, and the indices of `stratified_split` or None.
 
     Raises:
-        InputError: As `run_stage2`.
+        InputError: See `run_stage2`.
     """
-    classifiers, parts = parse_classifiers(names, stage2_kwargs or {}, two_heads=conventional is not None), None
+    classifiers, split = parse_classifiers(names, stage2_kwargs or {}, two_heads=conventional is not None), None
     if not isinstance(data.train, ImageSet):
         raise InputError(f'--stage2 {names}: needs a training set with an index')
-    if stage2_holdout is not None and _heldout(data):
+    if stage2_holdout is not None and _has_unseen_holdout(data):
         _logger.warning('--stage2-holdout has no effect with --holdout, whose images choose')
     elif stage2_holdout is not None:
-        parts = stratified_split(data.train.labels, stage2_holdout, data.train.class_names, seed)
-    return classifiers, linear_classifier(model), parts
+        split = stratified_split(data.train.labels, stage2_holdout, data.train.class_names, seed)
+    return classifiers, linear_classifier(model), split
 
 
-def _detached(linear: nn.Linear) -> Linear:
-    return Linear(linear.weight.detach(), linear.bias.detach())
+def _has_unseen_holdout(data: TrainingData) -> bool:
+    """Whether there are held-out images beside the validation images; without the latter, they are the validation."""
+    return data.validation is not None and data.holdout is not None
 
 
-def _validation(data: TrainingData) -> ImageSet:
-    return data.validation if data.validation is not None else data.holdout
-
-
-def _heldout(data: TrainingData) -> ImageSet | None:
-    """Images held out that are not those to evaluate on."""
-    return None if data.validation is None else data.holdout
-
-
-def _choice(features: Features, heldout: Features | None, parts: tuple | None) -> tuple[Features, Features] | None:
-    """Features to train candidates on and to choose them on; None without a search."""
-    if heldout is not None:
-        return features, heldout
-    return parts and tuple(features.subset(torch.from_numpy(part)) for part in parts)
-
-
-def _train(
-        name: str, classifier, stage1: Stage1, features: Features, choice: tuple[Features, Features] | None,
-        unseen: Features, thresholds: Sequence[int], seed: int, fixed: Sequence[str]) -> Trained:
-    """Choose what is not fixed where there is something to choose on, train it on all features, measure it."""
-    start, score = time.perf_counter(), None
-    classifier = classifier.resolved(stage1) if isinstance(classifier, LogitAdjust) else classifier
-    if choice is not None:
-        classifier, score = search(classifier, stage1, *choice, seed, fixed)
-    linear = fit(classifier, stage1, features, seed)
-    seconds = time.perf_counter() - start
-    settings = asdict(classifier)
-    _logger.info(f'{name}: {seconds:.1f} s, ' + ', '.join(f'{key} {value}' for key, value in settings.items())
-                 + ('' if score is None else f', class mean {score:.2f} on held-out images'))
-    return Trained(name, linear, *measure(linear, unseen, stage1.counts, thresholds), settings, seconds, score)
-
-
-def _leave(
-        folder: Path, result: Trained, first: Trained, model: nn.Module, export: dict, metrics: dict, facts: dict) -> None:
-    """Export one classifier with the encoder of stage 1."""
-    source, stage2 = export['source'], dict(name=result.name, **result.settings, **facts, seconds=round(result.seconds, 2))
-    before = {key: metrics[key] for key in ('command', 'commit', 'seconds', 'epoch') if key in metrics}
+def _export_classifier(
+        folder: Path, result: Result, first: Result, model: nn.Module, export: dict, metrics: dict, metadata: dict) -> None:
+    """Write one classifier with the encoder of stage 1 to `folder`/export, and its tables to `folder`."""
+    source = export['source']
+    stage2 = dict(name=result.name, **result.settings, **metadata, seconds=round(result.seconds, 2))
     method = f"{metrics['method']}+{result.name}"
-    found = {
-        **metrics, 'method': method, **result.metrics, 'stage1': {
-            'method': metrics['method'], **{key: first.metrics[key] for key in FIGURES}, **before},
+    stage1 = {'method': metrics['method'], **{key: first.metrics[key] for key in METRICS},
+              **{key: metrics[key] for key in ('command', 'commit', 'seconds', 'epoch') if key in metrics}}
+    metrics = {
+        **metrics, 'method': method, **result.metrics, 'stage1': stage1,
         'stage2': {**stage2, 'heldout_class_mean': result.heldout}, **provenance(),
-        'seconds': round(metrics.get('seconds', 0) + facts['feature_seconds'] + result.seconds, 1)}
+        'seconds': round(metrics.get('seconds', 0) + metadata['feature_seconds'] + result.seconds, 1)}
     source = {**source, 'method': method, 'prior': 'uniform', 'stage2': stage2,
               'recipe': {**source.get('recipe', {}), **{f'stage2_{key}': value for key, value in stage2.items()}}}
     copied = copy.deepcopy(model).eval()
     set_classifier(copied, *result.linear)
     folder.mkdir(parents=True, exist_ok=True)
-    export_model(folder / 'export', copied, **{**export, 'source': source}, metrics=found)
-    write_tables(folder, found, export['class_names'], result.predictions)
+    export_model(folder / 'export', copied, **{**export, 'source': source}, metrics=metrics)
+    write_tables(folder, metrics, export['class_names'], result.predictions)
+
+
+def results_table(runs: Sequence[Sequence[Result]]) -> str:
+    """Format the classifiers of one or several runs as a table in percent.
+
+    Args:
+        runs: Results of each run, stage 1 first. Several runs give mean ± standard deviation (n - 1).
+    """
+    groups = runs[0][0].metrics['shot_classes']
+    rows = [['classifier', 'top-1', *(f'{name} ({size})' for name, size in groups.items()), 'class mean', 'ECE', 'seconds']]
+    for results in zip(*runs, strict=True):
+        cells = [mean_std([result.metrics[key] for result in results]) for key in METRICS]
+        rows.append([results[0].name, *cells, f'{statistics.mean(result.seconds for result in results):.1f}'])
+    return aligned(rows)
+
+
+def write_results(path: Path, runs: dict[str, Sequence[Result]]) -> None:
+    """Write a CSV file with one line per run and classifier: metrics, hyper-parameters, commit and command.
+
+    Args:
+        path: Path of the file.
+        runs: User's name of the stage-1 model -> results.
+    """
+    run = provenance()
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file)
+        writer.writerow(('model', 'classifier', *METRICS, 'heldout_class_mean', 'seconds', 'settings', 'commit', 'command'))
+        for name, results in runs.items():
+            for result in results:
+                settings = ' '.join(f'{key}={value}' for key, value in result.settings.items())
+                writer.writerow((name, result.name, *(result.metrics[key] for key in METRICS), result.heldout,
+                                 round(result.seconds, 2), settings, run['commit'], run['command']))

@@ -1,1 +1,1 @@
-"""Sweeps: recipes x options x seeds, run side by side, and their tables."""
+"""Sweeps: recipes x options x seeds as parallel runs, and tables of their results."""

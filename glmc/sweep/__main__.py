@@ -1,11 +1,11 @@
-"""Recipes x options x seeds as parallel runs of train_glmc.py on one machine, and one table of their results.
+"""Recipes x options x seeds as parallel runs of train_glmc.py on one machine, with one table of their results.
 
-    python -m glmc.sweep --recipes hparams/a.yaml hparams/b.yaml --seeds 0 1 2 --jobs 6 -- --data-dir data
     python -m glmc.sweep --vary method=ce,glmc --vary lr=0.01,0.1 -- --epochs 30
+    python -m glmc.sweep --recipes hparams/a.yaml hparams/b.yaml --seeds 0 1 2 --jobs 6 -- --data-dir data
     timeout 580 python -m glmc.sweep --each joint_forward=true mix_beta=0.2,0.5 --csv results/runs.csv --logs results/logs
 
-What follows `--` goes to every run. When the sweep is stopped, the runs save where they are; the same command, given
-again, skips finished runs and goes on with the others.
+Options after `--` are passed to every run. A stopped sweep saves a checkpoint of each run; the same command resumes
+them and skips finished runs.
 """
 import itertools
 import re
@@ -19,25 +19,27 @@ from glmc.config import DEMONSTRATION, count, positive_int, train_parser
 from glmc.errors import InputError
 from glmc.evaluation.text import aligned, mean_std
 from glmc.methods import METHODS
-from glmc.report.report import write_comparison
+from glmc.report.compare import write_comparison
 from glmc.sweep.parallel import run_all
-from glmc.sweep.runs import FIGURES, Experiment, check_table, keep_log, line_of, write_runs
+from glmc.sweep.runs import METRICS, Experiment, check_table, copy_log, table_row, write_runs
 
-OWN = ('-c', '--config', '--seed', '--output', '--experiment', '--resume')  # the sweep gives these to each run
+SET_BY_SWEEP = ('-c', '--config', '--seed', '--output', '--experiment', '--resume')
 INTERRUPTED = 130
 
 
 def main() -> None:
-    args, passed_on = parse_sweep(sys.argv[1:])
-    experiments, csv = plan(args, passed_on), Path(args.csv or Path(args.output) / 'sweep.csv')
+    args, run_options = parse_sweep(sys.argv[1:])
+    experiments, csv = plan(args, run_options), Path(args.csv or Path(args.output) / 'sweep.csv')
     for experiment in experiments:
         check(experiment)
     check_table(csv, experiments)
-    interrupted = run_all([e for e in experiments if e.metrics() is None], args.jobs)
+    missing = [experiment for experiment in experiments if experiment.metrics() is None]
+    print(f'Runs: {len(experiments)}, already finished: {len(experiments) - len(missing)}', flush=True)
+    interrupted = run_all(missing, args.jobs)
     finished = [(experiment, metrics) for experiment in experiments if (metrics := experiment.metrics())]
-    logs = {e: keep_log(e, Path(args.logs)) for e, _ in finished if e.log.exists()} if args.logs else {}
-    write_runs(csv, [line_of(experiment, metrics, logs.get(experiment)) for experiment, metrics in finished])
-    print(f'\n{table(finished)}', flush=True)
+    logs = {e: copy_log(e, Path(args.logs)) for e, _ in finished if e.log.exists()} if args.logs else {}
+    write_runs(csv, [table_row(experiment, metrics, logs.get(experiment)) for experiment, metrics in finished])
+    print(f'\n{results_table(finished)}\n\nAll runs: {csv}', flush=True)
     compare(Path(args.output) / 'comparison', finished)
     if len(finished) < len(experiments):
         print(f'{len(experiments) - len(finished)} of {len(experiments)} runs have no result', file=sys.stderr)
@@ -45,43 +47,50 @@ def main() -> None:
 
 
 def compare(folder: Path, finished: list[tuple[Experiment, dict]]) -> None:
-    """Draw the runs of the first seed together: accuracy of each class over its training images."""
+    """Write a report that compares the runs of the first seed, with the accuracy of each class."""
     runs = [experiment.folder for experiment, _ in finished if experiment.seed == finished[0][0].seed]
     if len(runs) > 1:
         try:
-            print(f'drawn together in {write_comparison(folder, runs)}', flush=True)
+            print(f'Comparison, seed {finished[0][0].seed}: {write_comparison(folder, runs)}', flush=True)
         except InputError as error:
-            print(f'not drawn together: {error}', file=sys.stderr)
+            print(f'no comparison: {error}', file=sys.stderr)
 
 
 def parse_sweep(argv: list[str]) -> tuple[Options, list[str]]:
-    """Options of the sweep, and what follows `--`."""
+    """Options of the sweep, and the options after `--` for every run."""
     split = argv.index('--') if '--' in argv else len(argv)
-    parser = Parser(prog='python -m glmc.sweep', verbatim=True, description=__doc__)
+    parser = Parser(prog='python -m glmc.sweep', verbatim=True, description=__doc__,
+                    usage='python -m glmc.sweep [options of the sweep] -- [options of train_glmc.py for every run]')
     add = parser.add_argument
-    add('--recipes', nargs='+', default=[], metavar='FILE', help='YAML files of options, as --config of train_glmc.py')
-    add('--seeds', nargs='+', type=count, default=[0], metavar='N', help='seeds of each recipe; default: 0')
-    add('--vary', action='append', default=[], metavar='OPTION=VALUE,…', help='cross with these values; true and false '
-        'for a switch, blanks inside a value for an option that takes several')
-    add('--each', nargs='+', default=[], metavar='OPTION=VALUE,…', help='one of these values at a time')
-    add('--jobs', type=positive_int, default=1, metavar='N', help='runs at a time; they share the device and the cores')
-    add('--output', default='output', metavar='DIR', help='parent folder of all runs')
-    add('--csv', metavar='FILE', help='the table of runs, a line each, beside those it has; default: sweep.csv in --output')
-    add('--logs', metavar='DIR', help='copy the log of each finished run here, for the table to point at')
+    add('--recipes', nargs='+', default=[], metavar='FILE', help='YAML files of options, each as --config of some runs')
+    add('--seeds', nargs='+', type=count, default=[0], metavar='N', help='seeds of every setting; default: 0')
+    add('--vary', action='append', default=[], metavar='OPTION=VALUE,…', help='run with each of these values; several '
+        '--vary are combined. A switch takes true or false; quote a value with blanks for an option with several values')
+    add('--each', nargs='+', default=[], metavar='OPTION=VALUE,…',
+        help='run with each of these values alone, not combined with each other')
+    add('--jobs', type=positive_int, default=1, metavar='N', help='parallel runs, which share device and cores; default: 1')
+    add('--output', default='output', metavar='DIR', help='parent folder of all runs; default: output')
+    add('--csv', metavar='FILE', help='table with one row for each run; rows of other runs are kept; default: sweep.csv '
+        'in --output')
+    add('--logs', metavar='DIR', help='copy the log of each finished run to this folder')
     return parser.parse_args(argv[:split]), argv[split + 1:]
 
 
-def plan(args: Options, passed_on: list[str]) -> list[Experiment]:
-    """All runs of the sweep, recipe by recipe."""
-    for flag in {word.split('=')[0] for word in passed_on} & set(OWN):
-        raise InputError(f'{flag}: is set by --recipes, --seeds or --output of the sweep; expected other options after --')
+def plan(args: Options, run_options: list[str]) -> list[Experiment]:
+    """All runs of the sweep, recipe by recipe.
+
+    Raises:
+        InputError: If an option belongs to the sweep, or if two runs have the same folder.
+    """
+    for flag in {word.split('=')[0] for word in run_options} & set(SET_BY_SWEEP):
+        raise InputError(f'{flag}: the sweep sets it by --recipes, --seeds or --output; expected other options after --')
     experiments = {}
-    for recipe, settings in itertools.product(args.recipes or [None], settings_of(args.vary, args.each)):
+    for recipe, setting in itertools.product(args.recipes or [None], settings(args.vary, args.each)):
         words = [Path(recipe).stem] if recipe else []
-        name = '-'.join([*words, *(f'{option}={value}' for option, value in settings)]) or 'default'
+        name = '-'.join([*words, *(f'{option}={value}' for option, value in setting)]) or 'default'
         name = re.sub(r'[^\w.=+-]+', '_', name)
-        options = [*(['--config', recipe] if recipe else []), *passed_on]
-        options += [word for setting in settings for word in as_flags(*setting)]
+        options = [*(['--config', recipe] if recipe else []), *run_options]
+        options += [word for option in setting for word in as_flags(*option)]
         for seed in args.seeds:
             folder = Path(args.output) / f'{name}-seed{seed}'
             if folder in experiments:
@@ -90,11 +99,11 @@ def plan(args: Options, passed_on: list[str]) -> list[Experiment]:
     return list(experiments.values())
 
 
-def settings_of(vary: list[str], each: list[str]) -> list[tuple[tuple[str, str], ...]]:
-    """(option, value) of each setting: what is varied, crossed, and with it one of `each`, if there are any."""
-    crossed = itertools.product(*(_split('--vary', text) for text in vary))
-    alone = [(setting,) for text in each for setting in _split('--each', text)] or [()]
-    return [(*settings, *setting) for settings, setting in itertools.product(crossed, alone)]
+def settings(vary: list[str], each: list[str]) -> list[tuple[tuple[str, str], ...]]:
+    """Combinations of (option, value): the product of all `vary`, times one of `each` at a time."""
+    combined = itertools.product(*(_split('--vary', text) for text in vary))
+    alone = [(option,) for text in each for option in _split('--each', text)] or [()]
+    return [(*options, *option) for options, option in itertools.product(combined, alone)]
 
 
 def _split(flag: str, text: str) -> list[tuple[str, str]]:
@@ -105,7 +114,7 @@ def _split(flag: str, text: str) -> list[tuple[str, str]]:
 
 
 def as_flags(option: str, value: str) -> list[str]:
-    """One varied option on the command line of train_glmc.py."""
+    """Words of the command line of train_glmc.py that set a varied option."""
     action = train_parser(METHODS)._option_string_actions.get(f'--{option}')
     if action is None or action.nargs != 0:
         return [f'--{option}', *(value.split() if action and action.nargs else [value])]
@@ -117,10 +126,10 @@ def as_flags(option: str, value: str) -> list[str]:
 
 
 def check(experiment: Experiment) -> None:
-    """Refuse wrong options before anything starts, and a folder that holds a run with others.
+    """Check the options of a run before any run starts.
 
     Raises:
-        InputError: If so.
+        InputError: If an option is wrong, or if the run folder holds a run with other options.
     """
     options, explicit = parse_args(train_parser(METHODS), experiment.argv)
     path = experiment.folder / 'args.yaml'
@@ -135,13 +144,13 @@ def check(experiment: Experiment) -> None:
                              f'has {value}; expected the same options, or another --output')
 
 
-def table(finished: list[tuple[Experiment, dict]]) -> str:
-    """Mean ± standard deviation (n - 1) over the seeds of each recipe and setting."""
+def results_table(finished: list[tuple[Experiment, dict]]) -> str:
+    """Aligned table: mean ± standard deviation (n - 1) of each metric over the seeds of a setting, in percent."""
     rows = [['run', 'method', 'seeds', 'top-1', 'many', 'medium', 'few', 'class mean']]
     for name, group in itertools.groupby(finished, key=lambda pair: pair[0].name):
         results = [metrics for _, metrics in group]
-        figures = [mean_std([metrics.get(figure) for metrics in results]) for figure in FIGURES]
-        rows.append([name, results[0]['method'], str(len(results)), *figures])
+        columns = [mean_std([metrics.get(metric) for metrics in results]) for metric in METRICS]
+        rows.append([name, results[0]['method'], str(len(results)), *columns])
     return aligned(rows, left=2)
 
 

@@ -1,4 +1,4 @@
-"""Runs side by side on one machine: each a process group of its own, with its log and its share of the cores."""
+"""Run experiments in parallel on one machine, each in its own process group with its share of the cores and a log file."""
 import os
 import signal
 import subprocess
@@ -9,13 +9,18 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from glmc.evaluation.text import shot_line
 from glmc.sweep.runs import Experiment
 
 SCRIPT = Path(__file__).resolve().parents[2] / 'train_glmc.py'
 
 
 def run_all(experiments: Sequence[Experiment], jobs: int) -> bool:
-    """Run them, so many at a time. A failure stops no other run; Ctrl-C or SIGTERM stops all, and True is returned."""
+    """Run experiments, at most `jobs` at a time. A failed run stops no other; Ctrl-C or SIGTERM stops all.
+
+    Returns:
+        True if a signal stopped them.
+    """
     waiting, running = deque(experiments), {}
     with catch_signals() as signals:
         try:
@@ -25,30 +30,32 @@ def run_all(experiments: Sequence[Experiment], jobs: int) -> bool:
                     running[experiment] = start(experiment, jobs)
                 time.sleep(0.2)
                 for experiment in [e for e, process in running.items() if process.poll() is not None]:
-                    tell(experiment, running.pop(experiment).returncode)
+                    log_result(experiment, running.pop(experiment).returncode)
         finally:
-            stop(running.values())
+            terminate(running.values())
     return bool(signals)
 
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """The signals so far. They are noted and no more: `timeout` sends two at once, and the second must not keep the runs
-    from being stopped."""
-    heard = []
+    """Collect SIGINT and SIGTERM in a list instead of handling them.
+
+    `timeout` sends two signals at once; the second must not interrupt the wait for runs that are saving.
+    """
+    received = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in handlers.items():
         if number == signal.SIGTERM or handler != signal.SIG_IGN:  # a shell's background job ignores Ctrl-C
-            signal.signal(number, lambda number, frame: heard.append(number))
+            signal.signal(number, lambda number, frame: received.append(number))
     try:
-        yield heard
+        yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def start(experiment: Experiment, jobs: int) -> subprocess.Popen:
-    """A run in a process group of its own, with its share of the cores and everything it says in its log."""
+    """Start a run in its own process group with 1/jobs of the cores; its output goes to its log."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     threads = os.environ.get('OMP_NUM_THREADS', str(max(cores // jobs, 1)))
     experiment.folder.mkdir(parents=True, exist_ok=True)
@@ -59,23 +66,21 @@ def start(experiment: Experiment, jobs: int) -> subprocess.Popen:
             start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': threads})
 
 
-def tell(experiment: Experiment, code: int) -> None:
-    if code or experiment.metrics() is None:
-        print(f'failed    {experiment.folder}: {last_line(experiment.log)}', file=sys.stderr, flush=True)
-    else:
-        print(f'finished  {experiment.folder}', flush=True)
+def log_result(experiment: Experiment, code: int) -> None:
+    """Print the metrics of a finished run, or the last line of the log of a failed one."""
+    metrics = experiment.metrics()
+    if metrics and not code:
+        print(f'finished  {experiment.folder}: {shot_line(metrics)}', flush=True)
+        return
+    lines = experiment.log.read_text(encoding='utf-8', errors='replace').strip().splitlines() or ['no output']
+    print(f'failed    {experiment.folder}: {lines[-1]} (see {experiment.log})', file=sys.stderr, flush=True)
 
 
-def last_line(log: Path) -> str:
-    lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()
-    return f'{lines[-1]} (see {log})' if lines else 'it said nothing'
-
-
-def stop(processes: Collection[subprocess.Popen]) -> None:
-    """Let each finish its step and save."""
+def terminate(processes: Collection[subprocess.Popen]) -> None:
+    """Stop runs and their loader workers with SIGTERM and wait until they have saved a checkpoint."""
     if processes:
-        print('interrupted: the runs save where they are; the same command goes on there', file=sys.stderr, flush=True)
+        print('interrupted: waiting for the runs to save; run the same command again to resume', file=sys.stderr, flush=True)
     for process in processes:
-        os.killpg(process.pid, signal.SIGTERM)  # with its loader workers
+        os.killpg(process.pid, signal.SIGTERM)
     for process in processes:
         process.wait()

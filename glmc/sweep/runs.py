@@ -1,4 +1,4 @@
-"""The runs of a sweep, and their table: a CSV with a line for each, which says what was run and how to run it again."""
+"""The runs of a sweep, and the CSV with one row for each: its options, metrics, and the command that repeats it."""
 import csv
 import json
 import os
@@ -16,86 +16,97 @@ from glmc.errors import InputError
 from glmc.methods import METHODS
 from glmc.run_folder import read_summary
 
-FIGURES = ('top1', 'many', 'medium', 'few', 'class_mean')  # of the model that is exported: of the last epoch
-BEST = 'top1_best_epoch_chosen_on_test'  # what a peek at the evaluated images would give; nothing is chosen by it
+METRICS = ('top1', 'many', 'medium', 'few', 'class_mean')  # of the exported model: last epoch
+BEST_ON_TEST = 'top1_best_epoch_chosen_on_test'  # for comparison with papers that report it; no choice depends on it
 COLUMNS = ('run', 'seed', 'recipe', 'options', 'method', 'model', 'parameters', 'imbalance_factor', 'lt_split',
-           'fingerprint', 'epochs', *FIGURES, 'ece', 'evaluated_on', BEST, 'seconds', 'device', 'precision', 'commit',
-           'command', 'log')
-PLACES = frozenset((  # options that say where the data is and how it is computed, not what is trained
+           'fingerprint', 'epochs', *METRICS, 'ece', 'evaluated_on', BEST_ON_TEST, 'seconds', 'device', 'precision',
+           'commit', 'command', 'log')
+NOT_TRAINING_OPTIONS = frozenset((  # options for the place of the data, the speed and the output
     'config', 'data_dir', 'dataset', 'dataset_download', 'val_split', 'val_list', 'train_list', 'class_map', 'class_counts',
     'input_key', 'target_key', 'num_classes', 'workers', 'resident', 'channels_last', 'torchcompile', 'grad_checkpointing',
     'seed', 'output', 'experiment', 'resume', 'debug', 'val_interval', 'log_interval', 'checkpoint_interval',
     'checkpoint_hist', 'report', 'report_to', 'push_to_hub', 'hub_private', 'hub_revision', 'hub_license', 'stage2',
     'feature_views', 'stage2_holdout', 'stage2_kwargs', 'feature_cache'))
-ABSOLUTE = re.compile(r'''(?<![\w.])(?<!:/)/(?!/)(?:[^\s/:'"]+/)*([^\s/:'",]+)/?''')
+ABSOLUTE_PATH = re.compile(r'''(?<![\w.])(?<!:/)/(?!/)(?:[^\s/:'"]+/)*([^\s/:'",]+)/?''')
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run: what it is called with, and where it leaves its result."""
-    name: str  # without the seed: what is averaged over
+    """One run of a sweep.
+
+    Args:
+        name: Recipe and varied options, without the seed; results are averaged over runs of the same name.
+        seed: --seed of the run.
+        recipe: YAML file of options, or None.
+        options: Command line of train_glmc.py with the recipe, without the seed and the folder.
+        folder: Run folder.
+    """
+    name: str
     seed: int
     recipe: str | None
-    options: tuple[str, ...]  # with the recipe, without the seed
+    options: tuple[str, ...]
     folder: Path
 
     @property
     def argv(self) -> list[str]:
-        """The command line of train_glmc.py."""
+        """Complete command line of train_glmc.py."""
         return [*self.options, '--seed', str(self.seed), '--output', str(self.folder.parent), '--experiment',
                 self.folder.name, '--resume', 'auto']
 
     @property
     def log(self) -> Path:
+        """Log file of the run."""
         return self.folder / 'train.log'
 
     def metrics(self) -> dict | None:
-        """The result, or None of an unfinished run."""
+        """Read metrics.json of the export; None if the run has not finished."""
         path = self.folder / 'export' / 'metrics.json'
         return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
 
-def line_of(experiment: Experiment, metrics: dict, log: Path | None = None) -> dict:
-    """The run as a line of the table.
+def table_row(experiment: Experiment, metrics: dict, log: Path | None = None) -> dict:
+    """Row of the CSV for a finished run: COLUMNS -> value, None where there is none.
 
     Args:
-        experiment: The run.
-        metrics: Of its metrics.json.
-        log: Where its log is kept, if not in its folder.
+        experiment: The finished run.
+        metrics: Content of its metrics.json.
+        log: Copy of its log to name in the row; default: the log in the run folder.
     """
     args = yaml.safe_load((experiment.folder / 'args.yaml').read_text(encoding='utf-8'))
     factor = args.get('imbalance_factor')
-    line = {name: metrics.get(name) for name in COLUMNS}
-    line.update(
-        what_is_run(experiment), imbalance_factor=factor, lt_split=args.get('lt_split') if factor else None,
-        command=command(experiment, metrics.get('threads')), log=(log or experiment.log).as_posix())
-    line[BEST] = None if args.get('holdout') else best_top1(experiment.folder)
-    return {name: portable(value) if isinstance(value, str) else value for name, value in line.items()}
+    row = {name: metrics.get(name) for name in COLUMNS}
+    row.update(
+        planned_cells(experiment), imbalance_factor=factor, lt_split=args.get('lt_split') if factor else None,
+        command=rerun_command(experiment, metrics.get('threads')), log=(log or experiment.log).as_posix())
+    evaluated = [epoch['eval_top1'] for epoch in read_summary(experiment.folder) if epoch['eval_top1'] is not None]
+    row[BEST_ON_TEST] = None if args.get('holdout') else max(evaluated, default=None)
+    return {name: portable(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
-def what_is_run(experiment: Experiment) -> dict:
-    """The cells of a line that are known before it has run."""
+def planned_cells(experiment: Experiment) -> dict:
+    """Cells of a row that are known before the run starts."""
     return dict(run=experiment.name, seed=experiment.seed, recipe=portable(experiment.recipe or ''),
                 options=portable(changed_options(experiment)))
 
 
 def changed_options(experiment: Experiment) -> str:
-    """`name=value` of each option that trains something other than the recipe, or the defaults, would.
+    """`name=value` of each training option that differs from the recipe, or from the defaults without one.
 
-    What a method has by default is said by its name.
+    Defaults that follow from `method` are not listed.
     """
-    recipe, options = ['--config', experiment.recipe] if experiment.recipe else [], vars(_options(experiment.options))
-    same_method = {**vars(_options([*recipe, '--method', options['method']])), 'method': _options(recipe).method}
-    changed = {name: value for name, value in options.items() if name not in PLACES and value != same_method[name]}
+    recipe, options = ['--config', experiment.recipe] if experiment.recipe else [], vars(_parse(experiment.options))
+    same_method = {**vars(_parse([*recipe, '--method', options['method']])), 'method': _parse(recipe).method}
+    changed = {name: value for name, value in options.items()
+               if name not in NOT_TRAINING_OPTIONS and value != same_method[name]}
     return ' '.join(f'{name}={as_text(value)}' for name, value in sorted(changed.items()))
 
 
-def _options(words: Sequence[str]) -> Options:
+def _parse(words: Sequence[str]) -> Options:
     return parse_args(train_parser(METHODS), list(words))[0]
 
 
 def as_text(value) -> str:
-    """Without blanks; numbers as short as they can be."""
+    """Format an option value without blanks, numbers as short as possible."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -107,73 +118,68 @@ def as_text(value) -> str:
     return re.sub(r'\s+', '_', str(value))
 
 
-def command(experiment: Experiment, threads: int | None) -> str:
-    """What gives the run again when it is pasted; on the CPU the number of threads decides about the last digit."""
+def rerun_command(experiment: Experiment, threads: int | None) -> str:
+    """Shell command that repeats the run; on a CPU it sets the number of threads, which changes the last digits."""
     words = shlex.join(['python', 'train_glmc.py', *map(portable, experiment.options), '--seed', str(experiment.seed)])
     return f'OMP_NUM_THREADS={threads} {words}' if threads else words
 
 
 def portable(text: str) -> str:
-    """Absolute paths as PATH/TO/NAME: where things lie on one machine is of no use on another."""
-    return ABSOLUTE.sub(r'PATH/TO/\1', text)
-
-
-def best_top1(folder: Path) -> float | None:
-    """The highest top-1 of the epochs that were evaluated."""
-    return max((row['eval_top1'] for row in read_summary(folder) if row['eval_top1'] is not None), default=None)
+    """Replace absolute paths by PATH/TO/NAME, so that a table names no folders of one machine."""
+    return ABSOLUTE_PATH.sub(r'PATH/TO/\1', text)
 
 
 def read_runs(path: Path) -> list[dict[str, str]]:
-    """Lines of a table of runs, in any columns that have `run` and `seed` among them.
+    """Read the CSV of a sweep, or any CSV with columns `run` and `seed`: column -> cell for each row.
 
     Raises:
-        InputError: If it is none.
+        InputError: If the file cannot be read, a column is missing, or a row has too many cells.
     """
     try:
         with open(path, newline='', encoding='utf-8') as file:
             reader = csv.DictReader(file, restval='')
             head, rows = reader.fieldnames or (), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f'{path}: expected a table of runs: {error}') from error
+        raise InputError(f'{path}: cannot be read as a CSV of runs: {error}') from error
     if not {'run', 'seed'} <= set(head) or any(None in row for row in rows):
-        raise InputError(f'{path}: expected a table of runs, with columns run and seed and no line longer than the head')
+        raise InputError(f'{path}: expected a CSV of runs, with columns run and seed and no row longer than the head')
     return rows
 
 
 def check_table(path: Path, experiments: Iterable[Experiment]) -> None:
-    """Refuse a file that is no table of runs, or in which one of these stands with other options.
+    """Check that an existing CSV holds none of these runs with other options.
 
     Raises:
-        InputError: If so.
+        InputError: If it does, or if the file is not a CSV of runs.
     """
     earlier = {(row['run'], row['seed']): row for row in read_runs(path)} if path.exists() else {}
     for experiment in experiments:
         row = earlier.get((experiment.name, str(experiment.seed)), {})
-        planned = what_is_run(experiment) if 'options' in row else {}  # older tables do not say
-        for name in {'recipe', 'options'} & planned.keys():
+        planned = planned_cells(experiment) if 'options' in row else {}  # older tables have no such column
+        for name in ('recipe', 'options') if planned else ():
             if Path(row[name]).name != Path(planned[name]).name:
                 raise InputError(f'--csv {path}: has a run {experiment.name}, seed {experiment.seed}, with {name} '
                                  f'{row[name]!r}, this sweep has {planned[name]!r}; expected the same, or another file')
 
 
-def write_runs(path: Path, lines: Iterable[dict]) -> None:
-    """Put the lines into a table; those of other runs, and columns that only they have, stay."""
+def write_runs(path: Path, rows: Iterable[dict]) -> None:
+    """Add rows to a CSV of runs, replacing rows of the same run and seed; other rows and columns are kept."""
     earlier = read_runs(path) if path.exists() else []
-    new = {(line['run'], str(line['seed'])): line for line in lines}
-    rows = [new.pop((row['run'], row['seed']), row) for row in earlier] + list(new.values())
-    columns = dict.fromkeys((*COLUMNS, *(name for row in rows for name in row)))
+    new = {(row['run'], str(row['seed'])): row for row in rows}
+    merged = [new.pop((row['run'], row['seed']), row) for row in earlier] + list(new.values())
+    columns = dict.fromkeys((*COLUMNS, *(name for row in merged for name in row)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f'{path.name}.tmp')
-    with open(beside, 'w', newline='', encoding='utf-8') as file:
+    temporary = path.with_name(f'{path.name}.tmp')
+    with open(temporary, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, list(columns), restval='')
         writer.writeheader()
-        writer.writerows(rows)
-    os.replace(beside, path)
+        writer.writerows(merged)
+    os.replace(temporary, path)
 
 
-def keep_log(experiment: Experiment, folder: Path) -> Path:
-    """Copy the run's log to where its line in the table says it is."""
+def copy_log(experiment: Experiment, folder: Path) -> Path:
+    """Copy the log of a run to `folder`, without absolute paths, and return the path of the copy."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / f'{experiment.folder.name}.log'
-    kept.write_text(portable(experiment.log.read_text(encoding='utf-8', errors='replace')), encoding='utf-8')
-    return kept
+    copy = folder / f'{experiment.folder.name}.log'
+    copy.write_text(portable(experiment.log.read_text(encoding='utf-8', errors='replace')), encoding='utf-8')
+    return copy

@@ -6,34 +6,46 @@ from torch import Tensor, nn
 
 
 class TaskHooks:
-    """What every task of the table answers beside timm's calls."""
+    """Calls that training makes to a task beside those of timm's `TrainingTask`; each does nothing unless overridden.
 
-    loss_names = ()
+    A task maps the input and the target of a mixer to a dict: `loss`, a scalar with a gradient; the scalars that
+    `loss_names` lists; `output`, (B, C) logits; and whatever its own `after_batch` needs. State beside the model goes into
+    `get_task_state` as tensors, so that a run resumes exactly.
+    """
+
+    loss_names = ()  # further losses of the dict, for the log
 
     def set_progress(self, progress: float) -> None:
-        """Called before each epoch with T/T_max in [0, 1)."""
+        """Prepare an epoch; progress is T/T_max in [0, 1)."""
 
-    def conventional_classifier(self, ema: bool = False) -> nn.Linear | None:
-        """The classifier beside the rebalanced one that is exported, if there is one."""
+    def after_batch(self, outputs: dict[str, Tensor]) -> None:
+        """Update queues and statistics after a forward and backward pass, outside the compiled graph.
+
+        Args:
+            outputs: The dict of the task, detached.
+        """
 
     def after_step(self) -> None:
-        """Called after each update of the weights."""
+        """Change weights after an update of the optimizer."""
 
     def classification_loss(self, losses: dict[str, Tensor]) -> Tensor:
-        """What SAM climbs, of the losses of a batch: all of it."""
+        """Loss along whose gradient SAM perturbs the weights; a scalar of the dict of the task."""
         return losses['loss']
 
+    def conventional_classifier(self, ema: bool = False) -> nn.Linear | None:
+        """Linear classifier beside the exported, rebalanced one; None if there is none."""
+
     def update_ema(self, step: int | None = None) -> None:
-        """timm's call after each update."""
+        """Call `after_step`, then update the average; timm's hook after each update."""
         self.after_step()
         super().update_ema(step=step)
 
 
 class AuxiliaryHeadsTask(TaskHooks, TrainingTask):
-    """A module of a backbone, which is evaluated, exported and kept, and of what stands beside it, the task's state."""
+    """Base task for a backbone with training-only heads; the backbone is exported, the heads are task state."""
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """The bare backbone: what is evaluated, exported and kept."""
+        """The bare backbone, which is evaluated, exported and kept."""
         module = super().get_eval_model(module, ema)
         return None if module is None else unwrap_model(module).backbone
 
@@ -53,13 +65,13 @@ class AuxiliaryHeadsTask(TaskHooks, TrainingTask):
 
 
 class FoldedTask(AuxiliaryHeadsTask):
-    """A classifier of another form, folded into the backbone's own after every update."""
+    """Base task for a classifier of another form, folded into the backbone's own after every update."""
 
     def after_step(self) -> None:
         unwrap_model(self.get_trainable_module()).fold()
 
     def update_ema(self, step: int | None = None) -> None:
-        """The average of the folded is not the folded average."""
+        """Fold the average, too: it is not the average of the folded classifiers."""
         super().update_ema(step=step)
         if self.has_ema():
             unwrap_model(self.get_trainable_module(ema=True)).fold()

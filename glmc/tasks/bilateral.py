@@ -14,7 +14,7 @@ class BilateralTask(FoldedTask):
     """L = α·CE(z, y_i) + (1-α)·CE(z, y_j), α = 1 - (T/T_max)² (BBN; arXiv 1912.02413, Eq. 2).
 
     Args:
-        model: Of two branches.
+        model: Backbone with two branches.
         counts: (C,) training images per class.
     """
 
@@ -27,7 +27,7 @@ class BilateralTask(FoldedTask):
         self.alpha.fill_(cumulative_alpha(progress))
 
     def forward(self, images: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """`loss` of images i and j, each (B, c, H, W), and their (B,) labels, and the logits z as `output`."""
+        """`loss` of images i and j, each (B, c, H, W), with (B,) labels, and `output`, the (B, C) logits z."""
         logits = self.trainable_module(images, self.alpha)
         losses = [F.cross_entropy(logits.float(), label) for label in labels]
         return dict(loss=self.alpha * losses[0] + (1 - self.alpha) * losses[1], output=logits)

@@ -14,13 +14,13 @@ from glmc.tasks.base import AuxiliaryHeadsTask, FoldedTask
 class GLMCTask(AuxiliaryHeadsTask):
     """L = α·L_c + (1-α)·L_cb + γ·L_sim (GLMC Eq. 11; arXiv 2305.08661).
 
-    L_c and L_cb are sums of the two views' cross-entropies with the conventional and with the rebalanced classifier,
-    the latter with class weights; L_sim is the sum of the two negative cosines. With a balanced model,
-    L = L_c + γ·L_sim on the backbone's classifier.
+    L_c and L_cb are sums over both views of the cross-entropy of the conventional and of the rebalanced classifier, the
+    latter with class weights. L_sim is the sum of the two negative cosines. With a balanced model, L = L_c + γ·L_sim on the
+    backbone's classifier.
 
-    α may part the encoder's gradient alone, which is then that of Eq. 11, while L = L_c + L_cb / m + γ·L_sim and each
-    classifier learns from all of its own loss (ours). m = Σ n_c·w_c / Σ n_c is the mean weight of a training image, far
-    below 1 on a long tail; divided by it, L_cb is a weighted mean as torch's cross-entropy with class weights is.
+    With `alpha_scope='encoder'` (ours), α weights only the gradients into the encoder, which are then those of Eq. 11. Each
+    classifier learns from its full loss: L = L_c + L_cb / m + γ·L_sim. m = Σ n_c·w_c / Σ n_c is the mean weight of a
+    training image, far below 1 on a long tail; dividing by it makes L_cb a weighted mean, as torch's cross-entropy is.
 
     Args:
         model: The backbone with its training heads.
@@ -28,7 +28,7 @@ class GLMCTask(AuxiliaryHeadsTask):
         reweight_power: k of the class weights (Eq. 7).
         consistency_weight: γ.
         alpha_power: P of α = 1 - (T/T_max)^P.
-        alpha_scope: What α parts: `losses` as in Eq. 11, or what the `encoder` hears of them.
+        alpha_scope: `losses`: α weights the losses (Eq. 11); `encoder`: only the gradients into the encoder.
     """
 
     loss_names = ('loss_c', 'loss_cb', 'loss_sim')
@@ -42,7 +42,7 @@ class GLMCTask(AuxiliaryHeadsTask):
         self.alpha_power = alpha_power
         self.balanced = model.classifier is None
         self.register_buffer('class_weight', class_weights(counts, reweight_power), persistent=False)
-        self.mean_weight = None  # m, where α is the encoder's
+        self.mean_weight = None  # m, with the encoder scope
         if alpha_scope == 'encoder' and not self.balanced:
             self.mean_weight = float(np.average(self.class_weight, weights=counts))
         self.register_buffer('alpha', torch.tensor(1.0), persistent=False)  # a tensor: its schedule recompiles nothing
@@ -64,7 +64,7 @@ class GLMCTask(AuxiliaryHeadsTask):
         Returns:
             Scalars `loss`, `loss_c`, `loss_cb`, `loss_sim`, and `output`: (B, C) rebalanced logits of the global view.
         """
-        global_out, local_out = self.trainable_module(*views, *self.gradient_scales())
+        global_out, local_out = self.trainable_module(*views, gradient_scales=self.gradient_scales())
         outputs = (global_out, local_out)
         loss_sim = (negative_cosine(global_out.prediction, local_out.projection)
                     + negative_cosine(local_out.prediction, global_out.projection))
@@ -79,19 +79,19 @@ class GLMCTask(AuxiliaryHeadsTask):
         loss = self.classification_loss(losses) + self.consistency_weight * loss_sim
         return dict(loss=loss, **losses, output=global_out.rebalanced_logits)
 
-    def gradient_scales(self) -> list[tuple[Tensor, Tensor]]:
-        """What `GLMCModule` takes beside the views: factors that make the encoder's gradient that of Eq. 11."""
-        return [(self.alpha, self.mean_weight * (1 - self.alpha))] if self.mean_weight else []
+    def gradient_scales(self) -> tuple[Tensor, Tensor] | None:
+        """Factors of the classifiers' gradients into the encoder that make it that of Eq. 11; None with the losses scope."""
+        return (self.alpha, self.mean_weight * (1 - self.alpha)) if self.mean_weight else None
 
     def classification_loss(self, losses: dict[str, Tensor]) -> Tensor:
-        """What SAM climbs: α·L_c + (1-α)·L_cb, the classification alone; L_c + L_cb / m where α is the encoder's."""
+        """Classification without consistency: α·L_c + (1-α)·L_cb; with the encoder scope L_c + L_cb / m."""
         if self.mean_weight:
             return losses['loss_c'] + losses['loss_cb'] / self.mean_weight
         return self.alpha * losses['loss_c'] + (1 - self.alpha) * losses['loss_cb']
 
 
 class CosineGLMCTask(FoldedTask, GLMCTask):
-    """GLMC on a `CosineGLMCModule`; arguments as of `GLMCTask`."""
+    """GLMC on a `CosineGLMCModule`; arguments as those of `GLMCTask`."""
 
     def conventional_classifier(self, ema: bool = False) -> None:
-        """None: it is not linear."""
+        """None: the conventional classifier is not linear."""

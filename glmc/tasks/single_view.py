@@ -12,14 +12,14 @@ from glmc.tasks.base import FoldedTask, TaskHooks
 
 
 class SingleViewTask(TaskHooks, ClassificationTask):
-    """One view, one classifier: timm's task, with a loss that may know the class counts.
+    """timm's task for one view and one classifier, with a loss that may depend on the class counts.
 
     Args:
         model: The backbone.
         counts: (C,) training images per class.
         loss: Counts and options -> criterion; None for timm's cross-entropy.
-        criterion_kwargs: For timm's, where `loss` is None.
-        **options: For `loss`.
+        criterion_kwargs: Arguments of timm's cross-entropy.
+        **options: Options of `loss`.
     """
 
     def __init__(self, model: nn.Module, counts: Sequence[int], loss: Callable[..., nn.Module] | None = None,
@@ -31,7 +31,7 @@ class SingleViewTask(TaskHooks, ClassificationTask):
             self.criterion.set_progress(progress)
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """The backbone, of the average too: timm's holds it in a module of its own."""
+        """The bare backbone; timm wraps the one of the average in a module."""
         module = super().get_eval_model(module, ema)
         return None if module is None else unwrap_model(module)
 
@@ -39,13 +39,13 @@ class SingleViewTask(TaskHooks, ClassificationTask):
 class WeightBalancingTask(SingleViewTask):
     """Cross-entropy under a tuned weight decay, then class weights and MaxNorm on the classifier (arXiv 2203.14197).
 
-    The paper trains the classifier alone in its second stage; here the whole model goes on for the last epochs, at the
-    learning rate they have. The two stages apart are `--method ce --weight-decay 5e-3 --stage2 maxnorm`.
+    The paper trains the classifier alone in its second stage. Here the whole model trains on for the last epochs, at their
+    learning rate. `--method ce --weight-decay 5e-3 --stage2 maxnorm` separates the stages.
 
     Args:
         model: A backbone whose classifier is one linear layer.
         counts: (C,) training images per class.
-        effective_beta, drw_start: Of `losses.DeferredReweighting`; MaxNorm starts with the class weights.
+        effective_beta, drw_start: As those of `losses.DeferredReweighting`; MaxNorm starts with the class weights.
     """
 
     def __init__(self, model: nn.Module, counts: Sequence[int], effective_beta: float = 0.9999, drw_start: float = 0.8):
@@ -54,7 +54,7 @@ class WeightBalancingTask(SingleViewTask):
         self.register_buffer('max_norm', torch.tensor(torch.inf), persistent=False)
 
     def set_progress(self, progress: float) -> None:
-        """Set class weights, and once they differ the radius δ, by the norms of that moment."""
+        """Set the class weights, and the radius δ from the norms at the moment when the weights start to differ."""
         super().set_progress(progress)
         if progress >= self.criterion.drw_start and self.max_norm.isinf():
             self.max_norm.copy_(norm_radius(self.get_eval_model().get_classifier().weight))
@@ -73,13 +73,13 @@ class WeightBalancingTask(SingleViewTask):
 
 
 class CosineTask(FoldedTask):
-    """One view, a cosine classifier, and a loss on its logits.
+    """Task for one view, a cosine classifier, and a loss on its logits.
 
     Args:
-        model: Of `models.CosineModule`, with scale s.
+        model: A `models.CosineModule`.
         counts: (C,) training images per class.
         loss: Counts and options -> criterion that changes with progress.
-        **options: For `loss`.
+        **options: Options of `loss`.
     """
 
     def __init__(self, model: FoldedModule, counts: Sequence[int], loss: Callable[..., DeferredReweighting], **options):
@@ -91,6 +91,6 @@ class CosineTask(FoldedTask):
         self.criterion.set_progress(progress)
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """`loss` of (B, c, H, W) images and (B,) labels, and the (B, C) scaled cosines as `output`."""
+        """`loss` of (B, c, H, W) images and (B,) labels, and `output`, the (B, C) scaled cosines."""
         logits = self.trainable_module(images)
         return dict(loss=self.criterion(logits, labels), output=logits)

@@ -12,29 +12,36 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
+from glmc.data.sampling import stream
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.models.classifier import float32_classifier
-from glmc.training.meter import Meter, _Clock
+from glmc.training.meter import Meter, RateClock
 
 _logger = logging.getLogger(__name__)
 
 
 class TrainStep(nn.Module):
-    """All that runs on the device in a step, as one graph: mixing, normalisation, the forward passes, the losses.
+    """The device side of a step as one graph: mixing, normalisation, forward passes, losses.
 
     Args:
         task: Model and loss.
-        mixer: Of the method.
-        normalize: Of the loader.
+        mixer: Views and labels -> input and target of the task.
+        normalize: Pixel values -> input of the model.
     """
 
-    def __init__(self, task: TrainingTask, mixer, normalize: nn.Module):
+    def __init__(self, task: TrainingTask, mixer: nn.Module, normalize: nn.Module):
         super().__init__()
         self.task, self.mixer, self.normalize = task, mixer, normalize
 
-    def forward(self, views: Tensor, labels: Tensor, mixture) -> dict[str, Tensor]:
-        """Losses of a batch: (B, V, c, H, W) views, (B, images) labels, and the random numbers of `mixer.sample_params`."""
-        inputs, targets = self.mixer(views, labels, mixture)
+    def forward(self, views: Tensor, labels: Tensor, params) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            views: (B, images, views, c, H, W) pixel values.
+            labels: (B, images).
+            params: Random numbers of `mixer.sample_params`, on the device of the views.
+        """
+        inputs, targets = self.mixer(views, labels, params)
         inputs = self.normalize(inputs) if isinstance(inputs, Tensor) else tuple(map(self.normalize, inputs))
         return self.task(inputs, targets)
 
@@ -42,30 +49,30 @@ class TrainStep(nn.Module):
 def train_one_epoch(
         accelerator: Accelerator, train_step: nn.Module, loader, optimizer, scheduler, *, epoch: int, seed: int,
         accum_steps: int = 1, clip_grad: float | None = None, clip_mode: str = 'norm', log_interval: int = 50,
-        max_skipped_steps: int = 10, start_step: int = 0, meter: 'Meter | None' = None,
+        max_skipped_steps: int = 10, start_step: int = 0, meter: Meter | None = None,
         after_update: Callable[[int], None] = lambda step: None,
         run_batch: Callable[..., dict[str, Tensor]] | None = None) -> dict[str, float]:
-    """Train on every image once, or on those that an interrupted epoch has left.
+    """Train on every image once, or on the rest of an interrupted epoch.
 
-    An update with a loss or gradient that is not finite changes no weight. (In float16 a gradient that overflows is the
-    loss scaler's business, which does the same.)
+    An update with a loss or gradient that is not finite changes no weight. In float16 the loss scaler does the same with
+    gradients that overflow.
 
     Args:
-        accelerator: Of the run.
+        accelerator: Processes, device and precision.
         train_step: A TrainStep, prepared by the accelerator.
-        loader: Training batches.
+        loader: A `data.loaders.TrainLoader`.
         optimizer: Prepared by the accelerator.
-        scheduler: timm's, stepped per update if it is made for that; or None.
-        epoch: 0-based; with `seed` and the step it decides all random numbers of the mixture.
-        seed: Of the run.
+        scheduler: timm's, stepped per update if it was created for that; or None.
+        epoch: 0-based; with seed and step it determines the random numbers of the mixture.
+        seed: Seed of the run.
         accum_steps: Steps per update.
         clip_grad, clip_mode: As timm's.
         log_interval: Steps between log lines.
         max_skipped_steps: Updates of the epoch that may be skipped.
         start_step: Steps of this epoch that are done, a multiple of `accum_steps`.
-        meter: What was counted in them; it counts on.
-        after_update: Called with the steps done; what it raises ends the epoch there.
-        run_batch: In place of `train_batch`, such as `sam.sam_batch`.
+        meter: Sums over these steps.
+        after_update: Called with the steps done after each update; what it raises ends the epoch.
+        run_batch: Replaces `train_batch`, such as `sam.sam_batch`.
 
     Returns:
         Mean of each loss over the epoch, `lr`, `images`, `skipped_steps`, and `images_per_second`, over all processes.
@@ -74,38 +81,37 @@ def train_one_epoch(
         NotFiniteError: If more updates than `max_skipped_steps` were skipped.
     """
     run_batch = run_batch or train_batch
-    alone = accelerator.unwrap_model(train_step)
-    meter = meter or Meter(('loss', *alone.task.loss_names), accelerator.device)
-    meter.watch(alone.task)
+    task = accelerator.unwrap_model(train_step).task
+    meter = meter or Meter(('loss', *task.loss_names), accelerator.device)
+    meter.guard.snapshot((task.get_trainable_module(), task.get_trainable_module(ema=True)))
     train_step.train()
-    loader.set_epoch(epoch, start_step)
-    num_steps, clock = len(loader), _Clock(meter)
+    num_steps, clock = len(loader), RateClock(meter, accelerator.num_processes)
+    checked = start_step
     if start_step == 0:
         meter.lr.fill_(optimizer.param_groups[-1]['lr'])
-    bar = tqdm(loader, desc=f'epoch {epoch + 1}', initial=start_step, total=num_steps, leave=False,
+    bar = tqdm(loader.epoch(epoch, start_step), desc=f'epoch {epoch + 1}', initial=start_step, total=num_steps, leave=False,
                disable=not sys.stderr.isatty())
-    for step, (views, labels) in enumerate(bar, start_step):
+    for step, (views, labels, batch_fraction) in enumerate(bar, start_step):
+        done = step + 1
         group = min(accum_steps, num_steps - step // accum_steps * accum_steps)  # the last group may be shorter
-        updates = (step + 1) % accum_steps == 0 or step + 1 == num_steps
-        losses = run_batch(accelerator, train_step, views, labels, step_generator(seed, epoch, step), sync=updates,
-                           divisor=group / loader.share(step))
-        meter.update(losses, len(views))
+        updates = done % accum_steps == 0 or done == num_steps
+        outputs = run_batch(accelerator, train_step, views, labels, step_generator(seed, epoch, step), sync=updates,
+                            divisor=group / batch_fraction)
+        meter.update(outputs, len(views))
         if updates:
-            skipped = update(accelerator, alone.task, optimizer, clip_grad, clip_mode)
-            meter.count_skipped(skipped, step)
-            done = epoch * -(-num_steps // accum_steps) + step // accum_steps + 1
-            alone.task.update_ema(step=done)
+            meter.count_skipped(update(accelerator, task, optimizer, clip_grad, clip_mode), step)
+            updates_done = epoch * -(-num_steps // accum_steps) + step // accum_steps + 1
+            task.update_ema(step=updates_done)
             if scheduler is not None:
-                scheduler.step_update(done)
-            if step + 1 == num_steps or (step + 1) % log_interval == 0:
-                meter.repair()
-                meter.check(accelerator, epoch, step + 1, max_skipped_steps)
-        if (step + 1) % log_interval == 0 and bar.disable and accelerator.is_main_process:
-            _log_step(epoch, step + 1, num_steps, meter, optimizer, clock, accelerator.num_processes)
+                scheduler.step_update(updates_done)
+            if done == num_steps or done // log_interval > checked // log_interval:
+                meter.check(accelerator, epoch, done, max_skipped_steps)
+                checked = done
+        if done % log_interval == 0 and bar.disable and accelerator.is_main_process:
+            _log_step(epoch, done, num_steps, meter, optimizer, clock)
         if updates:
-            after_update(step + 1)
-    metrics = meter.compute(accelerator)
-    return {**metrics, 'lr': meter.lr.item(), 'images_per_second': clock.rate(meter, accelerator.num_processes)}
+            after_update(done)
+    return {**meter.compute(accelerator), 'lr': meter.lr.item(), 'images_per_second': clock.rate()}
 
 
 def train_batch(
@@ -114,33 +120,41 @@ def train_batch(
     """Forward and backward pass of one batch.
 
     Args:
-        accelerator: Of the run.
+        accelerator: Processes, device and precision.
         train_step: A TrainStep, prepared by the accelerator.
-        views, labels: Of the loader.
-        rng: Owner of the mixture's random numbers.
-        sync: Whether processes exchange gradients: at an update.
-        divisor: Batches that share an update, over this process's share of the batch.
+        views: (B, images, views, c, H, W) pixel values.
+        labels: (B, images).
+        rng: Generator of the step's mixture.
+        sync: Whether the processes exchange gradients, which they do at an update.
+        divisor: Batches of the update, over the batch fraction of this process.
 
     Returns:
-        The task's losses, on the device.
+        The dict of the task, detached, on the device.
     """
-    mixture = step_mixture(train_step, views, rng)
+    params = mixture_params(train_step, views, rng)
     with nullcontext() if sync else accelerator.no_sync(train_step):
-        losses = train_step(views, labels, mixture)
-        backward(accelerator, losses['loss'] / divisor)
-    return losses
+        outputs = train_step(views, labels, params)
+        backward(accelerator, outputs['loss'] / divisor)
+    return finish_batch(accelerator.unwrap_model(train_step).task, outputs)
 
 
-def step_mixture(train_step: nn.Module, views: Tensor, rng: np.random.Generator):
-    """The random numbers of a step's mixture, on the device of the views; None where nothing is mixed."""
+def finish_batch(task: TrainingTask, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Detach the dict of a task, which frees the graph, and pass it to the task's `after_batch`."""
+    outputs = {name: value.detach() for name, value in outputs.items()}
+    task.after_batch(outputs)
+    return outputs
+
+
+def mixture_params(train_step: nn.Module, views: Tensor, rng: np.random.Generator):
+    """Random numbers of a step's mixture, on the device of the views; None for a mixer that needs none."""
     mixer = getattr(train_step, 'module', train_step).mixer
-    mixture = mixer.sample_params(len(views), views.shape[-2:], rng)
-    return mixture if mixture is None else mixture.to(views.device)
+    params = mixer.sample_params(len(views), views.shape[-2:], rng)
+    return params if params is None else params.to(views.device)
 
 
 def backward(accelerator: Accelerator, loss: Tensor, *others: Tensor) -> None:
-    """Backward pass. A loss that is not finite, or another scalar that is not, spoils every gradient, so that after the
-    exchange all processes see it in theirs."""
+    """Backward pass. Turn a non-finite loss, or another non-finite scalar, into NaN gradients, so that every rank sees it
+    after the all-reduce and skips the update."""
     finite = loss.isfinite()
     for other in others:
         finite = finite & other.isfinite()
@@ -148,8 +162,8 @@ def backward(accelerator: Accelerator, loss: Tensor, *others: Tensor) -> None:
 
 
 def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
-    """The generator of one step's mixture: the same on all processes, and after any resume."""
-    return np.random.default_rng((seed, epoch, step))
+    """Generator of one step's mixture: the same on all processes, and after any resume."""
+    return stream('mixture', seed, epoch, step)
 
 
 def update(
@@ -158,7 +172,7 @@ def update(
     """Clip the gradients and step the optimizer, unless a gradient is not finite.
 
     Returns:
-        Scalar on the device: 1 if the step was skipped, else 0; always 0 in float16, where the loss scaler decides.
+        Scalar on the device: 1 if the update was skipped, else 0; always 0 in float16, where the loss scaler decides.
     """
     skipped = torch.zeros((), device=accelerator.device)
     if accelerator.scaler is None:
@@ -180,19 +194,18 @@ def update(
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether torch's fused optimizer heeds `found_inf`, so that nothing has to wait for the gradient.
+    """Whether torch's fused optimizer skips an update by `found_inf`, so that nothing waits for the gradient.
 
-    Not in its first step: skipped there, fused SGD leaves its momentum buffers unset (torch 2.14).
+    Its first step is excluded: fused SGD that skips it never creates its momentum buffers (torch 2.14).
     """
     return getattr(optimizer, '_step_supports_amp_scaling', False) and len(optimizer.state) > 0
 
 
-def _log_step(
-        epoch: int, step: int, num_steps: int, meter: Meter, optimizer, clock: _Clock, processes: int) -> None:
-    rate, means = clock.rate(meter, processes), meter.means()
-    losses = '  '.join(f"{name.removeprefix('loss_')}: {value:.3f}" for name, value in means.items() if name != 'images')
+def _log_step(epoch: int, step: int, num_steps: int, meter: Meter, optimizer, clock: RateClock) -> None:
+    means = meter.means()
+    losses = '  '.join(f"{name.removeprefix('loss_')}: {means[name]:.3f}" for name in meter.names)
     _logger.info(f"Train: {epoch} [{step:>4d}/{num_steps} ({100 * step / num_steps:>3.0f}%)]  {losses}  "
-                 f"LR: {optimizer.param_groups[-1]['lr']:.3e}  {rate:.0f} images/s")
+                 f"LR: {optimizer.param_groups[-1]['lr']:.3e}  {clock.rate():.0f} images/s")
 
 
 def evaluate(
@@ -200,8 +213,14 @@ def evaluate(
         between: Callable[[], None] = lambda: None) -> dict:
     """Metrics of a bare model, each image counted once over all processes.
 
-    The encoder computes in the run's precision, the classifier in float32. `between` is called before each batch; what it
-    raises ends the evaluation.
+    The encoder computes in the run's precision, the classifier in float32.
+
+    Args:
+        accelerator: Processes, device and precision.
+        model: Bare timm model.
+        loader: A `data.loaders.EvalLoader`.
+        evaluator: Counts the batches.
+        between: Called before each batch; what it raises ends the evaluation.
     """
     model.eval()
     evaluator.reset()

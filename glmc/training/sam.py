@@ -7,25 +7,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from glmc.training.engine import backward, step_mixture
+from glmc.training.engine import backward, finish_batch, mixture_params
 
 
 def sam_batch(
         accelerator: Accelerator, train_step: nn.Module, views: Tensor, labels: Tensor, rng: np.random.Generator,
         sync: bool = True, divisor: float = 1, *, rho: float) -> dict[str, Tensor]:
-    """The gradient of L at w + ε, ε = ρ·g/‖g‖ and g the gradient of the ascent loss at w (arXiv 2010.01412, Eq. 2-3).
+    """Gradient of L at w + ε, ε = ρ·g/‖g‖, with g the gradient of the task's `classification_loss` at w (Eq. 2-3).
 
-    Both passes see the same images in the same mixture; drop-out draws anew. Each process climbs along its own gradient
-    (m-sharpness, section 4.1), and the gradients of the descent are exchanged. Weights and statistics are left as one
-    plain pass at w leaves them.
+    Both passes see the same images in the same mixture; drop-out draws anew. Each process perturbs along its own gradient
+    (m-sharpness, section 4.1); the gradients at w + ε are exchanged. Weights and running statistics end as after one plain
+    pass at w.
 
     Args:
-        accelerator, train_step, views, labels, rng, divisor: As of `engine.train_batch`.
+        accelerator, train_step, views, labels, rng, divisor: As those of `engine.train_batch`.
         sync: True: an update is one batch.
-        rho: ρ, length of the ascent.
+        rho: ρ, length of the perturbation.
 
     Returns:
-        The task's losses at w, on the device.
+        The dict of the task at w, detached, on the device.
 
     Raises:
         ValueError: If an update is more than one batch.
@@ -34,27 +34,28 @@ def sam_batch(
         raise ValueError('sam_batch: an update is one batch, expected accum_steps 1')
     task = accelerator.unwrap_model(train_step).task
     module = task.get_trainable_module()
-    inputs = views, labels, step_mixture(train_step, views, rng)
+    inputs = views, labels, mixture_params(train_step, views, rng)
     with accelerator.no_sync(train_step):
-        losses = train_step(*inputs)
-        accelerator.backward(task.classification_loss(losses))
-    losses = {name: value.detach().clone() for name, value in losses.items()}  # a compiled second pass may reuse the memory
-    # BatchNorm's running statistics are those of the first pass, at w, which is what is evaluated; not of w + ε. Put back
-    # instead of switched off, so that both passes are one compiled graph.
+        outputs = train_step(*inputs)
+        accelerator.backward(task.classification_loss(outputs))
+    # Cloned, because a compiled second pass may reuse the memory.
+    outputs = finish_batch(task, {name: value.detach().clone() for name, value in outputs.items()})
+    # BatchNorm's running statistics are those of the pass at w, which is evaluated. Restoring them instead of switching them
+    # off keeps both passes one compiled graph.
     with restored(list(module.buffers())), perturbed(module, rho) as norm:
-        # Where g is not finite, neither is the gradient: all processes see it after the exchange, and skip the update.
-        backward(accelerator, train_step(*inputs)['loss'] / divisor, losses['loss'], norm)
-    return losses
+        # If g is not finite, neither is the gradient: all processes see it after the exchange, and skip the update.
+        backward(accelerator, train_step(*inputs)['loss'] / divisor, outputs['loss'], norm)
+    return outputs
 
 
 @contextmanager
 def perturbed(module: nn.Module, rho: float) -> Iterator[Tensor]:
-    """Weights at w + ρ·g/‖g‖ inside, for their gradients g, which are used up; bit for bit w again outside.
+    """Weights moved to w + ρ·g/‖g‖ within the block, and bit for bit w after it; their gradients g are dropped.
 
-    Weights without a gradient stay. Yields ‖g‖, a scalar.
+    Weights without a gradient do not move. Yields ‖g‖, a scalar.
     """
     weights = [parameter for parameter in module.parameters() if parameter.grad is not None]
-    with restored(weights):  # w + ε - ε would be w but for rounding
+    with restored(weights):  # w + ε - ε would differ from w by rounding
         yield perturb_(weights, rho)
 
 
@@ -71,7 +72,7 @@ def perturb_(weights: Sequence[Tensor], rho: float) -> Tensor:
 
 @contextmanager
 def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Tensors outside bit for bit as they were, whatever is done to them inside."""
+    """Restore the tensors, bit for bit, after the block."""
     before = [tensor.detach().clone() for tensor in tensors]
     try:
         yield

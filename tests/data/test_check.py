@@ -7,14 +7,14 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import TINY, coloured, run_command, write_folders
+from conftest import TINY, coloured, run_command, write_folders, write_shards
 from PIL import Image
 
 from glmc.cli import run_script
-from glmc.data.check import find_problems, main, readable_subset, scan, suggest
+from glmc.data.check import find_problems, main, readable_subset, scan, shorten, suggest
 from glmc.data.datasets import ImageSet
 from glmc.data.profiles import Profile
-from glmc.data.sources import load_source
+from glmc.data.readers import load_source
 
 
 def huge_png(path) -> None:
@@ -51,7 +51,7 @@ KINDS = {  # name -> how it is made; all of these train
     'png-called.jpg': lambda path: coloured(0, 1).save(path, 'PNG'),
     'turned.jpg': turned,
 }
-BROKEN = {  # name -> how it is made, and what is said
+BROKEN = {  # name -> how it is made, start of its error
     'empty.png': (lambda path: path.write_bytes(b''), 'cannot identify image file'),
     'text.jpg': (lambda path: path.write_text('not an image'), 'cannot identify image file'),
     'cut.jpg': (lambda path: cut(path), 'truncated'),
@@ -66,7 +66,7 @@ def cut(path) -> None:
 
 @pytest.fixture
 def odd(tmp_path):
-    """A folder that holds every kind of image that trains, and what timm's reader takes."""
+    """An image folder with every kind of image that trains."""
     root = tmp_path / 'odd'
     write_folders(root / 'train', {'ant': 3, 'bee': 3})
     write_folders(root / 'validation', {'ant': 2, 'bee': 2}, start=100)
@@ -84,12 +84,12 @@ def test_every_kind_trains(odd, options, script, tmp_path):
 
 
 @pytest.mark.parametrize('name', BROKEN)
-def test_what_cannot_be_read_is_named(name, odd, script, tmp_path):
-    make, said = BROKEN[name]
+def test_unreadable_image_is_named(name, odd, script, tmp_path):
+    make, message = BROKEN[name]
     make(odd / 'train' / 'ant' / name)
     outcome = script(*TINY, '--data-dir', odd, '--output', tmp_path / 'output')
     assert outcome.code == 2
-    assert re.search(rf'error: --data-dir .*: cannot decode image ant/{name}: .*{said}', outcome.err), outcome.err
+    assert re.search(rf'error: --data-dir .*: cannot decode image ant/{name}: .*{message}', outcome.err), outcome.err
     images = load_source('', str(odd), 'train')
     kept, errors = readable_subset(images)
     assert len(kept) == len(images) - 1 and len(errors) == 1 and name in errors[0]
@@ -99,7 +99,7 @@ def test_rotation_is_ignored_as_timm_ignores_it(odd):
     images = load_source('', str(odd), 'train')
     index = list(images.names).index('bee/turned.jpg')
     assert images.image(index).size == (40, 20)
-    assert [look.rotated for look in scan(images)].count(True) == 1
+    assert [result.rotated for result in scan(images)].count(True) == 1
 
 
 def test_sixteen_bits_keep_their_brightness(odd):
@@ -116,22 +116,24 @@ def test_scan(odd, capsys, monkeypatch):
     monkeypatch.setattr('sys.argv', ['check', str(odd), '--workers', '0'])
     with pytest.raises(SystemExit) as error:
         run_script(main)
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     assert error.value.code == 1
-    assert 'validation: 4 images, 2 … 2 per class' in said
-    assert f'train: {len(BROKEN)} images cannot be decoded (--on-bad-image skip' in said and 'ant/huge.png' in said
-    assert '1 images stand in more than one set' in said and 'train ant/again.png = validation ant/100.png' in said
-    assert re.search(r'\d images are there with different labels:\n(.*\n)*.*ant/0.png = train bee/other.png', said)
-    assert '1 images turned by an EXIF tag' in said and '1 images with a side of less than 8' not in said
-    assert '2 images with a side of less than 8 pixels' in said
+    assert 'validation: 4 images, 2 … 2 per class' in out
+    assert f'train: {len(BROKEN)} images that cannot be decoded (--on-bad-image skip' in out
+    assert '\n    ant/huge.png: ' in out
+    assert '\n1 image in more than one set' in out and '\n    train ant/again.png = validation ant/100.png\n' in out
+    assert '\n2 images with more than one label:\n' in out and '\n    train ant/0.png = train bee/other.png\n' in out
+    assert '\n1 image with an EXIF rotation' in out and '\n2 images with a side of less than 8 pixels' in out
+    assert 'no problems' not in out
 
 
 def test_scan_of_a_good_set(folders, capsys, monkeypatch):
     monkeypatch.setattr('sys.argv', ['check', str(folders), '--workers', '0'])
     assert run_script(main) == 0
-    said = capsys.readouterr().out
-    assert 'train: 25 images of 3 classes, 14 … 4 per class (0 many, 0 medium, 3 few), imbalance 3.5' in said
-    assert 'suggestion: --resample-power 0.2' in said and 'suggestion: --shot-thresholds 6 9' in said
+    out = capsys.readouterr().out
+    assert 'train: 25 images of 3 classes, 14 … 4 per class (0 many, 0 medium, 3 few), imbalance 3.5' in out
+    assert '\nno problems found\n' in out
+    assert 'suggestion: --resample-power 0.2' in out and 'suggestion: --shot-thresholds 6 9' in out
 
 
 def test_scan_names_classes_that_validation_misses(folders, tmp_path, capsys, monkeypatch):
@@ -139,7 +141,27 @@ def test_scan_names_classes_that_validation_misses(folders, tmp_path, capsys, mo
     shutil.rmtree(tmp_path / 'images' / 'validation' / 'bee')
     monkeypatch.setattr('sys.argv', ['check', str(tmp_path / 'images'), '--workers', '0'])
     assert run_script(main) == 0
-    assert 'validation: no image of bee; their accuracy cannot be measured' in capsys.readouterr().out
+    assert '\nvalidation: 1 class without images, not evaluated: bee\n' in capsys.readouterr().out
+
+
+def test_source_without_an_index_cannot_be_scanned(tmp_path, capsys, monkeypatch):
+    write_shards(tmp_path, shard_size=8)
+    monkeypatch.setattr('sys.argv', ['check', str(tmp_path), '--dataset', 'wds/x'])
+    assert run_script(main) == 2
+    assert 'error: --dataset wds/x: has no index and cannot be scanned' in capsys.readouterr().err
+
+
+def test_long_lists_end_with_the_number_of_the_others():
+    assert shorten(list('abc')) == list('abc') and shorten(list('abcdefghij')) == list('abcdefghij')
+    assert shorten(list('abcdefghijkl')) == [*'abcdefghij', '2 more']
+
+
+def test_help_names_the_exit_codes(capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['check', '--help'])
+    with pytest.raises(SystemExit):
+        main()
+    out = capsys.readouterr().out
+    assert out.startswith('usage: python -m glmc.data.check [DIR] [options]\n') and 'exit code: 0 without problems' in out
 
 
 def test_scan_needs_a_folder_that_exists(tmp_path):

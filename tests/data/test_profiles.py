@@ -1,10 +1,10 @@
-"""Counts, splits, shot groups and the fingerprint against loops and the numbers the field compares on."""
+"""Counts, splits, shot groups and the fingerprint against loops and published numbers."""
 import random
 
 import numpy as np
 import pytest
 
-from glmc.data.profiles import Profile, fingerprint, long_tail_counts, long_tail_indices, shot_groups
+from glmc.data.profiles import Profile, fingerprint, long_tail_counts, long_tail_indices, pluralize, shot_groups
 
 
 @pytest.mark.parametrize('n_max, num_classes, factor, total', [
@@ -27,7 +27,7 @@ def test_step_profile_is_two_levels(num_classes, head):
 
 
 @pytest.mark.parametrize('kind', ['exp', 'step'])
-def test_factor_one_leaves_the_set_balanced(kind):
+def test_factor_one_keeps_the_set_balanced(kind):
     assert long_tail_counts(30, 4, 1, kind).tolist() == [30] * 4
 
 
@@ -40,7 +40,7 @@ def test_impossible_profiles_are_errors(arguments, match):
 
 
 def mersenne_twister(seed: int) -> random.Random:
-    """Python's generator in the state that numpy's legacy seeding leaves: the same 32-bit numbers, numpy's code aside."""
+    """Python's generator in the state of numpy's legacy seeding, which gives the same 32-bit numbers without numpy."""
     _, keys, position, _, _ = np.random.RandomState(seed).get_state()
     generator = random.Random()
     generator.setstate((3, (*keys.tolist(), position), None))
@@ -48,7 +48,7 @@ def mersenne_twister(seed: int) -> random.Random:
 
 
 def shuffled(items: list, generator: random.Random) -> list:
-    """Fisher-Yates from the end, each place by drawing the needed bits until the number is in range."""
+    """Shuffle by Fisher-Yates from the end; each index is drawn with the needed bits until it is in range."""
     items = list(items)
     for last in range(len(items) - 1, 0, -1):
         bits = (1 << last.bit_length()) - 1
@@ -78,7 +78,7 @@ def test_first_split_keeps_the_first_of_each_class():
     assert long_tail_indices(LABELS, COUNTS, 'first').tolist() == expected
 
 
-def test_splits_differ_and_leave_the_labels_alone():
+def test_splits_differ_and_do_not_change_the_labels():
     before = LABELS.copy()
     splits = [long_tail_indices(LABELS, COUNTS, *which).tolist()
               for which in (('cao',), ('first',), ('random', 1), ('random', 2))]
@@ -109,6 +109,13 @@ def test_shot_groups_with_own_thresholds():
         'many': [0], 'medium': [1, 2], 'few': [3]}
     with pytest.raises(ValueError, match='got 6 and 5'):
         shot_groups([1, 2], 6, 5)
+
+
+@pytest.mark.parametrize('number, noun, text', [
+    (0, 'image', '0 images'), (1, 'image', '1 image'), (1200, 'image', '1,200 images'), (1, 'class', '1 class'),
+    (2, 'class', '2 classes')])
+def test_plural(number, noun, text):
+    assert pluralize(number, noun) == text
 
 
 def test_fingerprint_knows_the_set_and_not_its_order():

@@ -27,13 +27,13 @@ def image_set(number: int = 23, size: tuple[int, int] = (12, 20)) -> ImageSet:
 
 
 def train_loader(images: ImageSet, augmentation: dict = CIFAR, create=create_resident_train_loader, **changes):
-    options = dict(num_views=2, batch_size=6, resample_power=1.0, data_config=CONFIG, device=CPU, seed=1, workers=0)
+    options = dict(views=('global', 'local'), batch_size=6, resample_power=1.0, data_config=CONFIG, device=CPU, seed=1,
+                   workers=0)
     return create(images, augmentation, **{**options, **changes})
 
 
 def epoch_of(loader, epoch: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    loader.set_epoch(epoch)
-    return list(loader)
+    return [(views.flatten(1, 2), labels) for views, labels, _ in loader.epoch(epoch)]
 
 
 def crop_by_pil(image: Image.Image, y: int, x: int, flip: bool) -> torch.Tensor:
@@ -50,10 +50,10 @@ def test_views_are_pils_crops_and_flips_pixel_by_pixel():
     index = rng.integers(len(images), size=(40, 2))
     y, x, flip = rng.integers(9, size=(40, 2, 3)), rng.integers(9, size=(40, 2, 3)), rng.random((40, 2, 3)) < 0.5
     views = loader.views(*map(torch.from_numpy, (index, y, x, flip)))
-    assert views.shape == (40, 6, 3, 12, 20) and views.dtype == torch.uint8
+    assert views.shape == (40, 2, 3, 3, 12, 20) and views.dtype == torch.uint8
     for row, member, view in np.ndindex(40, 2, 3):
         expected = crop_by_pil(images.image(index[row, member]), *(int(a[row, member, view]) for a in (y, x, flip)))
-        assert torch.equal(views[row, 3 * member + view], expected)
+        assert torch.equal(views[row, member, view], expected)
 
 
 def crop_of(view: torch.Tensor, image: Image.Image) -> tuple[int, int, bool]:
@@ -67,7 +67,7 @@ def crop_of(view: torch.Tensor, image: Image.Image) -> tuple[int, int, bool]:
 def test_an_epoch_is_crops_of_the_images_that_the_sampler_drew():
     images = image_set(12)
     loader = train_loader(images, batch_size=5)
-    loader.set_epoch(3)
+    loader.sampler.set_epoch(3)
     _, first, second = loader.sampler.sample_epoch()
     batches = epoch_of(loader, 3)
     assert [len(labels) for _, labels in batches] == [5, 5, 2]

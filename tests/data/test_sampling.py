@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from glmc.data.sampling import PairSampler, ShardSampler, image_weights
+from glmc.data.sampling import PairSampler, ShardSampler, image_weights, stream
 
 LABELS = np.repeat([0, 1, 2], [40, 15, 5])
 
@@ -31,7 +31,7 @@ def test_power_zero_is_uniform_over_images_and_one_over_classes():
 
 @pytest.mark.parametrize('power', [0.0, 0.2, 1.0])
 def test_partners_follow_their_distribution(power):
-    sampler = PairSampler(LABELS, 20, resample_power=power)
+    sampler = PairSampler(LABELS, 20, resample_power=power, seed=1)
     partners = [j for epoch in range(400) for batch in batches(sampler, epoch) for _, _, j in batch]
     expected = np.array(loop_probabilities(power)) * len(partners)
     assert chisquare(np.bincount(partners, minlength=60), expected).pvalue > 0.001
@@ -105,6 +105,13 @@ def test_no_process_ever_has_fewer_than_two_images(world_size, num_images):
 @pytest.mark.parametrize('num_images, sizes', [(12, [4, 4, 4]), (13, [4, 4, 5]), (14, [4, 4, 4, 2])])
 def test_a_last_batch_of_one_joins_the_one_before(num_images, sizes):
     assert [len(batch) for batch in PairSampler(np.zeros(num_images, int), 4)] == sizes
+
+
+def test_streams_meet_nowhere():
+    positions = [('sampler', 0, 0), ('crops', 0, 0), ('mixture', 0, 0, 0), ('mixture', 0, 1, 0), ('mixture', 0, 0, 1),
+                 ('sampler', 1, 0), ('sampler', 0, 1), ('crops', 1, 0), ('crops', 0, 1), ('mixture', 1, 0, 0)]
+    assert len({stream(*position).integers(2 ** 62) for position in positions}) == len(positions)
+    assert stream('sampler', 3, 5).integers(2 ** 62) == stream('sampler', 3, 5).integers(2 ** 62)
 
 
 def test_augmentation_seeds_are_32_bit_and_differ():

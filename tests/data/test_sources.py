@@ -1,11 +1,10 @@
-"""Sources: the same images by any road, labels without decoding, counts known beforehand."""
+"""Sources: equal sets from every format, labels without decoding, counts in advance."""
 import gzip
 import io
 import json
 import subprocess
 import sys
 import tarfile
-import time
 
 import datasets
 import numpy as np
@@ -13,13 +12,13 @@ import pytest
 from conftest import COUNTS, PACKS, VALIDATION, coloured, write_folders, write_shards
 from PIL import Image
 
-from glmc.data.sources import load_list, load_training_data
+from glmc.data.sources import load_training_data
 from glmc.errors import InputError
 
 
 @pytest.fixture(autouse=True)
 def hub_cache(tmp_path, monkeypatch):
-    """Arrow copies go to a folder of the test."""
+    """Write Arrow copies to a folder of the test."""
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'hub')
 
 
@@ -69,7 +68,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize('name', SOURCES)
-def test_one_set_by_every_road(name, folders, tmp_path, no_decoding):
+def test_all_formats_give_one_set(name, folders, tmp_path, no_decoding):
     data = load_training_data(**SOURCES[name](folders, tmp_path))
     assert list(data.class_names) == list(COUNTS)
     assert data.profile.counts == tuple(COUNTS.values())
@@ -154,51 +153,7 @@ def test_caltech_has_a_natural_tail(pack, no_decoding):
     assert data.profile.num_images == 5827 and len(data.validation) == 1980
 
 
-# --- lists ---
-
-
-@pytest.mark.data
-@pytest.mark.parametrize('name, images, classes, largest, smallest', [
-    ('Places_LT_train', 62500, 365, 4980, 5), ('Places_LT_val', 7300, 365, 20, 20),
-    ('ImageNet_LT_test', 50000, 1000, 50, 50), ('ImageNet_100_LT_train', 12205, 100, 1280, 6),
-    ('iNaturalist18_val', 24426, 8142, 3, 3)])
-def test_published_lists(name, images, classes, largest, smallest, pack, monkeypatch, no_decoding):
-    monkeypatch.setattr('glmc.data.sources._require_files', lambda *args: None)  # the images are not here
-    start = time.perf_counter()
-    counts = load_list(str(pack('lists') / f'{name}.txt.gz'), '/images').counts()
-    assert (counts.sum(), len(counts), counts.max(), counts.min()) == (images, classes, largest, smallest)
-    assert time.perf_counter() - start < 10
-
-
-def test_100_000_lines_take_seconds(tmp_path, no_decoding):
-    for folder in range(10):
-        (tmp_path / str(folder)).mkdir()
-        for number in range(100):
-            (tmp_path / str(folder) / f'{number}.jpg').touch()
-    lines = [f'{index % 10}/{index // 10 % 100}.jpg {index % 10}' for index in range(100_000)]
-    (tmp_path / 'list.txt').write_text('\n'.join(lines))
-    start = time.perf_counter()
-    assert load_list(str(tmp_path / 'list.txt'), str(tmp_path)).counts().tolist() == [10_000] * 10
-    assert time.perf_counter() - start < 10
-
-
-@pytest.mark.parametrize('text', ['a b/1.png 0\na b/2.png 1\n', '\ufeffa b/1.png 0\r\n\r\na b/2.png\t1'])
-def test_list_dialects(text, tmp_path):
-    write_folders(tmp_path, {'a b': 3})
-    (tmp_path / 'list.txt').write_text(text, encoding='utf-8', newline='')
-    images = load_list(str(tmp_path / 'list.txt'), str(tmp_path))
-    assert images.names == ['a b/1.png', 'a b/2.png'] and images.labels.tolist() == [0, 1]
-    assert images.image(1).size == (32, 32)
-
-
-def test_list_classes_are_called_after_their_folders(folders, tmp_path):
-    options = lists(folders, tmp_path)
-    assert load_list(options['train_list'], str(folders)).class_names == list(COUNTS)
-    (tmp_path / 'mixed.txt').write_text('train/ant/0.png 0\ntrain/bee/0.png 0\ntrain/cat/0.png 1\n')
-    assert load_list(str(tmp_path / 'mixed.txt'), str(folders)).class_names == ['0', 'cat']
-
-
-# --- sources that cannot be indexed ---
+# --- sources without an index ---
 
 
 @pytest.fixture(scope='module')
@@ -222,7 +177,7 @@ def test_counts_from_a_file_need_no_pass(text, shards, tmp_path, no_decoding):
 
 
 @pytest.mark.parametrize('text', ['', '[]', '14 seven', '{"x": 1}', '[1.5, 2]', '[-1, 2]', '{'])
-def test_counts_that_are_none(text, shards, tmp_path):
+def test_invalid_counts_are_errors(text, shards, tmp_path):
     (tmp_path / 'counts').write_text(text)
     with pytest.raises(InputError, match='--class-counts .*counts: expected a list of images per class'):
         load_training_data(dataset='wds/x', data_dir=str(shards), class_counts=str(tmp_path / 'counts'))
@@ -270,13 +225,13 @@ def test_hub_columns_that_do_not_fit(columns, message, tmp_path):
         load_training_data(**hub_set(tmp_path, **columns))
 
 
-def test_holdout_stands_in_for_a_missing_validation_split(tmp_path):
+def test_holdout_replaces_a_missing_validation_split(tmp_path):
     data = load_training_data(**hub_set(tmp_path, values=(0, 1) * 3), val_split='test', holdout=1)
     assert data.validation is None and data.holdout.counts().tolist() == [1, 1]
     assert data.profile.counts == (2, 2)
 
 
-def test_no_validation_split_beside_held_out_images():
+def test_no_validation_split_with_held_out_images():
     data = load_training_data(val_split='none', holdout=5, imbalance_factor=10)
     assert data.validation is None and len(data.holdout) == 50
     with pytest.raises(InputError, match='--val-split none: expected --holdout'):

@@ -12,7 +12,7 @@ from timm.data import create_transform
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from glmc.data.transforms import CroppedViews, Views, view_transform
+from glmc.data.transforms import VIEWS, CroppedViews, Views, view_transform
 
 FLIP = dict(hflip=0.5, color_jitter=0.0)
 COLOURS = dict(hflip=0.5, vflip=0.3, color_jitter=0.4, color_jitter_prob=0.8, grayscale_prob=0.3)
@@ -46,7 +46,7 @@ def seed(number: int) -> None:
 def both(image: Image.Image, size: int, number: int, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """One view by us and timm's own, from the same random state."""
     seed(number)
-    ours, = view_transform((size, size), **options)(image, 1, 'RGB')
+    ours, = view_transform((size, size), **options)(image, 'RGB')
     after = random.random(), torch.rand(1).item()
     seed(number)
     theirs = create_transform(size, is_training=True, use_prefetcher=True, **options)(image.convert('RGB'))
@@ -97,7 +97,7 @@ def test_flips_alone_commute_with_the_resize():
 
 @pytest.mark.parametrize('num_views', [1, 2])
 def test_a_jpeg_is_decoded_at_a_smaller_scale_where_every_crop_allows(monkeypatch, num_views):
-    image, close, drafted = photo(400, 300), [], 0
+    image, close, drafted, names = photo(400, 300), [], 0, ('plain',) * num_views
     reference = view_transform((32, 32), **FLIP)
     for number in range(20):
         seed(number)
@@ -105,11 +105,11 @@ def test_a_jpeg_is_decoded_at_a_smaller_scale_where_every_crop_allows(monkeypatc
         allowed = max(32 / min(h, w) for _, _, h, w in boxes) <= 0.5
         seed(number)
         with counted_drafts(monkeypatch) as asked:
-            views = view_transform((32, 32), scale=(0.05, 1.0), **FLIP)(as_file(image), num_views, 'RGB')
+            views = view_transform((32, 32), names, scale=(0.05, 1.0), **FLIP)(as_file(image), 'RGB')
         assert bool(asked) == allowed
         drafted += bool(asked)
         seed(number)
-        full = view_transform((32, 32), scale=(0.05, 1.0), **FLIP)(as_file(image).convert('RGB'), num_views, 'RGB')
+        full = view_transform((32, 32), names, scale=(0.05, 1.0), **FLIP)(as_file(image).convert('RGB'), 'RGB')
         close += [(view.float() - whole.float()).abs().mean().item() for view, whole in zip(views, full, strict=True)]
     assert drafted >= 10 and max(close) < DRAFT_DIFFERENCE
 
@@ -121,24 +121,24 @@ def test_the_smaller_decoding_has_the_pixels_that_every_crop_needs(monkeypatch):
         (box[2] - box[0], box[3] - box[1])) or view(self, image, box))
     for number in range(30):
         seed(number)
-        view_transform((32, 48), scale=(0.3, 1.0), **FLIP)(as_file(photo(400, 300)), 2, 'RGB')
+        view_transform((32, 48), scale=(0.3, 1.0), **FLIP)(as_file(photo(400, 300)), 'RGB')
     assert min(width for width, _ in sizes) >= 48 and min(height for _, height in sizes) >= 32
 
 
 @pytest.mark.parametrize('form', ['PNG', 'WEBP'])
 def test_other_formats_are_decoded_whole(monkeypatch, form):
     with counted_drafts(monkeypatch) as asked:
-        view, = view_transform((16, 16), **FLIP)(as_file(photo(300, 300), form), 1, 'RGB')
+        view, = view_transform((16, 16), **FLIP)(as_file(photo(300, 300), form), 'RGB')
     assert not asked and view.shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize('options', [
     dict(no_aug=True), dict(augmentation='cifar'), dict(train_crop_mode='rkrc'), dict(train_crop_mode='rkrr')])
 def test_other_crops_decode_whole_and_once(monkeypatch, options):
-    make_views = view_transform((16, 16), **options)
+    make_views = view_transform((16, 16), ('plain',) * 3, **options)
     assert isinstance(make_views, Views)
     with counted_drafts(monkeypatch) as asked:
-        views = make_views(as_file(photo(200, 200)), 3, 'RGB')
+        views = make_views(as_file(photo(200, 200)), 'RGB')
     assert not asked and len(views) == 3 and all(view.shape == (3, 16, 16) for view in views)
 
 
@@ -146,18 +146,18 @@ def test_other_crops_decode_whole_and_once(monkeypatch, options):
 def test_two_views_of_an_image_differ(options):
     seed(0)
     for _ in range(5):
-        first, second = view_transform((32, 32), **options)(photo(90, 70), 2, 'RGB')
+        first, second = view_transform((32, 32), ('global', 'local'), **options)(photo(90, 70), 'RGB')
         assert first.dtype == torch.uint8 and not torch.equal(first, second)
 
 
 def test_crops_are_drawn_as_timms():
     """Areas, shapes and places of 4,000 boxes against as many of timm's: Kolmogorov-Smirnov, five numbers a box."""
     found, image = [], photo(90, 70)
-    make_views = view_transform((8, 8), scale=(0.08, 1.0), **FLIP)
+    make_views = view_transform((8, 8), ('global', 'local'), scale=(0.08, 1.0), **FLIP)
     make_views._view = lambda image, box: found.append(box)
     seed(0)
     for _ in range(2000):
-        make_views(image, 2, 'RGB')
+        make_views(image, 'RGB')
     seed(1)
     drawn = [RandomResizedCropAndInterpolation.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
     x0, y0, x1, y1 = np.array(found, dtype=float).T
@@ -176,7 +176,7 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize('form', ['JPEG', 'PNG'])
 def test_grey_mode(form):
-    view, other = view_transform((16, 16), **FLIP)(as_file(photo(120, 120), form), 2, 'L')
+    view, other = view_transform((16, 16), ('global', 'local'), **FLIP)(as_file(photo(120, 120), form), 'L')
     assert view.shape == other.shape == (1, 16, 16)
 
 
@@ -200,13 +200,14 @@ def test_a_policy_comes_after_cifars_crop_and_flip(policy, interpolation):
     if policy.startswith('augmix'):
         fill['translate_pct'] = 0.3
     create = {'rand': rand_augment_transform, 'augm': augment_and_mix_transform}.get(policy[:4], auto_augment_transform)
-    plain = view_transform((32, 32), 'cifar')
-    augmented = view_transform((32, 32), 'cifar', auto_augment=policy, mean=(0.5, 0.4, 0.3), interpolation=interpolation)
+    plain = view_transform((32, 32), augmentation='cifar')
+    augmented = view_transform((32, 32), augmentation='cifar', auto_augment=policy, mean=(0.5, 0.4, 0.3),
+                               interpolation=interpolation)
     for number in range(12):
         seed(number)
-        found, = augmented(photo(32, 32), 1, 'RGB')
+        found, = augmented(photo(32, 32), 'RGB')
         seed(number)
-        before, = plain(photo(32, 32), 1, 'RGB')
+        before, = plain(photo(32, 32), 'RGB')
         expected = create(policy, fill)(pil(before))
         assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
         changed += not torch.equal(found, before)
@@ -214,33 +215,26 @@ def test_a_policy_comes_after_cifars_crop_and_flip(policy, interpolation):
 
 
 @pytest.mark.parametrize('augmentation', ['cifar', 'timm', 'imagenet_lt'])
-@pytest.mark.parametrize('aug_views, chosen', [('global', 0), ('local', 1)])
-def test_one_view_alone_has_the_policy(augmentation, aug_views, chosen):
-    policy = dict(auto_augment='rand-m9-mstd0.5', hflip=0.5, mean=(0.5, 0.4, 0.3))
-    make_views = view_transform((32, 32), augmentation, aug_views=aug_views, **policy)
-    order = [view_transform((32, 32), augmentation, **{**policy, **other}) for other in (
-        {}, dict(auto_augment=None))][::1 if chosen == 0 else -1]
+def test_each_view_has_the_options_of_its_name(augmentation, monkeypatch):
+    monkeypatch.setitem(VIEWS, 'strong', dict(auto_augment='rand-m9-mstd0.5'))
+    options = dict(augmentation=augmentation, hflip=0.5, mean=(0.5, 0.4, 0.3))
+    make_views = view_transform((32, 32), ('strong', 'plain'), **options)
+    in_turn = [view_transform((32, 32), (name,), **options) for name in ('strong', 'plain')]
     for number in range(6):
         seed(number)
-        views = make_views(as_file(photo(300, 200)), 2, 'RGB')
+        views = make_views(as_file(photo(300, 200)), 'RGB')
         seed(number)
         image = as_file(photo(300, 200)).convert('RGB')
-        expected = [transform(image, 1, 'RGB')[0] for transform in order]
+        expected = [transform(image, 'RGB')[0] for transform in in_turn]
         assert all(torch.equal(one, other) for one, other in zip(views, expected, strict=True))
 
 
-@pytest.mark.parametrize('options', [dict(aug_views='both', auto_augment='v0r'), dict(aug_views='local')])
 @pytest.mark.parametrize('augmentation', ['cifar', 'timm'])
-def test_both_views_or_no_policy_is_one_transform(augmentation, options):
-    for number in range(4):
-        seed(number)
-        found = view_transform((32, 32), augmentation, **options)(photo(40, 40), 2, 'RGB')
-        seed(number)
-        del_views = {name: value for name, value in options.items() if name != 'aug_views'}
-        expected = view_transform((32, 32), augmentation, **del_views)(photo(40, 40), 2, 'RGB')
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+def test_equal_views_share_one_transform(augmentation):
+    make_views = view_transform((32, 32), ('global', 'local'), augmentation=augmentation)
+    assert type(make_views) is type(view_transform((32, 32), augmentation=augmentation)) and make_views.num_views == 2
 
 
-def test_a_policy_for_one_view_of_two_needs_two():
-    with pytest.raises(ValueError, match='2 views of an image, got 1'):
-        view_transform((32, 32), 'cifar', aug_views='local', auto_augment='v0r')(photo(32, 32), 1, 'RGB')
+def test_a_view_without_a_name_is_an_error():
+    with pytest.raises(KeyError, match='sharp'):
+        view_transform((32, 32), ('sharp',))

@@ -15,6 +15,7 @@ from sklearn.metrics import (
 )
 
 from glmc.evaluation.metrics import LongTailEvaluator, Predictions, confused_pairs
+from glmc.evaluation.priors import resolve_prior
 from glmc.evaluation.text import detail_table, shot_line, shot_table
 
 TRAIN_COUNTS = [300, 101, 100, 60, 21, 20, 3]  # two many-, three medium-, two few-shot classes
@@ -90,7 +91,7 @@ def test_shot_groups_are_means_over_their_classes():
     assert metrics['shot_classes'] == {'many': 2, 'medium': 3, 'few': 2}
 
 
-def test_what_else_a_report_needs():
+def test_counts_and_thresholds_are_reported():
     logits, labels = predictions()
     metrics = measure(logits, labels, thresholds=(3, 60))
     assert metrics['num_images'] == 400
@@ -156,7 +157,7 @@ def test_fewer_than_five_classes_are_all_in_the_top_five(num_classes):
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])
-def test_logits_that_are_not_finite_leave_numbers(value):
+def test_non_finite_logits_give_finite_metrics(value):
     logits, labels = predictions()
     logits[::5] = value
     metrics = measure(logits, labels)
@@ -266,3 +267,11 @@ def test_details_of_a_group_without_images_are_a_dash():
     assert head.split('  ')[-2:] == ['ECE few', ' NLL']
     assert row.split()[-2] == '–'
     assert len(head) == len(row)
+
+
+def test_stored_priors_resolve_to_probabilities():
+    np.testing.assert_allclose(resolve_prior('uniform', [3, 1, 0]), [1 / 3] * 3)
+    np.testing.assert_allclose(resolve_prior('train', [3, 1, 0]), np.array([3, 1, 0.5]) / 4.5)
+    np.testing.assert_allclose(resolve_prior([1, 3, 4], [3, 1, 0]), [0.125, 0.375, 0.5])
+    zero = resolve_prior([1, 0, 1], [3, 1, 2])
+    assert np.isfinite(np.log(zero)).all() and zero.sum() == pytest.approx(1) and 0 < zero[1] < 1e-6

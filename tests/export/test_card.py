@@ -1,4 +1,4 @@
-"""The model card: valid by the Hub's own classes, true to the metrics, silent about others' work and this machine."""
+"""Model card: valid by the Hub's own classes, equal to the metrics, without paths of this machine."""
 import json
 from copy import deepcopy
 
@@ -43,7 +43,7 @@ def test_the_table_shows_shot_groups():
     assert '| few-shot | at most 20 | 1 | 30.00 | – |' in text
 
 
-def test_a_group_without_classes_is_a_dash_and_no_metric():
+def test_an_empty_group_is_a_dash_and_no_metric():
     found = card(few=None)
     assert '| few-shot | at most 20 | 1 | – | – |' in found.text
     assert 'few-shot accuracy' not in [result.metric_name for result in found.data.eval_results]
@@ -68,20 +68,21 @@ def test_the_licence_is_the_users_and_the_origin_is_named():
     assert (found.data.license, found.data.base_model) == ('mit', 'timm/resnet18.a1_in1k')
     assert 'Fine-tuned from `timm/resnet18.a1_in1k`, whose licence and data apply' in found.text
     assert 'base_model' not in card().data.to_dict()
-    assert 'Started from other weights' in card(with_source(other_weights=True)).text
+    assert 'Fine-tuned from other weights' in card(with_source(other_weights=True)).text
 
 
-def test_training_is_told():
+def test_the_training_section_lists_data_recipe_and_command():
     text = card().text
-    for fact in ('365 images, 300 … 5 per class', '`' + 'f' * 64 + '`', '`lr`: 0.1', '`mix_beta`: 1.0', 'seed 1',
-                 'train_glmc.py --data-dir birds', PLACEHOLDER, 'Limits'):
-        assert fact in text
+    for item in ('365 images, 300 to 5 per class', '`' + 'f' * 64 + '`', '`lr`: 0.1', '`mix_beta`: 1.0',
+                 'seed 1, 1 process, mixed precision: no, 12 s on cpu', 'train_glmc.py --data-dir birds', PLACEHOLDER,
+                 '## Limitations'):
+        assert item in text
     assert 'img_size' not in text
 
 
 def test_a_source_without_names_has_no_fingerprint():
     text = card(fingerprint=None).text
-    assert '365 images, 300 … 5 per class\n' in text and 'None' not in text
+    assert '365 images, 300 to 5 per class\n' in text and 'None' not in text
 
 
 @pytest.mark.parametrize('data', ['a|b`c', '<script>x', 'new\nline: - y', '"quoted": {', '---', "it's", '日本', '#', '  '])
@@ -93,17 +94,17 @@ def test_a_data_set_of_any_name_makes_a_card(data):
 
 
 @pytest.mark.parametrize('value', [None, float('nan'), float('inf')])
-def test_what_was_not_measured_is_not_claimed(value):
+def test_a_missing_metric_is_not_listed(value):
     assert 'macro F1' not in [result.metric_name for result in card(macro_f1=value).data.eval_results]
 
 
-def test_an_architecture_of_ours_says_what_to_import():
+def test_a_cifar_net_says_what_to_import():
     config = {**deepcopy(CONFIG), 'architecture': 'resnet32_cifar'}
     assert '`import glmc` before' in card(config).text
     assert 'import glmc' not in card().text
 
 
-def test_not_evaluated_is_said():
+def test_a_card_without_evaluation():
     result = {name: value for name, value in RESULT.items() if name not in METRICS and not name.startswith('shot')}
     found = ModelCard(model_card(result, CONFIG))
     assert 'Not evaluated.' in found.text

@@ -1,6 +1,8 @@
 """The export is an ordinary timm model, also for a process that knows nothing of this package."""
 import json
 import os
+import re
+import shutil
 import stat
 import sys
 
@@ -11,9 +13,10 @@ from conftest import COUNTS, TINY, run_command
 from PIL import Image
 
 import glmc.export.export
-from glmc.export.export import export_checkpoint
+from glmc.errors import RunError
+from glmc.export import export_checkpoint, export_model
 from glmc.models.backbone import create_backbone
-from glmc.training.checkpoint import load_checkpoint
+from glmc.training.checkpoint import load_checkpoint, save_checkpoint
 
 ALONE = '''
 import sys, timm, torch
@@ -33,6 +36,10 @@ def trained_model(run) -> torch.nn.Module:
     model = create_backbone(**state['description']['model'])
     model.load_state_dict(state['model']['state_dict'])
     return model.eval()
+
+
+def metrics_of(run) -> dict:
+    return json.loads((run / 'export' / 'metrics.json').read_text())
 
 
 @pytest.fixture
@@ -95,7 +102,7 @@ def test_moving_average_is_what_is_exported(export_of):
 def test_plain_timm_loop_measures_the_same(finished_run, folders):
     model = timm.create_model(f"local-dir:{finished_run / 'export'}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    names, metrics = model.pretrained_cfg['label_names'], json.loads((finished_run / 'export' / 'metrics.json').read_text())
+    names, metrics = model.pretrained_cfg['label_names'], metrics_of(finished_run)
     hits = {name: [] for name in names}
     for path in sorted((folders / 'validation').rglob('*.png')):
         logits = model(transform(Image.open(path).convert('RGB'))[None])
@@ -106,7 +113,7 @@ def test_plain_timm_loop_measures_the_same(finished_run, folders):
 
 
 def test_metrics(finished_run):
-    metrics = json.loads((finished_run / 'export' / 'metrics.json').read_text())
+    metrics = metrics_of(finished_run)
     assert metrics.keys() >= METRICS
     assert metrics['train_counts'] == list(COUNTS.values()) and metrics['shot_classes'] == {'many': 0, 'medium': 0, 'few': 3}
     assert metrics['many'] is None and metrics['shot_thresholds'] == [20, 100] and metrics['seed'] == 42
@@ -156,3 +163,32 @@ def test_onnx_by_timms_route_gives_the_same_logits(finished_run, tmp_path):
 def test_an_earlier_checkpoint_exports_too(finished_run, tmp_path):
     export_checkpoint(finished_run / 'checkpoints' / 'epoch-0000.safetensors', tmp_path / 'early')
     assert json.loads((tmp_path / 'early' / 'metrics.json').read_text())['epoch'] == 0
+
+
+@pytest.mark.parametrize('name, layer, expected', [
+    ('act1', torch.nn.Identity(), 'the loaded model gives other logits than the trained one, or NaN'),
+    ('bn1', torch.nn.Identity(), 'the written files cannot be loaded: Error\\(s\\) in loading state_dict for ResNet')])
+def test_a_failed_export_keeps_the_earlier_one(finished_run, tmp_path, name, layer, expected):
+    description = load_checkpoint(finished_run / 'checkpoints' / 'epoch-0001.safetensors')['description']['export']
+    shutil.copytree(finished_run / 'export', tmp_path / 'export')
+    model = trained_model(finished_run)
+    setattr(model, name, layer)  # config.json does not record this change
+    with pytest.raises(RunError) as error:
+        export_model(tmp_path / 'export', model, **description, metrics=metrics_of(finished_run))
+    assert re.fullmatch(
+        f"{tmp_path / 'export'}: not exported: {expected}; an earlier export and the checkpoints are unchanged; "
+        '`python -m glmc.export CHECKPOINT FOLDER` tries again from a checkpoint', str(error.value))
+    assert [path.name for path in tmp_path.iterdir()] == ['export'], 'the half-written folder is removed'
+    for path in (finished_run / 'export').glob('*.*'):
+        assert path.read_bytes() == (tmp_path / 'export' / path.name).read_bytes(), path.name
+
+
+def test_a_failed_export_of_a_checkpoint_is_one_line(finished_run, tmp_path, monkeypatch, capsys):
+    state = load_checkpoint(finished_run / 'checkpoints' / 'epoch-0001.safetensors')
+    state['model']['state_dict']['fc.bias'][0] = float('nan')
+    save_checkpoint(tmp_path / 'nan.safetensors', state)
+    monkeypatch.setattr(sys, 'argv', ['glmc.export', str(tmp_path / 'nan.safetensors'), str(tmp_path / 'export')])
+    assert glmc.export.export.main() == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"error: {tmp_path / 'export'}: not exported: ") and err.count('\n') == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['nan.safetensors']

@@ -1,4 +1,4 @@
-"""Pushing to a real HTTP server on loopback with the real client, and loading from it with timm."""
+"""Upload to a real HTTP server on loopback with the real client, and loading from it with timm."""
 import json
 import shutil
 import sys
@@ -23,6 +23,7 @@ images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 torch.save(model(images).detach(), sys.argv[2])
 """
 
+
 @pytest.fixture
 def hub():
     server = Hub()
@@ -32,25 +33,25 @@ def hub():
 
 @pytest.fixture
 def client(hub, monkeypatch):
-    """The client of this process talks to the server."""
+    """Connect the client of this process to the server."""
     for name, value in dict(ENDPOINT=hub.url, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True).items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv('HF_TOKEN', TOKEN)
-    monkeypatch.setattr('glmc.export.hub.WAITS', (0.01, 0.01))
+    monkeypatch.setattr('glmc.export.hub.RETRY_DELAYS', (0.01, 0.01))
     yield
     close_session()
 
 
 @pytest.fixture
 def environment(hub, tmp_path):
-    """The client's settings, for a process of its own: they are read on import."""
+    """Environment variables of the client for a subprocess, which reads them on import."""
     return dict(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE='0', HF_HUB_DISABLE_XET='1', HF_TOKEN=TOKEN,
                 HF_HOME=str(tmp_path / 'hf'), HF_HUB_DISABLE_PROGRESS_BARS='1', HF_HUB_DISABLE_TELEMETRY='1')
 
 
 @pytest.fixture
 def export(finished_run, tmp_path):
-    """An export with a report, plots and files that nobody should get."""
+    """An export with a report, plots and private files that must not be uploaded."""
     folder = tmp_path / 'run' / 'export'
     shutil.copytree(finished_run / 'export', folder)
     (folder / 'plots').mkdir(exist_ok=True)
@@ -63,17 +64,17 @@ def export(finished_run, tmp_path):
 
 @pytest.fixture
 def push(client, export, monkeypatch, capsys):
-    """`python -m glmc.hub` in this process."""
-    def run(*options, token: str = TOKEN, silence: float = 20) -> Outcome:
+    """Run `python -m glmc.hub` in this process."""
+    def run(*options, token: str = TOKEN, timeout: float = 20) -> Outcome:
         monkeypatch.setenv('HF_TOKEN', token)
-        monkeypatch.setattr('glmc.export.hub.SILENCE', silence)
+        monkeypatch.setattr('glmc.export.hub.TIMEOUT', timeout)
         monkeypatch.setattr(sys, 'argv', ['glmc.hub', str(export), 'us/net', *options])
         code = glmc.export.hub.main()
         return Outcome(code, *capsys.readouterr())
     return run
 
 
-def test_pushed_is_what_timm_loads(hub, environment, export, tmp_path):
+def test_timm_loads_the_pushed_export(hub, environment, export, tmp_path):
     command = [sys.executable, '-m', 'glmc.hub', export, 'us/net']
     first, again = run_command(*command, '--private', **environment), run_command(*command, **environment)
     assert (first.code, first.out, again.code) == (0, f'{hub.url}/us/net\n', 0), first.err + again.err
@@ -89,7 +90,7 @@ def test_pushed_is_what_timm_loads(hub, environment, export, tmp_path):
     assert torch.equal(torch.load(tmp_path / 'logits.pt', weights_only=True), ours)
     card = ModelCard(files['README.md'].decode())
     assert "timm.create_model('hf-hub:us/net', pretrained=True)" in card.text
-    assert 'local-dir:PATH' in (export / 'README.md').read_text(), 'the folder itself stays as it was'
+    assert 'local-dir:PATH' in (export / 'README.md').read_text(), 'the local folder does not change'
     config = json.loads(files['config.json'])['pretrained_cfg']
     assert (config['tag'], config.get('license'), config.get('paper_ids'), config.get('origin_url')) == (
         'glmc', None, None, None)
@@ -113,7 +114,7 @@ def test_a_revision_is_loaded_by_its_name(hub, environment, export, tmp_path):
     assert "'hf-hub:us/net@trial'" in hub.files('us/net', 'trial')['README.md'].decode()
 
 
-def test_what_was_pushed_is_evaluated_from_the_hub(hub, environment, export, folders, tmp_path):
+def test_a_pushed_export_is_evaluated_from_the_hub(hub, environment, export, folders, tmp_path):
     assert run_command(sys.executable, '-m', 'glmc.hub', export, 'us/net', **environment).code == 0
     outcome = run_command(
         sys.executable, 'validate_glmc.py', '--model', 'hf-hub:us/net', '--data-dir', folders, '--workers', '0',
@@ -142,7 +143,7 @@ def test_a_token_that_no_request_can_carry_is_one_line(hub, push):
 
 @pytest.mark.parametrize('status, expected', [
     (403, 'error: the token has no right to write there (HTTP 403)\n'), (404, "'404 Not Found' for url")])
-def test_a_place_one_may_not_write_to_is_one_line(hub, push, status, expected):
+def test_a_repository_without_write_access_is_one_line(hub, push, status, expected):
     hub.fail = [status]
     outcome = push()
     assert outcome.code == 2 and expected in outcome.err and len(outcome.err.splitlines()) == 1
@@ -159,7 +160,7 @@ def test_an_error_that_quotes_the_token_does_not_show_it(push, monkeypatch, capl
 
 
 @pytest.mark.parametrize('failures, code', [([503, 502], 0), ([503, 503, 503, 503], 2), ([403], 2)])
-def test_what_may_pass_is_tried_three_times(hub, push, caplog, failures, code):
+def test_a_temporary_error_is_tried_three_times(hub, push, caplog, failures, code):
     caplog.set_level('INFO', 'glmc')
     hub.fail = list(failures)
     outcome = push()
@@ -168,11 +169,11 @@ def test_what_may_pass_is_tried_three_times(hub, push, caplog, failures, code):
     assert bool(hub.commits) == (code == 0)
 
 
-def test_a_slow_server_is_waited_for_and_a_mute_one_given_up(hub, push):
+def test_a_slow_server_is_waited_for_and_a_silent_one_times_out(hub, push):
     hub.delay = 0.2
     assert push().code == 0
     hub.delay = 30
-    outcome = push(silence=0.3)
+    outcome = push(timeout=0.3)
     assert outcome.code == 2
     assert 'imeout' in outcome.err.splitlines()[-1]
 
@@ -196,7 +197,7 @@ def test_only_an_export_is_pushed(push, export):
     assert push().err == f'error: {export}: no config.json and model.safetensors, expected an export\n'
 
 
-def test_the_card_is_what_the_hub_takes(client, export):
+def test_the_hub_accepts_the_card(client, export):
     ModelCard.load(export / 'README.md').validate()
 
 
@@ -208,7 +209,7 @@ def test_a_run_pushes_at_its_end(hub, client, script, folders, tmp_path):
     assert ModelCard(hub.files('us/net')['README.md'].decode()).data.license == 'apache-2.0'
 
 
-def test_a_failed_push_fails_no_run_and_tells_how_to_push_again(hub, client, script, folders, tmp_path, monkeypatch):
+def test_a_failed_push_fails_no_run_and_prints_the_command(hub, client, script, folders, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', '')
     monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'none'))
     outcome = script(*TINY, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run',

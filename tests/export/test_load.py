@@ -1,4 +1,4 @@
-"""What a user may name as a model: anything that timm can load, whatever its config.json says beside that."""
+"""Loading of any model that timm can load, with any content of its config.json."""
 import json
 
 import pytest
@@ -8,14 +8,14 @@ from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
 
 from glmc.errors import InputError
-from glmc.export.load import known_metadata, load_trained
+from glmc.export.load import load_trained, valid_metadata
 
 PROFILE = dict(class_counts=[14, 7, 4], shot_thresholds=[5, 10], fingerprint='f')
 
 
 @pytest.fixture
 def export(tmp_path):
-    """config.json's extra keys -> a folder as timm itself pushes it."""
+    """Write a folder as timm pushes it, with extra keys in config.json."""
     def write(_name: str = 'test_resnet', **extra):
         torch.manual_seed(0)
         model = timm.create_model(_name, num_classes=3, **({'img_size': 32} if 'vit' in _name else {}))
@@ -26,17 +26,17 @@ def export(tmp_path):
     return write
 
 
-def test_a_model_that_timm_pushed_has_no_facts(export):
+def test_a_model_that_timm_pushed_has_no_metadata(export):
     found = load_trained(str(export()))
-    assert (found.num_classes, found.class_names, found.facts) == (3, None, {})
+    assert (found.num_classes, found.class_names, found.metadata) == (3, None, {})
     assert not found.model.training
 
 
-def test_facts_of_an_export_are_kept(export):
+def test_metadata_of_an_export_is_kept(export):
     folder = export(label_names=['a', 'b', 'c'], glmc=dict(method='ce', profile=PROFILE, prior='train'))
     found = load_trained(f'local-dir:{folder}')
     assert found.class_names == ['a', 'b', 'c']
-    assert found.facts == dict(method='ce', prior='train', profile=PROFILE)
+    assert found.metadata == dict(method='ce', prior='train', profile=PROFILE)
 
 
 def test_the_weights_file_of_an_export_is_the_export(export):
@@ -47,29 +47,38 @@ def test_the_weights_file_of_an_export_is_the_export(export):
 
 
 @pytest.mark.parametrize('source', [
-    None, [], 'glmc', 5, {'profile': []}, {'method': {}, 'precision': [], 'prior': 'x'}])
-def test_foreign_facts_are_none(source):
-    assert known_metadata(source) == {}
+    None, [], 'glmc', 5, {'profile': []}, {'method': {}, 'precision': [], 'prior': 'x'}, {'prior': [1, 1]}])
+def test_malformed_metadata_is_dropped(source):
+    assert valid_metadata(source, 3) == {}
 
 
 @pytest.mark.parametrize('profile', [
     {'class_counts': 'many'}, {'class_counts': [1, -2]}, {'class_counts': [1, 2.5]}, {'class_counts': [True]},
     {'class_counts': [10 ** 30]}, {'shot_thresholds': [100, 20]}, {'shot_thresholds': [1]}, {'shot_thresholds': ['a', 'b']},
     {'fingerprint': {}}])
-def test_foreign_profiles_are_none(profile):
-    assert known_metadata({'profile': profile}) == {}
+def test_malformed_profiles_are_dropped(profile):
+    assert valid_metadata({'profile': profile}, 3) == {}
+
+
+@pytest.mark.parametrize('prior, valid', [
+    ('train', True), ('uniform', True), ([0.5, 0.5, 0], True), ([100, 0, 3.5], True), ('test', False), ({}, False),
+    ([], False), ([0.5, 0.5], False), ([0, 0, 0.0], False), ([1, 1, -1], False), ([1, 1, True], False), ([1, 1, '1'], False),
+    ([1, 1, None], False), ([1, 1, float('nan')], False), ([1, 1, float('inf')], False), ([1, 1, 10 ** 400], False)])
+def test_prior_is_kept_where_it_is_valid(export, prior, valid):
+    metadata = load_trained(str(export(glmc=dict(prior=prior)))).metadata
+    assert metadata == (dict(prior=prior) if valid else {})
 
 
 @pytest.mark.parametrize('names', [5, 'abc', {'a': 1}, ['a', 'b'], ['a', 'a', 'b'], [None] * 3])
-def test_foreign_class_names_are_none(export, names):
+def test_malformed_class_names_are_none(export, names):
     assert load_trained(str(export(label_names=names))).class_names is None
 
 
-def test_what_else_an_export_says_is_kept():
+def test_other_metadata_of_an_export_is_kept():
     profile = dict(PROFILE, num_images=25)
     source = dict(method='ce', recipe=dict(epochs=3), license='mit', base_model='us/net', profile=profile)
-    assert known_metadata(source) == source
-    assert known_metadata({**source, 'recipe': [], 'license': None}) == dict(
+    assert valid_metadata(source, 3) == source
+    assert valid_metadata({**source, 'recipe': [], 'license': None}, 3) == dict(
         method='ce', base_model='us/net', profile=profile)
 
 
@@ -122,7 +131,7 @@ def test_a_trained_model_is_not_changed(export, options, flag):
         load_trained(str(export()), **options)
 
 
-def test_what_it_is_already_may_be_said(export):
+def test_options_equal_to_the_models_are_accepted(export):
     assert load_trained(str(export()), num_classes=3, in_chans=3).num_classes == 3
 
 
@@ -135,7 +144,7 @@ def test_a_data_config_that_does_not_fit_is_one_line(export):
     ('nowhere/export', 'no such file or folder; a Hub model is hf-hub:ORG/NAME'),
     ('local-dir:nowhere', 'cannot be loaded: '),
     ('hf-hub:us/nothing', 'cannot be loaded: '), ('hf-hub:', 'cannot be loaded: '), ('resnet_18', 'not a model of timm')])
-def test_what_is_not_there_is_one_line(name, expected):
+def test_a_missing_model_is_one_line(name, expected):
     with pytest.raises(InputError, match=expected) as error:
         load_trained(name, num_classes=3)
     assert len(str(error.value).splitlines()) == 1

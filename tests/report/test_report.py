@@ -1,5 +1,4 @@
-"""The report: what it draws, that it needs nothing else, and that it can fail no run."""
-import json
+"""The report: its figures and texts, one file without others, and no failure of a run."""
 import re
 import sys
 
@@ -9,13 +8,12 @@ import torch
 from PIL import Image
 
 from glmc.data.datasets import ImageSet
-from glmc.errors import InputError
 from glmc.evaluation.metrics import LongTailEvaluator, Predictions
-from glmc.mixing import GLMCMixer
-from glmc.report.html import page, table
-from glmc.report.pictures import Picture, describe_target, mixed_views, shown, worst_mistakes
+from glmc.mixing import GLMCMixer, ViewMixer
+from glmc.report.html import html_document, table
+from glmc.report.pictures import Picture, describe_target, display_name, mixed_views, worst_mistakes
 from glmc.report.plots import MAX_CELLS, accuracy_over_count, confusion_matrix, curves, make_figure
-from glmc.report.report import ReportInputs, classifier_norms, try_report, write_comparison, write_report
+from glmc.report.report import ReportInputs, classifier_norms, try_report, write_report
 from glmc.training.engine import step_generator
 
 HISTORY = [dict(epoch=e, train_loss=3 - e, loss_c=2.0, loss_cb=1.0, loss_sim=-1.0, lr=0.1, alpha=1.0, eval_top1=50.0 + e,
@@ -23,7 +21,7 @@ HISTORY = [dict(epoch=e, train_loss=3 - e, loss_c=2.0, loss_cb=1.0, loss_sim=-1.
 
 
 def evaluated(num_classes: int, size: int, seed: int = 0) -> tuple[dict, Predictions]:
-    """Metrics and predictions of a made-up model on made-up labels, counts falling from 1000 to 2."""
+    """Return metrics and predictions of a synthetic model; training counts fall from 1000 to 2."""
     rng = np.random.default_rng(seed)
     counts = (1000 * 500.0 ** (-np.arange(num_classes) / (num_classes - 1))).astype(int).tolist()
     evaluator = LongTailEvaluator(counts)
@@ -32,9 +30,9 @@ def evaluated(num_classes: int, size: int, seed: int = 0) -> tuple[dict, Predict
         logits = torch.from_numpy(rng.normal(size=(len(part), num_classes))).float()
         logits[torch.arange(len(part)), part] += 3 - 2 * part / num_classes
         evaluator.update(logits, part)
-    facts = {'model': 'net', 'method': 'glmc', 'evaluated_on': 'validation', 'num_classes': num_classes,
+    metadata = {'model': 'net', 'method': 'glmc', 'evaluated_on': 'validation', 'num_classes': num_classes,
              'command': 'train_glmc.py --data-dir a<b', 'versions': {'timm': '1'}}
-    return {**facts, **evaluator.compute()}, evaluator.predictions()
+    return {**metadata, **evaluator.compute()}, evaluator.predictions()
 
 
 def pictures(labels, class_names) -> ImageSet:
@@ -45,17 +43,17 @@ def pictures(labels, class_names) -> ImageSet:
 
 @pytest.fixture(scope='module')
 def written(tmp_path_factory):
-    """A report with everything in it: (folder, export, text, metrics)."""
+    """A report with all optional inputs: (folder, export, text, metrics)."""
     folder = tmp_path_factory.mktemp('report')
     metrics, predictions = evaluated(12, 300)
     names = [f'<{c}> & co' for c in range(12)]
     norms = {'c': np.arange(12.0), 'cb': np.ones(12)}
-    evidence = ReportInputs(names, predictions, pictures(predictions.labels, names), norms, HISTORY, views=[])
-    write_report(folder, metrics, evidence, export=folder / 'export')
+    inputs = ReportInputs(names, predictions, pictures(predictions.labels, names), norms, HISTORY, views=[])
+    write_report(folder, metrics, inputs, export=folder / 'export')
     return folder, folder / 'export', (folder / 'report.html').read_text(encoding='utf-8'), metrics
 
 
-def test_every_plot_is_a_png_and_in_the_page(written):
+def test_every_plot_is_a_png_and_in_the_html(written):
     folder, _, text, _ = written
     names = {path.stem for path in (folder / 'plots').glob('*.png')}
     assert names == {'accuracy', 'reliability', 'confusion', 'norms', 'shots', 'losses', 'schedule', 'mistakes'}
@@ -64,7 +62,7 @@ def test_every_plot_is_a_png_and_in_the_page(written):
         assert min(Image.open(path).size) > 300
 
 
-def test_the_page_needs_nothing_else_and_escapes_what_it_is_given(written):
+def test_the_html_is_self_contained_and_escaped(written):
     _, _, text, metrics = written
     assert not re.search(r'<script|<link|@import|(src|href)="(?!data:|#)', text)
     assert '<0>' not in text and '&lt;0&gt; &amp; co' in text
@@ -81,7 +79,7 @@ def test_pictures_of_the_data_stay_out_of_the_export(written):
     assert (export / 'plots' / 'accuracy.png').read_bytes() == (folder / 'plots' / 'accuracy.png').read_bytes()
 
 
-def test_nor_do_they_get_there_when_a_run_ends_twice(written, tmp_path):
+def test_pictures_of_the_data_stay_out_of_the_export_of_a_repeated_report(written, tmp_path):
     folder, _, _, metrics = written
     assert (folder / 'plots' / 'mistakes.png').exists()
     write_report(folder, metrics, ReportInputs(), export=tmp_path)
@@ -89,7 +87,7 @@ def test_nor_do_they_get_there_when_a_run_ends_twice(written, tmp_path):
     assert not (tmp_path / 'plots' / 'mistakes.png').exists()
 
 
-def test_colours_follow_the_page(written):
+def test_plots_follow_the_colours_of_the_html(written):
     text = written[2]
     assert 'prefers-color-scheme: dark' in text
     assert 'currentColor' in text and 'var(--grid)' in text
@@ -120,11 +118,11 @@ def test_confusion_matrix_is_the_loop(num_classes):
     assert per_cell == num_classes / size
 
 
-def test_mistakes_are_the_surest_wrong_images():
+def test_mistakes_are_the_wrong_images_of_highest_confidence():
     predictions = Predictions(np.array([0, 1, 2, 0]), np.array([1, 1, 0, 2]), np.array([0.5, 0.99, 0.9, 0.7]))
     found = worst_mistakes(pictures([0, 1, 2, 0], 'abc'), predictions, 'abc', limit=2)
-    assert [(p.caption, p.detail) for p in found] == [('c, taken for a (90 %)', 'folder/2.png'),
-                                                      ('a, taken for c (70 %)', 'folder/3.png')]
+    assert [(p.caption, p.detail) for p in found] == [('c predicted as a (90 %)', 'folder/2.png'),
+                                                      ('a predicted as c (70 %)', 'folder/3.png')]
     assert found[0].images[0].getpixel((0, 0)) == (40, 90, 0)
 
 
@@ -133,22 +131,20 @@ class Batch:
 
     def __init__(self, partner: str):
         generator = torch.Generator().manual_seed(0)
-        images = 4 if partner == 'sampler' else 2
-        self.views = torch.randint(0, 256, (6, images, 3, 20, 20), generator=generator, dtype=torch.uint8)
-        self.labels = torch.randint(0, 3, (6, images // 2), generator=generator)
+        images = 2 if partner == 'sampler' else 1
+        self.views = torch.randint(0, 256, (6, images, 2, 3, 20, 20), generator=generator, dtype=torch.uint8)
+        self.labels = torch.randint(0, 3, (6, images), generator=generator)
 
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        self.epoch = epoch
-
-    def __iter__(self):
-        yield self.views, self.labels
+    def epoch(self, epoch: int):
+        self.last_epoch = epoch
+        yield self.views, self.labels, 1.0
 
 
 @pytest.mark.parametrize('partner', ['sampler', 'batch'])
 def test_views_are_what_the_mixer_makes_of_the_batch(partner):
     loader, mixer = Batch(partner), GLMCMixer([30, 20, 10], partner=partner)
     found = mixed_views(loader, mixer, 'abc', seed=7, epoch=2, limit=4)
-    assert len(found) == 4 and loader.epoch == 2
+    assert len(found) == 4 and loader.last_epoch == 2
     for k, picture in enumerate(found):
         mixture = mixer.sample_params(4, (20, 20), step_generator(7, 2, k))
         views, targets = mixer(loader.views[:4], loader.labels[:4], mixture)
@@ -157,21 +153,16 @@ def test_views_are_what_the_mixer_makes_of_the_batch(partner):
         assert picture.caption == describe_target(targets[0][k], 'abc')
 
 
-def test_normalised_views_are_turned_back():
-    from timm.data.random_erasing import RandomErasing
-
-    from glmc.data.loaders import ErasingLoader, Normalize
-    from glmc.methods import NoMixer
-    batch = Batch('sampler')
-    batch.normalize = Normalize((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
-    loader = ErasingLoader(batch, RandomErasing(0.0, device='cpu'))
-    found = mixed_views(loader, NoMixer([1, 1, 1]), 'abc', seed=0, epoch=0)
-    np.testing.assert_array_equal(np.asarray(found[0].images[0]), batch.views[0, 0].permute(1, 2, 0))
-    assert found[0].caption == 'abc'[batch.labels[0, 0]]
+def test_a_view_as_it_is_shows_its_label():
+    batch = Batch('batch')
+    found = mixed_views(batch, ViewMixer([1, 1, 1]), 'abc', seed=0, epoch=0)
+    np.testing.assert_array_equal(np.asarray(found[0].images[0]), batch.views[0, 0, 0].permute(1, 2, 0))
+    assert len(found[0].images) == 2 and found[0].caption == 'abc'[batch.labels[0, 0]]
 
 
 @pytest.mark.parametrize('target, expected', [
-    (torch.tensor(1), 'b'), (torch.tensor([0.25, 0.0, 0.75]), '0.75 c + 0.25 a'), (torch.tensor([0.0, 1.0, 0.0]), '1.00 b')])
+    (torch.tensor(1), 'b'), (torch.tensor([0.25, 0.0, 0.75]), '0.75 × c + 0.25 × a'),
+    (torch.tensor([0.0, 1.0, 0.0]), '1.00 × b')])
 def test_labels_in_words(target, expected):
     assert describe_target(target, 'abc') == expected
 
@@ -180,12 +171,12 @@ def test_labels_in_words(target, expected):
     ('new\nline\ttab', 'new line tab'), ('', '(no name)'), ('\u202eevil\u2066', '\ufffdevil\ufffd'), ('a\x00b', 'a\ufffdb'),
     ('\ud800', '\ufffd'), ('x' * 61, 'x' * 59 + '…'),
     ('日本 \U0001f468\u200d\U0001f467', '日本 \U0001f468\u200d\U0001f467'), (5, '5')])
-def test_names_are_shown_on_one_line_and_turn_nothing_around(name, expected):
-    assert shown(name) == expected
+def test_names_are_on_one_line_without_control_characters(name, expected):
+    assert display_name(name) == expected
 
 
-def test_of_a_path_the_end_is_shown():
-    assert shown('a/' * 40 + 'image.jpg', 12, keep_end=True) == '…a/image.jpg'
+def test_a_path_is_shortened_at_its_start():
+    assert display_name('a/' * 40 + 'image.jpg', 12, keep_end=True) == '…a/image.jpg'
 
 
 def test_names_of_any_kind_make_a_report(tmp_path, recwarn):
@@ -226,7 +217,7 @@ def test_views_of_one_image_are_not_called_mixed(tmp_path):
     metrics, _ = evaluated(4, 50)
     for images, said in (([Image.new('L', (8, 8))], False), ([Image.new('L', (8, 8))] * 2, True)):
         write_report(tmp_path, metrics, ReportInputs(views=[Picture(images, 'a')]))
-        assert ('above the local one' in (tmp_path / 'report.html').read_text(encoding='utf-8')) == said
+        assert ('above the local view' in (tmp_path / 'report.html').read_text(encoding='utf-8')) == said
 
 
 def test_norms_are_those_of_the_rows():
@@ -236,7 +227,7 @@ def test_norms_are_those_of_the_rows():
     assert found['cb'] == pytest.approx([sum(w ** 2 for w in row) ** 0.5 for row in linear.weight.tolist()])
 
 
-def test_without_matplotlib_the_page_is_written_and_one_line_says_what_to_install(tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_the_html_is_written_with_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, 'glmc.report.plots', None)
     monkeypatch.delattr('glmc.report.plots', raising=False)
     metrics, predictions = evaluated(4, 50)
@@ -245,79 +236,13 @@ def test_without_matplotlib_the_page_is_written_and_one_line_says_what_to_instal
     assert '<svg' not in path.read_text(encoding='utf-8')
 
 
-def test_a_report_that_breaks_fails_no_run(tmp_path, caplog):
-    def evidence():
+def test_a_failed_report_fails_no_run(tmp_path, caplog):
+    def create_inputs():
         raise OSError('no space left')
-    assert try_report(tmp_path, evaluated(4, 50)[0], evidence) is None
+    assert try_report(tmp_path, evaluated(4, 50)[0], create_inputs) is None
     assert [record.getMessage() for record in caplog.records] == ['No report: OSError: no space left']
-
-
-def test_comparison_draws_both(tmp_path):
-    for name, seed in (('first', 0), ('second', 1)):
-        (tmp_path / name / 'export').mkdir(parents=True)
-        (tmp_path / name / 'export' / 'metrics.json').write_text(json.dumps(evaluated(6, 200, seed)[0]))
-    path = write_comparison(tmp_path / 'both', [tmp_path / 'first', tmp_path / 'second' / 'export'])
-    text = path.read_text(encoding='utf-8')
-    assert text.count('<svg') == 2
-    for name in ('first', 'second'):
-        assert f'<th>{name}</th>' in text
-    assert {path.name for path in (tmp_path / 'both' / 'plots').iterdir()} == {'accuracy.png', 'reliability.png'}
-
-
-@pytest.mark.parametrize('content, expected', [
-    (None, 'expected a folder with a metrics.json, found none in it'), ('{', 'metrics.json: expected a metrics.json: '),
-    ('{}', 'holds no evaluation'), ('[]', 'holds no evaluation'), ('"per_class_accuracy"', 'holds no evaluation'),
-    ('{"per_class_accuracy": [1]}', 'holds no evaluation')])
-def test_what_cannot_be_compared_is_one_line(tmp_path, content, expected):
-    if content is not None:
-        (tmp_path / 'metrics.json').write_text(content)
-    with pytest.raises(InputError, match=expected):
-        write_comparison(tmp_path / 'both', [tmp_path])
-
-
-@pytest.mark.parametrize('name, value', [
-    ('train_counts', None), ('train_counts', [1, 2]), ('train_counts', ['a'] * 4), ('train_counts', [float('nan')] * 4),
-    ('per_class_accuracy', {}), ('per_class_accuracy', [1, 2, 3, 'x']), ('bin_hits', [None] * 15), ('bin_images', []),
-    ('shot_thresholds', [20]), ('shot_thresholds', '20')])
-def test_a_metrics_file_of_another_form_is_one_line(tmp_path, name, value):
-    (tmp_path / 'metrics.json').write_text(json.dumps({**evaluated(4, 50)[0], name: value}))
-    with pytest.raises(InputError, match='metrics.json: holds no evaluation'):
-        write_comparison(tmp_path / 'both', [tmp_path])
-
-
-def test_numbers_that_are_none_are_a_dash(tmp_path):
-    (tmp_path / 'metrics.json').write_text(json.dumps({**evaluated(4, 50)[0], 'top1': None, 'ece': 'low', 'model': '<i>'}))
-    text = write_comparison(tmp_path / 'both', [tmp_path]).read_text(encoding='utf-8')
-    assert '<td>top-1</td><td>–</td>' in text and '<td>ECE</td><td>–</td>' in text and '&lt;i&gt;' in text
-
-
-def test_many_results_are_all_drawn_and_named(tmp_path):
-    folders = [tmp_path / f'{k}' / 'run' for k in range(10)]
-    for k, folder in enumerate(folders):
-        folder.mkdir(parents=True)
-        (folder / 'metrics.json').write_text(json.dumps(evaluated(6, 100, seed=k)[0]))
-    text = write_comparison(tmp_path / 'all', [*folders, folders[0]]).read_text(encoding='utf-8')
-    heads = re.findall(r'<th>([^<]*)</th>', text.split('What was compared')[0])
-    assert len(set(heads)) == 12 and heads[0] == 'metric'
-    assert heads[1] == '0/run (1)' and heads[10] == '9/run' and heads[11] == '0/run (11)'
-    assert text.count(', ECE ') == 11, 'one line each in the reliability diagram'
-
-
-def test_a_comparison_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / 'metrics.json').write_text(json.dumps(evaluated(4, 50)[0]))
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(InputError, match='--output: cannot write to '):
-        write_comparison(tmp_path / 'file' / 'both', [tmp_path])
-
-
-def test_results_of_other_classes_are_not_compared(tmp_path):
-    for name, num_classes in (('a', 4), ('b', 5)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / 'metrics.json').write_text(json.dumps(evaluated(num_classes, 50)[0]))
-    with pytest.raises(InputError, match='b: has other training counts than .*a, expected the same classes'):
-        write_comparison(tmp_path / 'both', [tmp_path / 'a', tmp_path / 'b'])
 
 
 def test_html_of_a_table():
     assert '<td>1,234</td><td>&lt;b&gt;</td>' in table(('n', 'name'), [(1234, '<b>')])
-    assert '<title>a &amp; b</title>' in page('a & b', '', [])
+    assert '<title>a &amp; b</title>' in html_document('a & b', '', [])

@@ -1,4 +1,4 @@
-"""Trackers: what is logged is read back; a missing package is one line."""
+"""Trackers: logged values are read back; a missing package is one line."""
 import csv
 import os
 
@@ -78,7 +78,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 class Recorder:
-    """An accelerator with one tracker that keeps what it is given."""
+    """An accelerator with one tracker that stores its images."""
     name = 'tensorboard'
 
     def __init__(self):
@@ -88,7 +88,7 @@ class Recorder:
         self.images = images
 
 
-def test_pictures_stand_above_each_other():
+def test_images_of_a_picture_are_stacked():
     recorder = Recorder()
     log_pictures(recorder, 'views', [Picture([Image.new('RGB', (8, 6), 'red'), Image.new('RGB', (8, 6), 'blue')], '')], 0)
     assert recorder.images['views'].shape == (1, 12, 8, 3)

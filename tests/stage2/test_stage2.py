@@ -1,4 +1,5 @@
 """Stage 2: features as the model gives them, classifiers against plain formulas, and the choice among them."""
+import math
 import multiprocessing
 import os
 import signal
@@ -12,8 +13,10 @@ from accelerate import Accelerator
 from sklearn.neighbors import NearestCentroid
 
 from glmc.data.datasets import ImageSet
-from glmc.data.sources import load_digits_set
+from glmc.data.profiles import Profile
+from glmc.data.sources import TrainingData, load_digits_set
 from glmc.errors import InputError
+from glmc.evaluation.priors import resolve_prior
 from glmc.models.backbone import create_backbone
 from glmc.models.classifier import cap_norms
 from glmc.stage2.classifiers import (
@@ -29,9 +32,11 @@ from glmc.stage2.classifiers import (
     NearestClassMean,
     Stage1,
     TauNorm,
+    softmax_bce,
     train_linear,
 )
 from glmc.stage2.features import Extractor, Features, open_features, write_features
+from glmc.stage2.finetune import run_stage2
 from glmc.stage2.select import fit, measure, parse_classifiers, search, stratified_split
 
 COUNTS = [60, 25, 10, 4]
@@ -49,11 +54,11 @@ def clusters(num_views: int = 2, seed: int = 0) -> Features:
     return Features((CENTRES[labels] + noise).relu(), labels)
 
 
-def stage1(rebalanced: bool = False) -> Stage1:
+def stage1(prior: str | list[float] = 'train') -> Stage1:
     """A classifier that favours the head."""
     linear = Linear((CENTRES - CENTRES.mean(0)) * torch.tensor([[0.8], [0.6], [0.4], [0.2]]),
                     torch.tensor([2.0, 1.0, 0.0, -1.0]))
-    return Stage1(linear, COUNTS, rebalanced, Linear(linear.weight.flip(0), linear.bias + 1))
+    return Stage1(linear, COUNTS, resolve_prior(prior, COUNTS), Linear(linear.weight.flip(0), linear.bias + 1))
 
 
 def digits(number: int = 20) -> ImageSet:
@@ -98,7 +103,7 @@ def test_batches_keep_the_order_of_the_images(model):
     torch.testing.assert_close(small, large)
 
 
-def test_extraction_leaves_the_model_as_it_was(model):
+def test_extraction_does_not_change_the_model(model):
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     Extractor(model, data_config=DATA_CONFIG, augmentation=AUGMENTATION, accelerator=Accelerator(), workers=0)(digits(), 1)
@@ -198,6 +203,42 @@ def test_maxnorm_rows_are_within_the_radius_after_every_projection(project, monk
     assert any((weight.norm(dim=1) > radius * (1 - 1e-5)).any() for weight in seen)
 
 
+def loop_bce(logits, labels, weights) -> tuple[float, list[list[float]]]:
+    """Σ_b Σ_c of weighted binary cross-entropies over B·C, and its gradient by the chain rule."""
+    size, loss, gradient = len(logits) * len(weights), 0.0, []
+    for row, label in zip(logits, labels, strict=True):
+        total = sum(math.exp(z) for z in row)
+        p, by_p = [math.exp(z) / total for z in row], []
+        for c, probability in enumerate(p):
+            loss -= weights[label] / size * math.log(probability if c == label else 1 - probability)
+            by_p.append(weights[label] / size * (-1 / probability if c == label else 1 / (1 - probability)))
+        gradient.append([sum(by_p[k] * p[k] * ((k == c) - p[c]) for k in range(len(p))) for c in range(len(p))])
+    return loss, gradient
+
+
+def test_bce_of_the_softmax_is_the_loop():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4, generator=generator, dtype=torch.float64).mul(3).requires_grad_()
+    labels, weights = torch.tensor([0, 1, 2, 3, 1, 0]), [0.1, 0.4, 1.2, 2.3]
+    found = softmax_bce(logits, labels, torch.tensor(weights, dtype=torch.float64))
+    found.backward()
+    loss, gradient = loop_bce(logits.tolist(), labels.tolist(), weights)
+    assert found.item() == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(logits.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-10, atol=1e-14)
+
+
+def test_bce_shrinks_the_rows_far_more_than_cross_entropy():
+    """Its gradient is about C times smaller, while the weight decay is the same."""
+    size, width, counts = 60, 16, [max(round(40 * 0.93 ** c), 1) for c in range(60)]
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(size, width, generator=generator)
+    labels = torch.repeat_interleave(torch.arange(size), torch.tensor(counts))
+    features = Features((centres[labels] + torch.randn(3, len(labels), width, generator=generator)).relu(), labels)
+    start = Stage1(Linear(centres / 4, torch.zeros(size)), counts, resolve_prior('train', counts))
+    ce, bce = (fit(MaxNorm(loss=loss, epochs=60), start, features, 0).weight.norm(dim=1) for loss in ('ce', 'bce'))
+    assert ce.min() > 3 * bce.max() and ce.median() > 6 * bce.median()
+
+
 def test_balanced_softmax_of_equal_counts_is_cross_entropy():
     features, classifier = clusters(), BalancedSoftmax(epochs=2)
     even = features.subset(torch.cat([torch.where(features.labels == c)[0][:4] for c in range(4)]))
@@ -216,11 +257,30 @@ def test_logit_adjustment_divides_probabilities_by_the_prior():
     torch.testing.assert_close(adjusted(features).softmax(1), expected / expected.sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize('rebalanced, tau', [(False, 1.0), (True, 0.0)])
-def test_logit_adjustment_leaves_a_rebalanced_classifier_alone(rebalanced, tau):
-    assert LogitAdjust().resolved(stage1(rebalanced)).tau == tau
-    found = fit(LogitAdjust(), stage1(rebalanced), clusters(), 0)
-    assert torch.equal(found.bias, stage1().linear.bias) == rebalanced
+@pytest.mark.parametrize('prior, tau', [('train', 1.0), ('uniform', 0.0)])
+def test_logit_adjustment_removes_the_prior_of_stage_1(prior, tau):
+    found, expected = fit(LogitAdjust(), stage1(prior), clusters(), 0), fit(LogitAdjust(tau), stage1(), clusters(), 0)
+    assert torch.equal(found.weight, expected.weight) and torch.equal(found.bias, expected.bias)
+
+
+def test_logit_adjustment_by_default_handles_a_prior_between_the_two():
+    """A stage 1 trained with half the logit adjustment has such a prior; an explicit τ refers to the training prior."""
+    half = [n ** 0.5 for n in COUNTS]
+    found, expected = fit(LogitAdjust(), stage1(half), clusters(), 0), fit(LogitAdjust(0.5), stage1(), clusters(), 0)
+    torch.testing.assert_close(found.bias - found.bias.mean(), expected.bias - expected.bias.mean())
+    assert torch.equal(fit(LogitAdjust(0.5), stage1(half), clusters(), 0).bias, expected.bias)
+
+
+def test_the_prior_of_an_export_reaches_the_classifiers(model, tmp_path):
+    images = load_digits_set('train')
+    data = TrainingData(images, images.subset(np.arange(20)), None, images.class_names, Profile(images.counts().tolist()))
+    prior = (np.arange(1, 11) / 55).tolist()
+    _, result = run_stage2(
+        tmp_path, 'logit_adjust', model=model, data=data, accelerator=Accelerator(), augmentation=AUGMENTATION, workers=0,
+        metrics=dict(method='ce', train_images=len(images), num_classes=10, evaluated_on='validation',
+                     seed=0, epochs=1, parameters=1, precision='no', processes=1, device='cpu'), feature_views=0,
+        export=dict(data_config=DATA_CONFIG, class_names=images.class_names, source=dict(prior=prior)))
+    torch.testing.assert_close(result.linear.bias, model.fc.bias.detach() - torch.tensor(prior).log())
 
 
 def test_crt_starts_anew_and_sees_the_classes_alike(monkeypatch):
@@ -295,7 +355,7 @@ def test_averaged_heads_average_logits(weight, tau):
 # --- choosing ---
 
 @pytest.mark.parametrize('holdout, expected', [(0.2, [12, 5, 2, 1, 0]), (0.01, [1, 1, 1, 1, 0]), (3, [3, 3, 3, 3, 0])])
-def test_split_takes_of_every_class_and_leaves_some(holdout, expected):
+def test_split_holds_out_some_images_of_every_class(holdout, expected):
     labels = np.repeat(np.arange(5), [*COUNTS[:3], 5, 1])
     train, held = stratified_split(labels, holdout, 'abcde', seed=0)
     assert np.bincount(labels[held], minlength=5).tolist() == expected
@@ -307,7 +367,7 @@ def test_split_takes_of_every_class_and_leaves_some(holdout, expected):
 @pytest.mark.parametrize('holdout, counts, message', [
     (4, [9, 4], "class 'b' has 4 training images, setting 4 aside leaves none"),
     (0.5, [1, 1], 'every class has a single image')])
-def test_a_split_that_leaves_a_class_empty_is_an_error(holdout, counts, message):
+def test_a_split_that_empties_a_class_is_an_error(holdout, counts, message):
     with pytest.raises(InputError, match=f'--stage2-holdout {holdout:g}: .*{message}'):
         stratified_split(np.repeat(np.arange(2), counts), holdout, 'ab', seed=0)
 
@@ -338,7 +398,8 @@ def test_classifiers_by_name():
     ('los', {'los.epoch': 3}, 'los.epoch: expected one of lr, epochs.*; did you mean epochs'),
     ('los', {'los.epochs': 1.5}, 'los.epochs: expected int, found 1.5'),
     ('los', {'los.lr': 'x'}, "expected float, found 'x'"),
-    ('maxnorm', {'maxnorm.project': 'never'}, "expected step or epoch, found 'never'")])
+    ('maxnorm', {'maxnorm.project': 'never'}, "expected step or epoch, found 'never'"),
+    ('maxnorm', {'maxnorm.loss': 'mse'}, "maxnorm.loss: expected ce or bce, found 'mse'")])
 def test_names_and_settings_that_are_wrong_are_one_line(names, settings, message):
     with pytest.raises(InputError, match=message):
         parse_classifiers(names, settings)

@@ -1,23 +1,25 @@
-"""Sweeps: runs side by side, resumed run by run, failures told, one table and one CSV."""
+"""Sweeps: planned, parallel and repeated runs, reported failures, the table and the CSV."""
 import csv
 import json
+import re
+import shlex
 import statistics
 import sys
 
 import pytest
-from conftest import TINY, Outcome
+from conftest import ROOT, TINY, Outcome
 
 from glmc.cli import run_script
 from glmc.errors import InputError
-from glmc.sweep.__main__ import as_flags, check, main, mean_std, parse_sweep, plan, table
+from glmc.sweep.__main__ import as_flags, check, main, mean_std, parse_sweep, plan, results_table
 from glmc.sweep.runs import Experiment
 
 
 @pytest.fixture
 def sweep(monkeypatch, capfd):
-    """Run a sweep from this process: its options, and those of the runs -> exit code and what it wrote."""
-    def run(output, *options, passed_on=tuple(TINY)) -> Outcome:
-        monkeypatch.setattr(sys, 'argv', ['sweep', '--output', *map(str, (output, *options)), '--', *passed_on])
+    """Run a sweep in this process: options of the sweep and of the runs -> exit code and output."""
+    def run(output, *options, run_options=tuple(TINY)) -> Outcome:
+        monkeypatch.setattr(sys, 'argv', ['sweep', '--output', *map(str, (output, *options)), '--', *run_options])
         monkeypatch.setenv('OMP_NUM_THREADS', '1')
         try:
             code = run_script(main)
@@ -35,33 +37,35 @@ def metrics_of(folder) -> dict:
     return json.loads((folder / 'export' / 'metrics.json').read_text())
 
 
-def test_two_runs_side_by_side_and_again(tmp_path, sweep):
+def test_parallel_runs_and_the_same_sweep_again(tmp_path, sweep):
     first = sweep(tmp_path, '--seeds', '0', '1', '--jobs', '3', '--vary', 'model=test_resnet')
     assert first.code == 0, first.err
     name = 'model=test_resnet'
     folders = [tmp_path / f'{name}-seed{seed}' for seed in (0, 1)]
-    assert first.out.index(f'started   {folders[1]}') < first.out.index('finished')
+    assert first.out.index(f'started   {folders[1]}') < first.out.index('finished  ')
     top1 = [metrics_of(folder)['top1'] for folder in folders]
     expected = f'{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}'
-    assert expected in first.out.splitlines()[-1] and [metrics_of(folder)['seed'] for folder in folders] == [0, 1]
+    assert expected in first.out and f'finished  {folders[0]}: top-1 {top1[0]:.2f}' in first.out
+    assert [metrics_of(folder)['seed'] for folder in folders] == [0, 1]
     assert all('Exported to' in (folder / 'train.log').read_text() for folder in folders)
 
     written = [(folder / 'export' / 'metrics.json').stat().st_mtime_ns for folder in folders]
-    (tmp_path / 'model=no_such_net-seed0').mkdir()  # an empty folder is no obstacle
+    (tmp_path / 'model=no_such_net-seed0').mkdir()  # an empty folder is accepted
     again = sweep(tmp_path, '--seeds', '0', '--vary', 'model=no_such_net,test_resnet')
     assert again.code == 1 and '1 of 2 runs have no result' in again.err
     assert f"failed    {tmp_path / 'model=no_such_net-seed0'}: error: --model no_such_net: not a model of timm" in again.err
-    assert 'test_resnet' in again.out.splitlines()[-1] and f'started   {folders[0]}' not in again.out
+    assert '\nmodel=test_resnet ' in again.out and f'started   {folders[0]}' not in again.out
 
     skipped = sweep(tmp_path, '--seeds', '0', '1', '--vary', 'model=test_resnet')
-    assert skipped.code == 0 and 'started' not in skipped.out and expected in skipped.out
+    assert skipped.code == 0 and 'Runs: 2, already finished: 2' in skipped.out and expected in skipped.out
+    assert 'started' not in skipped.out
     assert written == [(folder / 'export' / 'metrics.json').stat().st_mtime_ns for folder in folders]
     with open(tmp_path / 'sweep.csv', newline='', encoding='utf-8') as file:
         rows = [(row['run'], row['seed'], float(row['top1'])) for row in csv.DictReader(file)]
     assert rows == [(name, '0', top1[0]), (name, '1', top1[1])]
 
 
-def test_other_options_do_not_pass_for_a_finished_run(tmp_path):
+def test_a_folder_of_a_run_with_other_options_is_refused(tmp_path):
     experiment, = planned(tmp_path, '--', '--epochs', '2')
     experiment.folder.mkdir()
     (experiment.folder / 'args.yaml').write_text('epochs: 1\nseed: 0\n')
@@ -105,15 +109,15 @@ def test_switches_are_varied_by_true_and_false(option, value, flags):
     (['--recipes', 'a/x.yaml', 'b/x.yaml'], 'two runs would share this folder'),
     (['--seeds', '1', '1'], 'two runs would share this folder'),
     (['--sees', '1'], 'unrecognized arguments: --sees'),
-    (['--', '--seed', '1'], '--seed: is set by --recipes, --seeds or --output of the sweep'),
-    (['--', '-c', 'x.yaml'], '-c: is set by')])
+    (['--', '--seed', '1'], '--seed: the sweep sets it by --recipes, --seeds or --output'),
+    (['--', '-c', 'x.yaml'], '-c: the sweep sets it by')])
 def test_wrong_sweeps(tmp_path, options, match):
     with pytest.raises(InputError, match=match):
         planned(tmp_path, *options)
 
 
-def test_wrong_options_of_the_runs_are_told_before_any_starts(tmp_path, sweep):
-    outcome = sweep(tmp_path / 'runs', '--vary', 'methd=ce,glmc', passed_on=())
+def test_wrong_options_of_the_runs_are_reported_before_any_starts(tmp_path, sweep):
+    outcome = sweep(tmp_path / 'runs', '--vary', 'methd=ce,glmc', run_options=())
     assert outcome.code == 2 and outcome.err == 'error: --methd: unknown option; did you mean --method?\n'
     assert not (tmp_path / 'runs').exists()
 
@@ -126,13 +130,29 @@ def test_table_of_made_up_results(tmp_path):
     def result(name, seed, top1):
         metrics = dict(method='ce', top1=top1, many=1.0, medium=None, few=0.5, class_mean=2.0)
         return Experiment(name, seed, None, (), tmp_path), metrics
-    head, a, b = table([result('a', 0, 10.0), result('a', 1, 20.0), result('b', 0, 7.0)]).splitlines()
+    head, a, b = results_table([result('a', 0, 10.0), result('a', 1, 20.0), result('b', 0, 7.0)]).splitlines()
     assert head.split() == ['run', 'method', 'seeds', 'top-1', 'many', 'medium', 'few', 'class', 'mean']
     assert a.split('  ')[0] == 'a' and '15.00 ± 7.07' in a and '–' in a and b.split()[2:4] == ['1', '7.00']
 
 
-def test_a_table_in_the_way_is_told_before_any_run(tmp_path, sweep):
+def test_an_unusable_csv_is_reported_before_any_run(tmp_path, sweep):
     (tmp_path / 'kills.csv').write_text('configuration,kills\na,1\n')
     outcome = sweep(tmp_path / 'runs', '--csv', tmp_path / 'kills.csv')
-    assert outcome.code == 2 and 'kills.csv: expected a table of runs, with columns run and seed' in outcome.err
+    assert outcome.code == 2 and 'kills.csv: expected a CSV of runs, with columns run and seed' in outcome.err
     assert not (tmp_path / 'runs').exists() and (tmp_path / 'kills.csv').read_text() == 'configuration,kills\na,1\n'
+
+
+def test_documented_sweeps_plan_the_runs_they_say(monkeypatch):
+    """Rows of `| name | python -m glmc.sweep … | runs |` in the documentation."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / 'docs' / 'recipes-and-results.md').read_text(encoding='utf-8')
+    commands = re.findall(r'^\| [^|]+ \| `python -m glmc\.sweep ([^`]+)` \| (\d+) \|$', page, re.M)
+    folders = []
+    for command, runs in commands:
+        args, run_options = parse_sweep(shlex.split(command))
+        experiments = plan(args, run_options)
+        assert len(experiments) == int(runs) and args.csv == 'results/cifar100-lt.csv' and args.logs == 'results/logs'
+        check(experiments[0])
+        check(experiments[-1])
+        folders += [experiment.folder for experiment in experiments]
+    assert commands and len(set(folders)) == len(folders), 'two commands would write to the same folder'

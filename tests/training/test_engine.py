@@ -1,5 +1,6 @@
 """The step and the epoch: compiled as eager, accumulated as whole, no wait for the device; an epoch written out."""
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from glmc.evaluation.priors import AdjustedModel
 from glmc.methods import METHODS
 from glmc.models.backbone import create_backbone
 from glmc.training.engine import TrainStep, evaluate, step_generator, train_batch, train_one_epoch, update
-from glmc.training.meter import Meter, NotFiniteError
+from glmc.training.meter import BufferGuard, Meter, NotFiniteError
+from glmc.training.sam import sam_batch
 
 COUNTS = [50, 12, 3]
 WITHOUT_BATCHNORM = {
@@ -46,23 +48,23 @@ def new_step(
     return TrainStep(row.task(module, COUNTS), mixer, Normalize((0.5, 0.4, 0.3), (0.2, 0.25, 0.3)))
 
 
-def batch(number: int = 0, size: int = 8, views: int = 4, members: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(number: int = 0, size: int = 8, images: int = 2, views: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(number)
-    images = torch.randint(256, (size, views, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return images, torch.randint(3, (size, members), generator=generator)
+    pixels = torch.randint(256, (size, images, views, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return pixels, torch.randint(3, (size, images), generator=generator)
 
 
 class Batches(list):
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        self.epoch = epoch
+    """A training loader of these batches."""
 
-    def share(self, step: int) -> float:
-        return 1.0
+    def epoch(self, epoch: int, start_step: int = 0):
+        self.last_epoch = epoch
+        yield from ((*batch, 1.0) for batch in self[start_step:])
 
 
 def batch_for(variant: str, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    views, members = {'ce': (1, 1), 'partner': (2, 1)}.get(variant, (4, 2))
-    return batch(number, views=views, members=members)
+    images, views = {'ce': (1, 1), 'partner': (1, 2)}.get(variant, (2, 2))
+    return batch(number, images=images, views=views)
 
 
 def draw(step: TrainStep, number: int = 0):
@@ -187,7 +189,7 @@ def epoch_by_hand(
     for start in range(0, len(batches), accum_steps):
         group = batches[start:start + accum_steps]
         for number, (views, labels) in enumerate(group, start):
-            mixture = step.mixer.sample_params(len(views), (32, 32), np.random.default_rng((7, epoch, number)))
+            mixture = step.mixer.sample_params(len(views), (32, 32), step_generator(7, epoch, number))
             loss = step(views, labels, mixture)['loss']
             losses.append(loss.item())
             (loss / len(group)).backward()
@@ -218,7 +220,7 @@ def test_an_epoch_is_its_loop_written_out(accelerator, clip_grad):
         losses = epoch_by_hand(plain, plain_sgd, batches, epoch, 2, averages, plain_schedule, clip_grad)
         sizes = [8, 8, 8, 8, 5]
         assert metrics['loss'] == pytest.approx(np.average(losses, weights=sizes), rel=1e-5)
-        assert metrics['images'] == 37 and metrics['lr'] == lr and batches.epoch == epoch
+        assert metrics['images'] == 37 and metrics['lr'] == lr and batches.last_epoch == epoch
     assert ours_schedule.updates == plain_schedule.updates == [1, 2, 3, 4, 5, 6]
     assert ours_sgd.param_groups[0]['lr'] == plain_sgd.param_groups[0]['lr'] < 0.05
     assert_close(list(ours.task.trainable_module.parameters()), list(plain.parameters()), 1e-5)
@@ -304,6 +306,36 @@ def test_too_many_such_steps_end_the_epoch_and_name_the_term(accelerator, allowe
     assert all(parameter.isfinite().all() for parameter in step.parameters())
 
 
+def test_skipped_updates_are_checked_at_every_log_interval_with_accumulation(accelerator):
+    """Three steps an update and a log line every four: common multiples come every twelve steps."""
+    step = new_step()
+    spoil(step, set(range(3)))
+    with pytest.raises(NotFiniteError) as error:
+        train_one_epoch(accelerator, step, Batches([batch(number) for number in range(12)]),
+                        torch.optim.SGD(step.parameters(), lr=0.01), None, epoch=0, seed=7, accum_steps=3, log_interval=4,
+                        max_skipped_steps=0)
+    assert error.value.step == 6  # the first update after the log line of step 4
+
+
+def test_outputs_reach_after_batch_once_and_without_a_graph(accelerator):
+    step, seen = new_step(), []
+    step.task.after_batch = seen.append
+    for run_batch in (train_batch, partial(sam_batch, rho=0.05)):
+        outputs = run_batch(accelerator, step, *batch(), step_generator(1, 0, 0))
+        step.zero_grad()
+        assert len(seen) == 1 and seen.pop().keys() == outputs.keys() >= {'loss', 'loss_sim', 'output'}
+        assert all(value.grad_fn is None and not value.requires_grad for value in outputs.values())
+
+
+def test_a_guard_restores_only_buffers_that_are_not_finite():
+    norm, guard = torch.nn.BatchNorm1d(3), BufferGuard()
+    guard.snapshot((norm, None))
+    norm.running_mean.fill_(float('nan'))
+    norm.running_var.fill_(4.0)
+    guard.restore()
+    assert norm.running_mean.tolist() == [0, 0, 0] and norm.running_var.tolist() == [4, 4, 4]
+
+
 def test_a_gradient_that_is_not_finite_is_named(accelerator):
     step = new_step()
     next(step.parameters()).register_hook(lambda gradient: gradient * float('inf'))
@@ -333,23 +365,12 @@ def test_an_epoch_in_parts_is_the_whole_epoch(accelerator):
             with pytest.raises(Stop):
                 train_one_epoch(accelerator, step, Batches(batches), optimizer, None, epoch=1, seed=7, meter=meter,
                                 after_update=stop)
-        metrics = train_one_epoch(accelerator, step, Rest(batches, cut), optimizer, None, epoch=1, seed=7, meter=meter,
+        metrics = train_one_epoch(accelerator, step, Batches(batches), optimizer, None, epoch=1, seed=7, meter=meter,
                                   start_step=cut)
         results.append((metrics, list(step.parameters())))
     (whole, weights), (parts, same_weights) = results
     assert {**whole, 'images_per_second': 0} == {**parts, 'images_per_second': 0}
     assert all(torch.equal(one, two) for one, two in zip(weights, same_weights, strict=True))
-
-
-class Rest(Batches):
-    """The batches from `start` on, of an epoch that has them all."""
-
-    def __init__(self, batches, start: int):
-        super().__init__(batches)
-        self.start = start
-
-    def __iter__(self):
-        return iter(list.__getitem__(self, slice(self.start, None)))
 
 
 @pytest.mark.parametrize('flip', [False, True])
@@ -365,7 +386,7 @@ def test_evaluation_has_logits_in_float32_of_an_encoder_in_bfloat16(flip):
             super().update(output, target)
 
     model.global_pool.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
-    loader = Batches([(images[:, 0], labels[:, 0]) for images, labels in map(batch, range(3))])
+    loader = Batches([(images[:, 0, 0], labels[:, 0]) for images, labels in map(batch, range(3))])
     loader.normalize = Normalize((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
     metrics = evaluate(accelerator, AdjustedModel(model, flip=True) if flip else model, loader, Evaluator(COUNTS))
     AcceleratorState._reset_state(True)

@@ -1,0 +1,76 @@
+"""The comparison of several results: figures, labels, and errors of one line."""
+import json
+import re
+
+import pytest
+from test_report import evaluated
+
+from glmc.errors import InputError
+from glmc.report.compare import write_comparison
+
+
+def test_comparison_draws_both(tmp_path):
+    for name, seed in (('first', 0), ('second', 1)):
+        (tmp_path / name / 'export').mkdir(parents=True)
+        (tmp_path / name / 'export' / 'metrics.json').write_text(json.dumps(evaluated(6, 200, seed)[0]))
+    path = write_comparison(tmp_path / 'both', [tmp_path / 'first', tmp_path / 'second' / 'export'])
+    text = path.read_text(encoding='utf-8')
+    assert text.count('<svg') == 2
+    for name in ('first', 'second'):
+        assert f'<th>{name}</th>' in text
+    assert {path.name for path in (tmp_path / 'both' / 'plots').iterdir()} == {'accuracy.png', 'reliability.png'}
+
+
+@pytest.mark.parametrize('content, expected', [
+    (None, 'expected a folder with a metrics.json, found none in it'), ('{', 'metrics.json: expected a metrics.json: '),
+    ('{}', 'contains no evaluation'), ('[]', 'contains no evaluation'), ('"per_class_accuracy"', 'contains no evaluation'),
+    ('{"per_class_accuracy": [1]}', 'contains no evaluation')])
+def test_a_missing_or_invalid_metrics_file_is_one_line(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / 'metrics.json').write_text(content)
+    with pytest.raises(InputError, match=expected):
+        write_comparison(tmp_path / 'both', [tmp_path])
+
+
+@pytest.mark.parametrize('name, value', [
+    ('train_counts', None), ('train_counts', [1, 2]), ('train_counts', ['a'] * 4), ('train_counts', [float('nan')] * 4),
+    ('per_class_accuracy', {}), ('per_class_accuracy', [1, 2, 3, 'x']), ('bin_hits', [None] * 15), ('bin_images', []),
+    ('shot_thresholds', [20]), ('shot_thresholds', '20')])
+def test_a_metrics_file_with_invalid_lists_is_one_line(tmp_path, name, value):
+    (tmp_path / 'metrics.json').write_text(json.dumps({**evaluated(4, 50)[0], name: value}))
+    with pytest.raises(InputError, match='metrics.json: contains no evaluation'):
+        write_comparison(tmp_path / 'both', [tmp_path])
+
+
+def test_missing_numbers_are_a_dash(tmp_path):
+    (tmp_path / 'metrics.json').write_text(json.dumps({**evaluated(4, 50)[0], 'top1': None, 'ece': 'low', 'model': '<i>'}))
+    text = write_comparison(tmp_path / 'both', [tmp_path]).read_text(encoding='utf-8')
+    assert '<td>top-1</td><td>–</td>' in text and '<td>calibration error (ECE)</td><td>–</td>' in text
+    assert '&lt;i&gt;' in text
+
+
+def test_each_of_many_results_is_drawn_and_labelled(tmp_path):
+    folders = [tmp_path / f'{k}' / 'run' for k in range(10)]
+    for k, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        (folder / 'metrics.json').write_text(json.dumps(evaluated(6, 100, seed=k)[0]))
+    text = write_comparison(tmp_path / 'all', [*folders, folders[0]]).read_text(encoding='utf-8')
+    heads = re.findall(r'<th>([^<]*)</th>', text.split('Models and runs')[0])
+    assert len(set(heads)) == 12 and heads[0] == 'metric'
+    assert heads[1] == '0/run (1)' and heads[10] == '9/run' and heads[11] == '0/run (11)'
+    assert text.count(', ECE ') == 11, 'one line each in the reliability diagram'
+
+
+def test_a_comparison_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / 'metrics.json').write_text(json.dumps(evaluated(4, 50)[0]))
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(InputError, match='--output: cannot write to '):
+        write_comparison(tmp_path / 'file' / 'both', [tmp_path])
+
+
+def test_results_of_other_classes_are_not_compared(tmp_path):
+    for name, num_classes in (('a', 4), ('b', 5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'metrics.json').write_text(json.dumps(evaluated(num_classes, 50)[0]))
+    with pytest.raises(InputError, match='b: has other training counts than .*a, expected the same classes'):
+        write_comparison(tmp_path / 'both', [tmp_path / 'a', tmp_path / 'b'])
