@@ -301,7 +301,8 @@ def _running(parser: Parser) -> None:
     add('--amp-dtype', choices=('float16', 'bfloat16'), help='mixed precision; default: as the launcher says')
     add('--model-ema', action='store_true', help='keep, evaluate and export a moving average of the weights')
     add('--model-ema-decay', type=fraction, default=0.9998, help='its decay')
-    add('--model-ema-warmup', action='store_true', help='a decay that grows to that')
+    add('--model-ema-warmup', action=argparse.BooleanOptionalAction, default=True,
+        help='let the decay grow to that with the updates n, as 1 - (1 + n)^(-2/3), so that short runs are averaged, too')
     add('--swa-start', type=fraction, metavar='PART',
         help='keep, evaluate and export the plain mean of the weights after each update from this part of the epochs on '
         '(SWA), e.g. 0.6')

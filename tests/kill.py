@@ -30,8 +30,8 @@ import train_glmc  # noqa: E402
 from glmc.cli import run_script  # noqa: E402
 from glmc.errors import InputError  # noqa: E402
 from glmc.training.checkpoint import load_checkpoint  # noqa: E402
-from glmc.training.checkpoints import epoch_checkpoints  # noqa: E402
 from glmc.training.preemption import EXIT_CODE  # noqa: E402
+from glmc.training.resume import epoch_checkpoints  # noqa: E402
 
 COMMON = ('--model', 'test_resnet', '--img-size', '32', '--epochs', '3', '--imbalance-factor', '20', '--checkpoint-interval',
           '1', '--log-interval', '1', '--no-report', '--drop', '0.2', '--checkpoint-hist', '2')

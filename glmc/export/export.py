@@ -16,7 +16,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from glmc.cli import Parser
-from glmc.errors import InputError
+from glmc.errors import InputError, RunError
 from glmc.export.card import write_card
 from glmc.models.backbone import create_backbone
 from glmc.training.checkpoint import load_checkpoint
@@ -40,7 +40,7 @@ def export_model(
         The folder.
 
     Raises:
-        RuntimeError: If what was read back does not give the same logits, bit for bit.
+        RunError: If what was read back does not give the same logits, bit for bit.
     """
     folder = Path(folder)
     beside = folder.with_name(folder.name + '.tmp')
@@ -70,7 +70,8 @@ def verify_export(folder: Path, model: nn.Module) -> None:
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     reference = copy.deepcopy(model).to('cpu', torch.float32, memory_format=torch.contiguous_format).eval()
     if not torch.equal(reference(images), loaded(images)):
-        raise RuntimeError(f'{folder}: the exported model does not give the logits of the trained one')
+        raise RunError(f'{folder}: the exported model does not give the logits of the trained one; checkpoints are kept, '
+                       'python -m glmc.export CHECKPOINT exports again')
 
 
 def export_checkpoint(checkpoint: str | Path, folder: str | Path | None = None) -> Path:

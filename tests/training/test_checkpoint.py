@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from glmc.errors import InputError
 from glmc.training import checkpoint
 from glmc.training.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
-from glmc.training.checkpoints import checkpoint_path, epoch_checkpoints, keep_best, prune
+from glmc.training.checkpoints import checkpoint_path, keep_best, prune
+from glmc.training.resume import epoch_checkpoints
 from glmc.training.state import rng_state, set_rng_state
 
 

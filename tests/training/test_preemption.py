@@ -17,8 +17,8 @@ import train_glmc
 from glmc.config import interval
 from glmc.errors import InputError
 from glmc.run_folder import lock_run_folder
-from glmc.training.checkpoints import load_newest
 from glmc.training.preemption import CheckpointClock, Preempted, Preemption, Request
+from glmc.training.resume import load_newest
 
 LONG = [*TINY, '--epochs', '200', '--log-interval', '1']
 
@@ -168,14 +168,14 @@ def test_a_signal_after_the_last_request_is_passed_on():
 
 
 def test_a_stop_in_the_last_epoch_saves_and_the_next_run_exports(train, tmp_path, monkeypatch, capsys):
-    record = train_glmc.Run.record
+    log_epoch = train_glmc.log_epoch
 
-    def record_and_stop(self, epoch, *found):
-        record(self, epoch, *found)
+    def log_epoch_and_stop(setup, folder, epoch, *found):
+        log_epoch(setup, folder, epoch, *found)
         if epoch == 1:
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(train_glmc.Run, 'record', record_and_stop)
+        patch.setattr(train_glmc, 'log_epoch', log_epoch_and_stop)
         with pytest.raises(Preempted):
             train('--epochs', '2')
     assert 'Stopped by SIGTERM after the last epoch, saved as' in capsys.readouterr().err
@@ -248,7 +248,7 @@ def test_a_broken_newest_checkpoint_is_passed_over(train, tmp_path):
     newest.write_bytes(content)
     outcome = train('--epochs', '3', '--resume', 'auto')
     assert outcome.code == 0 and 'epoch 3 of 3 comes next' in outcome.err
-    assert outcome.err.count('Passed over') == 1 and 'epoch-0002.safetensors' in outcome.err
+    assert outcome.err.count('Checkpoint ignored') == 1 and 'epoch-0002.safetensors' in outcome.err
     found = load_file(tmp_path / 'run' / 'export' / 'model.safetensors')
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -278,7 +278,7 @@ def test_a_full_disk_is_survived(train, tmp_path, monkeypatch):
     monkeypatch.setattr('glmc.training.checkpoint.shutil.disk_usage', disk_usage)
     outcome = train('--epochs', '4')
     assert outcome.code == 0 and not full
-    said = re.findall('Checkpoint not saved, the one before it stays: .* needs .* MiB, 0 MiB are free', outcome.err)
+    said = re.findall('Checkpoint not saved, the previous one is kept: .* needs .* MiB, 0 MiB are free', outcome.err)
     assert len(said) == 2
     names = sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir())
     assert names == ['epoch-0000.safetensors', 'epoch-0003.safetensors']
@@ -336,9 +336,9 @@ def test_bad_images_are_replaced_counted_and_named(options, script, tmp_path):
         outcome = script(*TINY, '--data-dir', root, '--output', tmp_path, '--experiment', name, '--epochs', '2',
                          '--on-bad-image', 'skip', *options)
         assert outcome.code == 0, outcome.err
-        named = '2 training images cannot be decoded, others of their class stood in: ant/3.png, ant/4.png'
+        named = '2 training images cannot be decoded and were replaced by others of their class: ant/3.png, ant/4.png'
         assert outcome.err.count(named) == 1
-        assert 'validation: 1 images are left out' in outcome.err
+        assert 'validation: 1 images cannot be decoded and are ignored' in outcome.err
         with open(tmp_path / name / 'summary.csv', newline='') as file:
             assert [row['bad_images'] for row in csv.DictReader(file)] == ['2', '2']
         weights.append(load_file(tmp_path / name / 'export' / 'model.safetensors'))
