@@ -10,9 +10,11 @@ import time
 
 import pytest
 import torch
-from conftest import COUNTS, ROOT, TINY, free_port, run_command, write_folders
+import torch.distributed as dist
+from conftest import COUNTS, ROOT, TINY, free_port, in_two_processes, run_command, write_folders
 from safetensors.torch import load_file
 
+import glmc.export.export
 import train_glmc
 from glmc.config import interval
 from glmc.errors import InputError
@@ -196,6 +198,37 @@ def test_interrupts_close_together_are_one(monkeypatch):
         raise Preempted
 
 
+@pytest.mark.parametrize('failing', [(), (1,), (0, 1)], ids=['works', 'fails on one', 'fails on both'])
+def test_processes_agree_where_the_group_between_the_cpus_cannot_be_made(failing, monkeypatch, tmp_path, caplog):
+    """The default group stands in for one of a GPU, which cannot vote on the CPU."""
+    def new_group(backend):
+        if dist.get_rank() in failing:
+            raise RuntimeError('gloo: no address for the name of this host')
+        return dist.GroupMember.WORLD
+    monkeypatch.setattr(dist, 'get_backend', lambda: 'nccl')
+    monkeypatch.setattr(dist, 'new_group', new_group)
+
+    def stop(rank: int) -> tuple:
+        with pytest.raises(Preempted), Preemption() as preemption:
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            first = preemption.request(False)
+            answers = first, preemption.request(False), preemption.request(False, at_once=True)
+            raise Preempted
+        return answers, preemption.group is None, sum('No group for signals' in text for text in caplog.messages)
+    answers = Request.CONTINUE, Request.STOP, Request.STOP
+    assert in_two_processes(stop, tmp_path) == [
+        (answers, bool(failing), 0 in failing), (answers, bool(failing), 1 in failing)]
+
+
+def test_processes_on_the_cpu_vote_in_the_group_that_they_have(monkeypatch, tmp_path):
+    def vote(rank: int) -> Request:
+        monkeypatch.setattr(dist, 'new_group', None)
+        with Preemption() as preemption:
+            return preemption.request(save=rank == 1, at_once=True)
+    assert in_two_processes(vote, tmp_path) == [Request.SAVE, Request.SAVE]
+
+
 def test_checkpoint_clock(monkeypatch):
     steps = CheckpointClock('3')
     assert [steps.due(step) for step in range(5)] == [False, False, False, True, True]
@@ -282,6 +315,38 @@ def test_a_full_disk_is_survived(train, tmp_path, monkeypatch):
     assert len(said) == 2
     names = sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir())
     assert names == ['epoch-0000.safetensors', 'epoch-0003.safetensors']
+
+
+LIMITED = """
+import resource, runpy, sys, torch, timm
+pages = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (pages + 2 ** 30, resource.RLIM_INFINITY))
+sys.argv[0] = 'train_glmc.py'
+runpy.run_path('train_glmc.py', run_name='__main__')
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='/proc')
+def test_lack_of_memory_is_one_line(tmp_path):
+    (tmp_path / 'limited.py').write_text(LIMITED)
+    outcome = run_command(sys.executable, tmp_path / 'limited.py', '--method', 'ce', '--model', 'resnet18', '--img-size',
+                          '256', '--batch-size', '400', '--workers', '0', '--epochs', '1', '--output', tmp_path)
+    assert outcome.code == 1 and 'Traceback' not in outcome.err, outcome.err
+    assert re.search(r'\nerror: out of memory: .*; use a smaller --batch-size, --grad-checkpointing or --amp-dtype '
+                     r'bfloat16; checkpoints are kept, --resume auto continues from the newest\n$', outcome.err), outcome.err
+
+
+def test_an_export_that_reads_back_otherwise_is_one_line(train, tmp_path, monkeypatch):
+    save_file = glmc.export.export.save_file
+    with monkeypatch.context() as patch:
+        patch.setattr(glmc.export.export, 'save_file', lambda tensors, path, metadata: save_file(
+            {name: value + 1 for name, value in tensors.items()}, path, metadata))
+        outcome = train()
+    assert outcome.code == 1 and 'Traceback' not in outcome.err
+    assert re.search(r'error: .*export.tmp: the exported model does not give the logits of the trained one; checkpoints are '
+                     r'kept, python -m glmc.export CHECKPOINT exports again\n$', outcome.err), outcome.err
+    assert not (tmp_path / 'run' / 'export').exists()
+    assert train('--resume', 'auto').code == 0 and (tmp_path / 'run' / 'export').exists()
 
 
 # --- a loss that is not finite ---
