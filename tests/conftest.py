@@ -33,7 +33,7 @@ Outcome = namedtuple('Outcome', 'code out err')
 
 def pytest_configure(config) -> None:
     """Hide the GPU from all tests, unless `-m cuda` selects those that need it."""
-    if config.option.markexpr != 'cuda':
+    if 'cuda' not in config.option.markexpr.replace('not cuda', ''):
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 

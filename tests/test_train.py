@@ -155,7 +155,7 @@ def test_learning_rate_of_sgd_for_another_optimizer_is_warned_about(options, war
     ('--aug-views local --aa v0r --method ce', '--aug-views has no effect with --method ce'),
     ('--mix-lambda per_view --method ce', '--mix-lambda has no effect with --method ce'),
     ('--rearea 0.1 0.2 --reaspect 1', '--rearea has no effect without --reprob|--reaspect has no effect without --reprob')])
-def test_levers_without_effect_are_told(options, told, train):
+def test_levers_without_effect_are_warned_about(options, told, train):
     outcome, _ = train(*options.split())
     assert sorted(line for line in outcome.err.splitlines() if 'no effect' in line) == told.split('|')
 

@@ -3,6 +3,7 @@ import atexit
 import logging
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,6 +36,7 @@ def create_accelerator(amp: bool = False, amp_dtype: str | None = None) -> Accel
     Raises:
         InputError: If the device does not support the precision.
     """
+    warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated', FutureWarning)  # torch 2.14
     precision = _DTYPES[amp_dtype or ('float16' if amp else None)]
     try:
         accelerator = Accelerator(

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, that a write is whole or nothing, and that no file can do harm."""
+"""Checkpoints: values read back, whole writes, files that are no checkpoint, and those of the previous version."""
 import json
 import math
 import os
@@ -81,7 +81,7 @@ def momentum_step(model, optimizer, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize('make', [
     lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.AdamW(p, lr=0.1)])
-def test_an_optimizer_goes_on_as_if_nothing_had_happened(path, make):
+def test_an_optimizer_continues_unchanged(path, make):
     model = torch.nn.Linear(3, 2)
     optimizer = make(model.parameters())
     momentum_step(model, optimizer, 0)
@@ -98,7 +98,7 @@ def draw_from_all() -> tuple:
     return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()
 
 
-def test_global_generators_go_on_as_if_nothing_had_happened(path):
+def test_global_generators_continue_unchanged(path):
     draw_from_all()  # leaves a second Gaussian number in two of them
     state = round_trip(path, {'rng': rng_state()})
     expected = draw_from_all()
@@ -224,7 +224,7 @@ def test_a_writer_saves_what_was_there_when_it_was_asked(tmp_path):
     assert [load_checkpoint(path)['weight'].unique().tolist() for path in epoch_checkpoints(tmp_path)] == [[0], [1], [2]]
 
 
-def test_a_writer_tells_what_went_wrong(tmp_path):
+def test_a_writer_raises_what_went_wrong(tmp_path):
     writer = CheckpointWriter()
     writer.save(tmp_path / 'no' / 'such' / 'folder', {'epoch': 0}, lambda: None)
     with pytest.raises((OSError, SafetensorError)):

@@ -1,4 +1,4 @@
-"""Killed, stopped, out of space, two at once: nothing saved is lost, and the end is that of an undisturbed run."""
+"""Runs that are killed, stopped, out of space or memory: no checkpoint is lost, and the result is that of an undisturbed run."""
 import csv
 import os
 import re
@@ -58,7 +58,7 @@ def test_many_kills(tmp_path, number, kills):
 
 @pytest.fixture
 def running(folders, tmp_path):
-    """Start a long run as a process that has a group of its own; give it back once it trains."""
+    """Start a long run in a new process group; return its process once it trains."""
     started = []
 
     def start(*options, launcher=()):
@@ -130,7 +130,7 @@ def ranks_of(launcher: subprocess.Popen) -> list[int]:
 @pytest.mark.slow
 def test_two_processes_agree_where_to_stop(running, tmp_path):
     process = running('--batch-size', '4', launcher=(*TWO, '--main_process_port', str(free_port())))
-    os.kill(ranks_of(process)[-1], signal.SIGTERM)  # one of them hears it
+    os.kill(ranks_of(process)[-1], signal.SIGTERM)  # to one of them
     assert process.wait(60) != 0
     log = (tmp_path / 'err.txt').read_text()
     assert 'exitcode  : 75' in log and load_newest(tmp_path / 'run'), log
@@ -145,7 +145,7 @@ def test_a_process_that_dies_ends_the_others(running, tmp_path):
     assert load_newest(tmp_path / 'run')
 
 
-def test_preemption_hears_and_puts_back():
+def test_signals_are_caught_and_handlers_restored():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted) as stopped, Preemption() as preemption:
         assert preemption.request(False) is Request.CONTINUE and preemption.request(True) is Request.SAVE
@@ -157,14 +157,14 @@ def test_preemption_hears_and_puts_back():
     assert stopped.value.code == 75
 
 
-def test_a_signal_after_the_last_request_is_passed_on():
-    heard = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+def test_a_signal_after_the_last_request_is_raised_again():
+    caught = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
     try:
         with Preemption():
             os.kill(os.getpid(), signal.SIGTERM)
-            assert not heard
-        assert heard == [signal.SIGTERM]
+            assert not caught
+        assert caught == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -272,12 +272,12 @@ def train(script, folders, tmp_path):
     return run
 
 
-def test_a_broken_newest_checkpoint_is_passed_over(train, tmp_path):
+def test_a_broken_newest_checkpoint_is_ignored(train, tmp_path):
     assert train('--epochs', '3').code == 0
     expected = load_file(tmp_path / 'run' / 'export' / 'model.safetensors')
     newest = tmp_path / 'run' / 'checkpoints' / 'epoch-0002.safetensors'
     content = bytearray(newest.read_bytes())
-    content[-100] ^= 1  # one bit of one weight, which only the checksum can tell
+    content[-100] ^= 1  # one bit of one weight, which only the checksum detects
     newest.write_bytes(content)
     outcome = train('--epochs', '3', '--resume', 'auto')
     assert outcome.code == 0 and 'epoch 3 of 3 comes next' in outcome.err
@@ -295,7 +295,7 @@ def test_only_broken_checkpoints_are_an_error(train, tmp_path):
     assert (tmp_path / 'run' / 'export').exists()
 
 
-def test_half_written_files_are_cleared_away(train, tmp_path):
+def test_half_written_files_are_deleted(train, tmp_path):
     assert train('--epochs', '1').code == 0
     half = tmp_path / 'run' / 'checkpoints' / 'epoch-0001.safetensors.tmp'
     half.write_bytes(b'half')
@@ -362,7 +362,7 @@ def test_training_that_blows_up_stops_with_one_line(train, tmp_path):
 # --- another number of processes, another batch ---
 
 
-def test_another_batch_in_the_middle_of_an_epoch_is_said(train, tmp_path):
+def test_another_batch_in_the_middle_of_an_epoch_is_warned_about(train, tmp_path):
     assert train('--epochs', '2', '--checkpoint-interval', '1', '--batch-size', '4', '--checkpoint-hist', '20').code == 0
     checkpoints = tmp_path / 'run' / 'checkpoints'
     for path in sorted(checkpoints.iterdir())[3:]:
