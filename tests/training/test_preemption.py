@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, out of space or memory: no checkpoint is lost, and the result is that of an undisturbed run."""
+"""Runs that are killed, stopped, out of space or memory lose no checkpoint and end as an undisturbed run does."""
 import csv
 import os
 import re
