@@ -350,7 +350,8 @@ def _running(parser: Parser) -> None:
     precision_options(group, "the launcher's")
     add('--model-ema', action='store_true', help='evaluate and export a moving average of the weights')
     add('--model-ema-decay', type=fraction, default=0.9998, help='decay of the moving average')
-    add('--model-ema-warmup', action='store_true', help='let the decay grow to its value')
+    add('--model-ema-warmup', action=argparse.BooleanOptionalAction, default=True,
+        help='let the decay grow to its value with the updates n, as 1 - (1 + n)^(-2/3), for short runs')
     add('--swa-start', type=fraction, metavar='FRACTION',
         help='evaluate and export the mean of the weights after each update from this fraction of the epochs on (SWA), '
         'e.g. 0.6')

@@ -192,6 +192,12 @@ METHODS = {
 }
 
 
+def canonical_name(name: str, balanced: bool = False) -> str:
+    """Name of the row with this name or alias; `balanced` is the option of that name, an alias of a row, too."""
+    name = next((row for row, method in METHODS.items() if name in method.aliases), name)
+    return 'glmc_balanced' if balanced and name == 'glmc' else name
+
+
 def unused_method_options(method: str, explicit: set[str]) -> set[str]:
     """Options that the user set and that other methods use, but this one does not."""
     return explicit & set().union(*(row.options for row in METHODS.values())) - METHODS[method].options

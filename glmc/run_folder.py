@@ -1,6 +1,7 @@
-"""What a run leaves behind: its folder, summary.csv, and the facts of metrics.json."""
+"""Folder of a run: its choice and lock, args.yaml, summary.csv, the log line of an epoch, and tables of its result."""
 import csv
 import errno
+import logging
 import os
 import platform
 import shlex
@@ -13,29 +14,112 @@ from pathlib import Path
 from typing import IO
 
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 
+from glmc.data.datasets import BadImages
 from glmc.errors import InputError
 from glmc.evaluation.metrics import Predictions, confused_pairs
+from glmc.evaluation.text import shot_line
+from glmc.files import atomic_write, disk_is_full
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
+_logger = logging.getLogger(__name__)
 SUMMARY = 'summary.csv'
 
 
+class RunFolder:
+    """Folder of a run.
+
+    Args:
+        path: Path of the folder.
+        accelerator: Accelerator of the run; the main process writes.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator):
+        self.path, self.accelerator, self.num_bad = path, accelerator, 0
+
+    @classmethod
+    def choose(
+            cls, accelerator: Accelerator, default_name: str, output: str, experiment: str | None,
+            resume: str | None) -> 'RunFolder':
+        """Choose the folder on the main process for all: that of the checkpoint in `resume`, or `open_run_folder`.
+
+        Raises:
+            InputError: If the experiment exists and is not to be resumed.
+        """
+        path = None
+        if accelerator.is_main_process and resume not in (None, 'auto') and not experiment:
+            found = Path(resume)
+            path = found.parent if found.is_file() else found
+            path = (path.parent if path.name == 'checkpoints' else path).resolve()
+        elif accelerator.is_main_process:
+            path = open_run_folder(output, experiment, default_name, resume=resume == 'auto')
+        return cls(broadcast_object_list([path])[0], accelerator)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / 'checkpoints'
+
+    def create(self, options: dict) -> None:
+        """Create and lock the folder, and write the options into it, on the main process."""
+        if self.accelerator.is_main_process:
+            self.lock = create_run_folder(self.path, options)
+        self.accelerator.wait_for_everyone()
+
+    def log_epoch(
+            self, row: dict, train: dict, metrics: dict | None, num_epochs: int, trackers: Callable[[dict], None]) -> None:
+        """Write an epoch to summary.csv and the trackers, unless the disk is full, and log one line.
+
+        Args:
+            row: Result of `summary_row`.
+            train, metrics: Metrics of the training and, if there was one, of the evaluation.
+            num_epochs: Epochs of the run.
+            trackers: Called with the row.
+        """
+        try:
+            if self.accelerator.is_main_process:
+                write_summary(self.path, row)
+                trackers(row)
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            _logger.warning(f"{SUMMARY}: epoch {row['epoch']} not written: {error}")
+        evaluation = f'{shot_line(metrics)}, ' if metrics else ''
+        skipped = f"{train['skipped_steps']} steps skipped, " if train['skipped_steps'] else ''
+        _logger.info(f"Epoch {row['epoch'] + 1}/{num_epochs}: loss {train['loss']:.3f}, {evaluation}{skipped}"
+                     f"{train['images']:,} images at {train['images_per_second']:.0f}/s")
+
+    def count_bad(self, bad_images: BadImages | None) -> int:
+        """Number of training images that could not be decoded; all processes must call this together.
+
+        A warning names them when there are more than before.
+        """
+        if bad_images is None:
+            return 0
+        names = sorted({name for found in gather_object([bad_images.names()]) for name in found})
+        if len(names) > self.num_bad:
+            _logger.warning(f"{len(names)} training images cannot be decoded and were replaced by others of their class: "
+                            f"{', '.join(names[:10])}{' …' if len(names) > 10 else ''}")
+        self.num_bad = len(names)
+        return self.num_bad
+
+
 def open_run_folder(output: str, experiment: str | None, default_name: str, resume: bool) -> Path:
-    """The folder of a run: `output/experiment`, or `output/default_name` with a number where that is taken.
+    """Folder of a run: `output/experiment`, or `output/default_name` with a number if that is taken.
 
     Args:
         output: Parent of all runs.
-        experiment: What the user calls the run; None for `default_name`.
-        default_name: See above.
-        resume: Whether to go on in the newest such folder.
+        experiment: Name of the run; None for `default_name`.
+        default_name: Name without `experiment`.
+        resume: Continue in the newest such folder.
 
     Raises:
-        InputError: If the experiment exists and is not to be resumed, or the folder cannot be written.
+        InputError: If the experiment exists and is not to be resumed.
     """
     parent = Path(output)
     if experiment:
@@ -43,37 +127,43 @@ def open_run_folder(output: str, experiment: str | None, default_name: str, resu
         if folder.exists() and not resume:
             raise InputError(f'--experiment {experiment}: {folder} exists; --resume auto continues it, '
                              'another name starts anew')
-    else:
-        number = 1
-        while (parent / _numbered(default_name, number)).exists():
-            number += 1
-        folder = parent / _numbered(default_name, max(number - 1, 1) if resume else number)
-    return folder
+        return folder
+    number = 1
+    while (parent / _numbered(default_name, number)).exists():
+        number += 1
+    return parent / _numbered(default_name, max(number - 1, 1) if resume else number)
 
 
 def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f'{name}-{number}'
 
 
-def create_run_folder(folder: Path, options: dict, before_writing: Callable[[], None] = lambda: None) -> None:
-    """Make the folder and write the options into it, in a form that `--config` reads back.
+def create_run_folder(folder: Path, options: dict) -> IO:
+    """Create and lock the folder, delete half-written files of a killed run, and write args.yaml for `--config`.
+
+    Returns:
+        The lock, as `lock_run_folder`.
 
     Raises:
-        InputError: If it cannot be written.
+        InputError: If the folder cannot be written, or another run has locked it.
     """
     try:
         (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
-        before_writing()
-        (folder / 'args.yaml').write_text(yaml.safe_dump(options, sort_keys=False), encoding='utf-8')
+        lock = lock_run_folder(folder)
+        for path in (folder / 'checkpoints').glob('*.tmp'):
+            path.unlink()
+        with atomic_write(folder / 'args.yaml') as beside:
+            beside.write_text(yaml.safe_dump(options, sort_keys=False), encoding='utf-8')
     except OSError as error:
         raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
+    return lock
 
 
 def lock_run_folder(folder: Path) -> IO:
-    """Claim the folder for this process, as long as it lives and the returned file is open; on Windows there is no claim.
+    """Lock the folder while this process runs and the returned file is open; on Windows there is no lock.
 
     Raises:
-        InputError: If another run has claimed it.
+        InputError: If another run has locked it.
     """
     path = folder / '.lock'
     file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115, open as long as the run
@@ -94,22 +184,19 @@ def lock_run_folder(folder: Path) -> IO:
 
 
 def write_summary(folder: Path, row: dict) -> None:
-    """Add an epoch to summary.csv, in place of it and later ones that a resumed run does again."""
-    path = folder / SUMMARY
-    rows = []
+    """Add an epoch to summary.csv and drop its later epochs, which a resumed run repeats."""
+    path, rows = folder / SUMMARY, []
     if path.exists():
         with open(path, newline='', encoding='utf-8') as file:
             rows = [old for old in csv.DictReader(file) if int(old['epoch']) < row['epoch']]
-    beside = path.with_suffix('.tmp')
-    with open(beside, 'w', newline='', encoding='utf-8') as file:
+    with atomic_write(path) as beside, open(beside, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, list(row), extrasaction='ignore')
         writer.writeheader()
         writer.writerows([*rows, row])
-    beside.replace(path)
 
 
 def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | None, bad_images: int = 0) -> dict:
-    """timm's columns, then those of the long tail; empty where there is no value, as in an epoch without evaluation."""
+    """Row of summary.csv: timm's columns, then the long tail's; empty without a value, as in an epoch without evaluation."""
     row = {'epoch': epoch, 'train_loss': train['loss']}
     names = ('loss', 'top1', 'top5', 'many', 'medium', 'few', 'class_mean')
     row.update({f'eval_{name}': (metrics or {}).get(name) for name in names})
@@ -122,7 +209,7 @@ def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | No
 
 def write_tables(
         folder: Path, metrics: dict, class_names: Sequence[str] | None, predictions: Predictions | None = None) -> None:
-    """per_class.csv, and the most frequent mistakes as confused_pairs.csv where there are predictions."""
+    """Write per_class.csv and, if there are predictions, the most frequent mistakes as confused_pairs.csv."""
     names = class_names or list(map(str, range(len(metrics['train_counts']))))
     columns = ('train_counts', 'per_class_images', 'per_class_accuracy', 'per_class_predictions')
     rows = zip(range(len(names)), names, *(metrics[column] for column in columns), strict=True)
@@ -140,7 +227,7 @@ def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence]) -> Non
 
 
 def read_summary(folder: Path) -> list[dict[str, float | None]]:
-    """Rows of summary.csv, None where a cell is empty; none where there is no file."""
+    """Rows of summary.csv, None for an empty cell; an empty list without the file."""
     path = folder / SUMMARY
     if not path.exists():
         return []
@@ -167,7 +254,7 @@ def _version(package: str) -> str | None:
 
 @lru_cache(1)
 def _commit() -> str | None:
-    """Commit of this package's checkout, with `-dirty` where it was changed; None outside of one."""
+    """Commit of this package's checkout, with `-dirty` if it was changed; None outside of a checkout."""
     command = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty', '--abbrev=40']
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None

@@ -1,5 +1,7 @@
-"""From options to what trains: data, model and method, loaders, optimizer."""
+"""Options to training: data, model and method, loaders, optimizer."""
 import logging
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -8,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.data import resolve_input_data_config
 from timm.data.random_erasing import RandomErasing
+from timm.layers import convert_sync_batchnorm
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
@@ -31,26 +34,29 @@ from glmc.errors import InputError
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.methods import METHODS, unused_method_options
 from glmc.models.backbone import create_backbone
-from glmc.training.engine import TrainStep, train_one_epoch
+from glmc.run_folder import provenance
+from glmc.training.engine import TrainStep, evaluate, train_one_epoch
+from glmc.training.launch import device_name
 from glmc.training.optim import averaging_epoch, create_optimizer, equal_weights, scaled_learning_rate
 from glmc.training.sam import sam_batch
+from glmc.training.state import Position, TrainingState
 
 _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
-          'warmup_epochs', 'imbalance_factor')  # on the model card, with the method's own
-LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0)  # there too, unless off
+          'warmup_epochs', 'imbalance_factor')  # on the model card, with the options of the method
+LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0)  # on the card, too, unless off
 SGD = ('sgd', 'momentum', 'nesterov')  # in the names of timm's optimizers that --lr-base fits
 
 
 class Setup:
-    """What the options of train_glmc.py ask for, built in the order in which data flows.
+    """Data, model, task, loaders and optimizer for the options of train_glmc.py, built in the order in which data flows.
 
-    Beside the scripts and their options, the one place that knows `args`.
+    Only the scripts, config.py and this class know `args`.
 
     Args:
         args: Options of `config.train_parser`.
-        given: Names of those that the user set.
-        accelerator: Of `launch.create_accelerator`.
+        explicit: Names of the options that the user set.
+        accelerator: Result of `launch.create_accelerator`.
     """
 
     def __init__(self, args: Options, explicit: set[str], accelerator: Accelerator):
@@ -88,7 +94,8 @@ class Setup:
 
     def _build_data(self) -> None:
         args = self.args
-        self.data = load_training_data(**pick(args, (*names(*DATA), 'seed', 'batch_size')))
+        with self.accelerator.local_main_process_first() if args.dataset_download else nullcontext():
+            self.data = load_training_data(**pick(args, (*names(*DATA), 'seed', 'batch_size')))
         self.bad_images = None
         if args.on_bad_image == 'skip' and isinstance(self.data.train, ImageSet):
             self.bad_images = BadImages(self.data.train)
@@ -97,13 +104,13 @@ class Setup:
         _logger.info(f'Training set: {profile.summary()}, fingerprint {str(profile.fingerprint)[:16]}')
 
     def _readable(self, name: str):
-        """A set to evaluate on without the images that cannot be decoded, which is one pass over it."""
+        """Images of an evaluation set that can be decoded, found by one pass over the set."""
         images = getattr(self.data, name)
         if not isinstance(images, ImageSet):
             return images
         images, errors = readable_subset(images, self.args.workers)
         if errors:
-            _logger.warning(f'{name}: {len(errors)} images are left out, as {errors[0]}')
+            _logger.warning(f'{name}: {len(errors)} images cannot be decoded and are ignored, the first: {errors[0]}')
         return images
 
     def _build_task(self) -> None:
@@ -124,7 +131,7 @@ class Setup:
         model = self.method.module(backbone, **pick(args, self.method.module_options))
         self.num_parameters = sum(p.numel() for p in backbone.parameters())
         if args.sync_bn:
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = convert_sync_batchnorm(model)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.task = self.method.task(model, counts, **pick(args, self.method.task_options))
@@ -188,9 +195,19 @@ class Setup:
             self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
         if self.swa_epoch is not None:
             self.task.setup_ema(**equal_weights(self.swa_epoch * self.updates_per_epoch))
+        self.state = TrainingState(self.accelerator, self.task, self.optimizer)
+
+    def set_schedule(self, position: Position) -> None:
+        """Set the learning rate of the next step."""
+        if self.scheduler is None:
+            return
+        if position.epoch:
+            self.scheduler.step(position.epoch)
+        updates = -(-position.step // self.args.grad_accum_steps)
+        self.scheduler.step_update(position.epoch * self.updates_per_epoch + updates)
 
     def train_epoch(self, epoch: int, **where) -> dict:
-        """`engine.train_one_epoch` with the options; `where` says what an interrupted epoch has done."""
+        """Train one epoch with the options; `where` has the other arguments of `engine.train_one_epoch`."""
         args = self.args
         self.task.set_progress(epoch / self.num_epochs)
         return train_one_epoch(
@@ -199,33 +216,66 @@ class Setup:
             **where,
             **pick(args, ('seed', 'clip_grad', 'clip_mode', 'log_interval', 'max_skipped_steps')))
 
+    @property
+    def eval_model(self) -> torch.nn.Module:
+        """The backbone that is evaluated and exported: of the average of the weights, if there is one."""
+        return self.task.get_eval_model(ema=self.task.has_ema())
+
+    @property
+    def conventional(self) -> torch.nn.Linear | None:
+        """GLMC's conventional classifier for the features of `eval_model`."""
+        return self.task.conventional_classifier(ema=self.task.has_ema())
+
+    def evaluate(self, loader, between: Callable[[], None] = lambda: None, average: bool = True) -> dict:
+        """Metrics of `eval_model` by `engine.evaluate`, or without `average` those of the weights themselves.
+
+        Running statistics of all processes become equal.
+        """
+        self.state.equalize_statistics(self.args.dist_bn == 'reduce')
+        model = self.eval_model if average else self.task.get_eval_model()
+        return evaluate(self.accelerator, model, loader, self.evaluator, between=between)
+
     def readable_data(self) -> TrainingData:
-        """The sets without the training images that turned out not to be readable."""
+        """The data without training images that could not be decoded."""
         if self.bad_images is None or not self.bad_images.flags.any():
             return self.data
         return replace(self.data, train=self.data.train.subset((~self.bad_images.flags).nonzero().flatten().numpy()))
 
-    # --- what others are told ---
+    def metadata(self, epoch: int, metrics: dict, seconds: float, evaluated_on: str | None = None) -> dict:
+        """Content of metrics.json, which checkpoints hold, too.
+
+        Args:
+            epoch: 0-based epoch of the weights.
+            metrics: Metrics of the evaluation.
+            seconds: Duration of the run.
+            evaluated_on: Name of the evaluated set, if not that of `epoch_loader`.
+        """
+        args, profile = self.args, self.data.profile
+        own = 'holdout' if self.data.holdout else args.val_list or args.val_split
+        return {
+            'model': args.model, 'method': args.method, 'data': self.data_name(), 'num_classes': len(self.data.class_names),
+            'parameters': self.num_parameters, 'epoch': epoch, 'epochs': self.num_epochs,
+            'evaluated_on': evaluated_on or own, **metrics, 'fingerprint': profile.fingerprint,
+            'train_images': profile.num_images, 'seed': args.seed, 'seconds': round(seconds, 1),
+            'processes': self.accelerator.num_processes, 'precision': self.accelerator.mixed_precision,
+            'device': device_name(self.accelerator.device), 'threads': torch.get_num_threads(), **provenance(),
+        }
 
     def data_name(self) -> str:
         return self.args.train_list or self.args.dataset or self.args.data_dir or 'digits'
 
     def description(self) -> dict:
-        """What it takes to build and export the model again."""
-        model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}
-        training = pick(self.args, ('opt', 'filter_bias_and_bn', 'layer_decay', *self.method.module_options))
-        training['swa_first_epoch'] = self.swa_epoch  # what the mean holds is of that epoch on
-        return {'model': model, 'training': training, 'export': dict(
-            data_config=self.data_config, class_names=list(self.data.class_names),
-            source=self._source())}
-
-    def _source(self) -> dict:
-        """What an export says about its training."""
+        """Options to create and export the model again, and those that a resumed run must share."""
         args = self.args
+        model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}
+        training = pick(args, ('opt', 'filter_bias_and_bn', 'layer_decay', *self.method.module_options))
+        training['swa_first_epoch'] = self.swa_epoch  # the first epoch in the mean
         levers = {name: value for name, value in pick(args, LEVERS).items() if value != LEVERS[name]}
-        options = {**pick(args, RECIPE), **pick(args, sorted(self.method.options)), **levers}
-        return dict(
+        source = dict(
             method=args.method, profile=self.data.profile.as_dict(), precision=self.accelerator.mixed_precision,
-            prior=self.method.class_prior(self.data.profile.counts, pick(args, self.method.options)), recipe=options,
+            prior=self.method.class_prior(self.data.profile.counts, pick(args, self.method.options)),
+            recipe={**pick(args, RECIPE), **pick(args, sorted(self.method.options)), **levers},
             license=None if args.hub_license == 'unknown' else args.hub_license,
             base_model=self.base_model, other_weights=bool(args.initial_checkpoint) or ':' in args.model)
+        export = dict(data_config=self.data_config, class_names=list(self.data.class_names), source=source)
+        return dict(model=model, training=training, export=export)

@@ -1,13 +1,15 @@
-"""What several tests share: small image sets made on the spot, and the scripts run as a user runs them."""
+"""Shared by several tests: small image sets made on the spot, and the scripts run as a user runs them."""
 import io
 import json
 import logging
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import tarfile
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,12 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # every data set used here is on this disk
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose where several tests run at once
 Outcome = namedtuple('Outcome', 'code out err')
+
+
+def pytest_configure(config) -> None:
+    """Hide the GPU from all tests, unless `-m cuda` selects those that need it."""
+    if 'cuda' not in config.option.markexpr.replace('not cuda', ''):
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 
 def coloured(label: int, number: int, size: tuple[int, int] = (32, 32), mode: str = 'RGB') -> Image.Image:
@@ -73,8 +81,8 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def run_command(*command, cwd: Path = ROOT, **environment) -> Outcome:
-    """A command in a process of its own, without the distributed settings of this one."""
-    defaults = {'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
+    """Run a command in a new process."""
+    defaults = {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     env = {**os.environ, **defaults, **environment}
     done = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     return Outcome(done.returncode, done.stdout, done.stderr)
@@ -84,10 +92,10 @@ def run_train(*options, cwd: Path = ROOT, **environment) -> Outcome:
     return run_command(sys.executable, ROOT / 'train_glmc.py', *options, cwd=cwd, **environment)
 
 
-def launch_train(*options, launcher: tuple = (), **environment) -> Outcome:
+def launch_train(*options, launcher: tuple = (), script: Path = ROOT / 'train_glmc.py', **environment) -> Outcome:
     """`accelerate launch` on the CPU."""
     return run_command(
-        sys.executable, '-m', 'accelerate.commands.launch', *launcher, ROOT / 'train_glmc.py', *options,
+        sys.executable, '-m', 'accelerate.commands.launch', *launcher, script, *options,
         ACCELERATE_USE_CPU='1', GLOO_SOCKET_IFNAME='lo', **environment)
 
 
@@ -95,6 +103,24 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         return probe.getsockname()[1]
+
+
+def in_two_processes(function: Callable[[int], object], tmp_path: Path) -> list:
+    """Results of `function(rank)` in two forked processes with a gloo group."""
+    context = multiprocessing.get_context('fork')
+    results = context.Queue()
+
+    def work(rank: int) -> None:
+        torch.distributed.init_process_group('gloo', f'file://{tmp_path}/group', rank=rank, world_size=2)
+        results.put((rank, function(rank)))
+        torch.distributed.barrier()
+    processes = [context.Process(target=work, args=(rank,), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(60)
+    return [found[rank] for rank in range(2)]
 
 
 @pytest.fixture(scope='session')

@@ -1,4 +1,4 @@
-"""Kill training again and again, go on each time, and compare the end with that of a run that nobody touched.
+"""Kill training again and again, resume it each time, and compare the result with that of an undisturbed run.
 
     python tests/kill.py --signal KILL --kills 100 --csv kills.csv
     python tests/kill.py --signal TERM --kills 40
@@ -30,8 +30,8 @@ import train_glmc  # noqa: E402
 from glmc.cli import run_script  # noqa: E402
 from glmc.errors import InputError  # noqa: E402
 from glmc.training.checkpoint import load_checkpoint  # noqa: E402
-from glmc.training.checkpoints import epoch_checkpoints  # noqa: E402
 from glmc.training.preemption import EXIT_CODE  # noqa: E402
+from glmc.training.resume import epoch_checkpoints  # noqa: E402
 
 COMMON = ('--model', 'test_resnet', '--img-size', '32', '--epochs', '3', '--imbalance-factor', '20', '--checkpoint-interval',
           '1', '--log-interval', '1', '--no-report', '--drop', '0.2', '--checkpoint-hist', '2')
@@ -118,7 +118,7 @@ class Trial:
         return True
 
     def result(self) -> tuple:
-        """What must not depend on the kills: weights, all rows of summary.csv but their speed, metrics."""
+        """Results that must not depend on the kills: weights, all rows of summary.csv but their speed, metrics."""
         with open(self.folder / 'summary.csv', newline='') as file:
             rows = [{**row, 'images_per_second': ''} for row in csv.DictReader(file)]
         return load_file(self.folder / 'export' / 'model.safetensors'), rows
@@ -154,7 +154,7 @@ def torture(name: str, number: int, kills: int, folder: Path, rng: random.Random
 
     Returns:
         Row of the table: kills, kills while a file was being written, unreadable newest checkpoints, steps done more
-        than once, runs that ended, and those that ended bit for bit like the run that nobody touched.
+        than once, runs that ended, and those that ended bit for bit like the undisturbed run.
     """
     processes, options = CONFIGURATIONS[name]
     whole = Trial(folder / 'whole', processes, options)

@@ -1,16 +1,21 @@
-"""Training with the script itself: what a run prints and leaves, its options, resuming."""
+"""Training with the script itself: output and files of a run, its options, resuming."""
 import csv
 import json
+import os
 import re
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import yaml
+from accelerate import Accelerator
 from conftest import COUNTS, TINY, coloured, launch_train, write_folders, write_shards
 from PIL import Image
 from safetensors.torch import load_file
 from torch import equal
+
+import glmc.setup
 
 COLUMNS = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'eval_many', 'eval_medium', 'eval_few',
            'eval_class_mean', 'lr', 'alpha', 'loss_c', 'loss_cb', 'loss_sim', 'skipped_steps', 'bad_images',
@@ -146,7 +151,7 @@ def test_learning_rate_of_sgd_for_another_optimizer_is_warned_about(options, war
 @pytest.mark.parametrize('options, told', [
     ('--aa v0r --no-aug', '--aa has no effect with --no-aug'),
     ('--rearea 0.1 0.2 --reaspect 1', '--rearea has no effect without --reprob|--reaspect has no effect without --reprob')])
-def test_levers_without_effect_are_told(options, told, train):
+def test_levers_without_effect_are_warned_about(options, told, train):
     outcome, _ = train(*options.split())
     assert sorted(line for line in outcome.err.splitlines() if 'no effect' in line) == told.split('|')
 
@@ -172,6 +177,57 @@ def test_levers_of_augmentation_have_an_effect_and_resume_inside_an_epoch(train)
 def test_drop_changes_training_only(train):
     _, run = train('--drop', '0.5')
     assert json.loads((run / 'export' / 'metrics.json').read_text())['num_images'] == 13
+
+
+@pytest.mark.parametrize('model', [
+    'test_efficientnet', 'regnetx_002', 'resnetv2_18', 'mobilenetv3_small_050', 'test_resnet'])
+def test_sync_bn_of_one_process_is_batchnorm(model, train):
+    """With all activations: the training, its evaluation and the export are the same."""
+    runs = [train('--model', model, *options, experiment=f'run{len(options)}')[1] for options in ((), ('--sync-bn',))]
+    assert same_weights(*runs)
+    assert summary(runs[0])[0]['eval_loss'] == summary(runs[1])[0]['eval_loss']
+
+
+def test_average_of_a_short_run_is_as_good_as_its_weights(script, tmp_path):
+    outcome = script('--model', 'test_resnet', '--epochs', '12', '--workers', '0', '--no-report', '--val-interval', '12',
+                     '--model-ema', '--output', tmp_path)
+    average, weights = map(float, re.findall(r'^EMA (.*), weights themselves (.*) top-1$', outcome.err, re.MULTILINE)[0])
+    assert weights > 60 and average > weights - 5, outcome.err
+    assert f' {average:.1f}' in outcome.out  # the average is exported
+
+
+def test_environment_does_not_accumulate_gradients(finished_run, train, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '4')
+    assert same_weights(train('--epochs', '2')[1], finished_run)
+
+
+def test_accumulation_in_cuda_graphs_is_refused(script, folders):
+    for mode in ('reduce-overhead', 'max-autotune'):
+        outcome = script(*TINY, '--data-dir', folders, '--torchcompile', mode, '--grad-accum-steps', '2')
+        assert outcome.code == 2 and outcome.err.startswith(f'error: --torchcompile {mode}: its CUDA graphs overwrite')
+
+
+@pytest.mark.parametrize('options', [[], ['--dataset-download']])
+def test_first_process_of_a_machine_downloads(options, train, monkeypatch):
+    inside, load = [], glmc.setup.load_training_data
+
+    @contextmanager
+    def first(self):
+        inside.append(True)
+        yield
+        inside.append(False)
+
+    def load_inside(**kwargs):
+        inside.append('load')
+        return load(**kwargs)
+    monkeypatch.setattr(Accelerator, 'local_main_process_first', first)
+    monkeypatch.setattr(glmc.setup, 'load_training_data', load_inside)
+    train(*options)
+    assert inside == ([True, 'load', False] if options else ['load'])
+
+
+def test_gpu_is_hidden():
+    assert os.environ['CUDA_VISIBLE_DEVICES'] == ''
 
 
 def test_holdout(train):
@@ -260,6 +316,13 @@ def test_resumed_run_equals_an_uninterrupted_one(how, train, script, folders, tm
 def test_resume_auto_starts_where_there_is_nothing(train):
     outcome, run = train('--resume', 'auto')
     assert 'Resumed' not in outcome.err and (run / 'export').exists()
+
+
+def test_average_that_a_checkpoint_lacks_starts_from_its_weights(finished_run, train, tmp_path):
+    shutil.copytree(finished_run, tmp_path / 'output' / 'run')
+    outcome, run = train('--epochs', '2', '--resume', 'auto', '--model-ema')
+    assert 'The checkpoint has no average of the weights: the average starts from its weights' in outcome.err
+    assert same_weights(run, finished_run)
 
 
 def test_finished_run_resumed_exports_again(finished_run, train, tmp_path):

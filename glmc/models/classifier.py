@@ -96,8 +96,13 @@ def float32_classifier(model: nn.Module):
 
 def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def in_float32(features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            return forward(features.float())
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision('highest')  # not TensorFloat-32
+        try:
+            with torch.autocast(features.device.type, enabled=False):
+                return forward(features.float())
+        finally:
+            torch.set_float32_matmul_precision(precision)
     return in_float32
 
 

@@ -15,46 +15,41 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glmc.errors import InputError
+from glmc.files import atomic_write, disk_is_full
 
 SUFFIX = '.safetensors'
 _logger = logging.getLogger(__name__)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Write a nested state of tensors and plain values, whole or not at all.
+    """Write a nested state of tensors and plain values; a failed write keeps the previous file.
 
     Args:
-        path: Of the file; it is written beside, synced and renamed.
+        path: File to write.
         state: Dicts, lists, tuples (read back as lists), tensors, str, int, float, bool, None.
 
     Raises:
-        OSError: If it cannot be written; what was there stays.
+        OSError: If the file cannot be written.
     """
     _write(Path(path), *_freeze(state))
 
 
 def _freeze(state: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Copies of the tensors on the CPU, and all else as text: what training does from now on changes neither."""
+    """Copy the tensors to the CPU and turn the rest into JSON, so that later training steps change neither."""
     tensors: dict[str, Tensor] = {}
     return tensors, {'state': json.dumps(_flatten(state, '', tensors))}
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    beside = path.with_name(f'{path.name}.tmp')
     try:
-        beside.touch()
-        mode = beside.stat().st_mode
-        _require_space(path.parent, tensors, header)
-        save_file(tensors, beside, metadata={**header, 'crc32': _checksum(tensors, header['state'])})
-        beside.chmod(mode)  # safetensors makes files that only their owner may read
-        _sync(beside)
-        os.replace(beside, path)
-        if os.name == 'posix':  # elsewhere a folder cannot be opened
-            _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
-        if 'No space left' in str(error) and not isinstance(error, OSError):  # safetensors' own kind of error
+        with atomic_write(path) as beside:
+            beside.touch()
+            mode = beside.stat().st_mode
+            _require_space(path.parent, tensors, header)
+            save_file(tensors, beside, metadata={**header, 'crc32': _checksum(tensors, header['state'])})
+            beside.chmod(mode)  # safetensors makes files that only their owner may read
+    except SafetensorError as error:
+        if 'No space left' in str(error):  # safetensors has its own kind of error
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
 
@@ -73,38 +68,27 @@ def _checksum(tensors: dict[str, Tensor], state: str) -> str:
     return f'{crc:08x}'
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def disk_is_full(error: Exception) -> bool:
-    """Whether a write failed for want of space, which a run survives."""
-    return isinstance(error, OSError) and error.errno in _FULL
-
-
 class CheckpointWriter:
-    """Writes checkpoints beside the training: `save` returns once the state is copied, `wait` once it is on disk."""
+    """Write checkpoints in a thread: `save` returns when the state is copied, `wait` when the file is on disk."""
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future | None = None
 
     def save(self, path: Path, state: dict, then: Callable[[], None]) -> None:
-        """Save after the save before. `then` runs when the file is in place."""
+        """Copy `state` and start to write it, after any earlier save; call `then` when the file is in place."""
         self.wait()
         frozen = _freeze(state)
         self._pending = self._pool.submit(lambda: (_write(path, *frozen), then()))
 
     def wait(self) -> bool:
-        """Whether the last save is on disk; with a full disk it is not, which is said, and the one before it stays.
+        """Wait for the pending save.
+
+        Returns:
+            False, with a warning, if the disk is full; the previous file is kept.
 
         Raises:
-            OSError, SafetensorError: If it failed otherwise.
+            OSError, SafetensorError: If the save failed for another reason.
         """
         pending, self._pending = self._pending, None
         try:
@@ -114,12 +98,12 @@ class CheckpointWriter:
         except OSError as error:
             if not disk_is_full(error):
                 raise
-            _logger.warning(f'Checkpoint not saved, the one before it stays: {error}')
+            _logger.warning(f'Checkpoint not saved, the previous one is kept: {error}')
             return False
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The state that `save_checkpoint` wrote, tensors on the CPU.
+    """Read the state that `save_checkpoint` wrote, tensors on the CPU.
 
     Raises:
         InputError: If the file is missing, broken or not a checkpoint.
@@ -139,10 +123,10 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def _flatten(value, path: str, tensors: dict[str, Tensor]):
-    """The value as JSON, its tensors moved to `tensors` and replaced by {'tensor': name}."""
+    """Return the value as JSON; copy its tensors into `tensors` and replace each by {'tensor': name}."""
     if isinstance(value, Tensor):
         path = f'{path}#{len(tensors)}' if path in tensors else path  # {'a.b': …} and {'a': {'b': …}} meet
-        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[path] = value.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
         return {'tensor': path}
     if isinstance(value, dict):
         return {'items': [[key, _flatten(item, f'{path}.{key}' if path else str(key), tensors)]

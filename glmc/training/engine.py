@@ -16,6 +16,7 @@ from glmc.data.sampling import stream
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.models.classifier import float32_classifier
 from glmc.training.meter import Meter, RateClock
+from glmc.training.optim import clip_parameters
 
 _logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ def update(
         skipped = 1.0 - torch.nn.utils.get_total_norm(gradients).isfinite().float()
     if clip_grad is not None:
         accelerator.unscale_gradients(optimizer)
-        dispatch_clip_grad(task.get_clip_parameters(exclude_head='agc' in clip_mode), clip_grad, mode=clip_mode)
+        dispatch_clip_grad(clip_parameters(task, clip_mode), clip_grad, mode=clip_mode)
     inner = getattr(optimizer, 'optimizer', optimizer)  # of Accelerate's wrapper
     if accelerator.scaler is not None:
         optimizer.step()

@@ -1,9 +1,11 @@
-"""timm's optimizers for a task: parameter groups, the learning rate rule, and the mean of the weights (SWA)."""
+"""timm's optimizers for a task: parameter groups, clipping, the learning rate rule, and the mean of the weights (SWA)."""
 from inspect import signature
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
 from torch import nn
 
 from glmc.errors import InputError
@@ -16,7 +18,7 @@ def scaled_learning_rate(opt: str, global_batch: int, lr_base: float, lr_base_si
         opt: Name of the optimizer.
         global_batch: Images per update over all processes.
         lr_base, lr_base_size: Learning rate for that many images an update.
-        scale: `linear`, `sqrt`, or None to go by the optimizer.
+        scale: `linear`, `sqrt`, or None to choose by the optimizer.
     """
     ratio = global_batch / lr_base_size
     scale = scale or ('sqrt' if any(name in opt.lower() for name in ('ada', 'lamb')) else 'linear')
@@ -27,9 +29,9 @@ def create_optimizer(
         model: nn.Module, *, opt: str, lr: float, weight_decay: float, momentum: float, filter_bias_and_bn: bool = False,
         layer_decay: float | None = None, opt_eps: float | None = None, opt_betas: list[float] | None = None,
         opt_kwargs: dict | None = None, fused: bool = False) -> torch.optim.Optimizer:
-    """timm's `create_optimizer_v2`; with layer decay, what stands beside the backbone learns at the full rate.
+    """timm's `create_optimizer_v2`; with layer decay, the training heads learn at the full rate.
 
-    `fused` takes torch's fused implementation where the optimizer has one.
+    `fused` selects torch's fused implementation where the optimizer has one.
 
     Raises:
         InputError: If timm does not know the optimizer or an argument of it.
@@ -60,11 +62,28 @@ def create_optimizer(
         raise InputError(f'--opt {opt}: {str(error).splitlines()[0]}') from error
 
 
+def clip_parameters(task: TrainingTask, mode: str) -> list[nn.Parameter]:
+    """Parameters whose gradients are clipped: all, or for `agc` all but the classifiers' (arXiv 2102.06171, section 4.1).
+
+    Args:
+        task: Task of a backbone with or without training heads.
+        mode: `norm`, `value` or `agc`.
+    """
+    module = unwrap_model(task.get_trainable_module())
+    if mode != 'agc':
+        return list(module.parameters())
+    own = getattr(module, 'backbone', module).get_classifier()
+    heads = [*(own if isinstance(own, (tuple, nn.ModuleList)) else [own]),
+             getattr(module, 'classifier', None), getattr(module, 'rebalancer', None)]
+    classifiers = {parameter for head in heads if isinstance(head, nn.Module) for parameter in head.parameters()}
+    return [parameter for parameter in module.parameters() if parameter not in classifiers]
+
+
 def averaging_epoch(swa_start: float | None, num_epochs: int) -> int | None:
-    """The first epoch whose weights the mean of SWA takes in: the first e with e / num_epochs >= swa_start; None without.
+    """First epoch in the mean of SWA, the first e with e / num_epochs >= swa_start; None without SWA.
 
     Raises:
-        InputError: If no epoch is left.
+        InputError: If no epoch is in the mean.
     """
     if swa_start is None:
         return None
@@ -76,9 +95,9 @@ def averaging_epoch(swa_start: float | None, num_epochs: int) -> int | None:
 
 
 def equal_weights(first_update: int) -> dict:
-    """Options of timm's moving average that make it the plain mean of the weights after this update (0-based) and after
-    each one since (SWA; Izmailov et al., arXiv 1803.05407): its warm-up with γ = power = 1 decays by (n - 1) / n at the nth.
+    """Options of timm's moving average that make it the mean of the weights (SWA; Izmailov et al., arXiv 1803.05407).
 
-    Up to there it is a copy of the weights. The running statistics of BatchNorm are averaged alike.
+    The mean is over the weights after this update (0-based) and after each later one: a warm-up with γ = power = 1 has
+    decay (n - 1) / n at the nth. Before that, the average is a copy of the weights. BatchNorm statistics are averaged alike.
     """
     return dict(decay=1.0, use_warmup=True, warmup_gamma=1.0, warmup_power=1.0, update_after_step=first_update)

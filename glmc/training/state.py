@@ -1,25 +1,33 @@
-"""What training changes, as one nested state that a checkpoint holds."""
+"""Everything that training changes, as one nested state for a checkpoint."""
+import logging
 import random
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
 
+from glmc.models.classifier import Folding
 from glmc.training.meter import Meter
+
+_logger = logging.getLogger(__name__)
+STATISTICS = ('running_mean', 'running_var', 'feature_norm')  # buffers that follow the images of one process
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands.
+    """Position of a run, between two steps.
 
     Args:
-        epoch: 0-based, of the step that comes next.
-        step: Steps of it that are done.
-        global_batch: Images of a step, over all processes.
-        accum_steps: Steps of an update.
+        epoch: 0-based epoch of the next step.
+        step: Steps of that epoch that are done.
+        global_batch: Images per step over all processes.
+        accum_steps: Steps per update.
     """
     epoch: int = 0
     step: int = 0
@@ -28,14 +36,14 @@ class Position:
 
     @property
     def last_epoch(self) -> int:
-        """The last epoch that has trained, if only in part."""
+        """The last epoch that has trained at least one step."""
         return self.epoch if self.step else self.epoch - 1
 
     def at(self, epoch: int, step: int = 0) -> 'Position':
         return replace(self, epoch=epoch, step=step)
 
     def for_batch(self, global_batch: int, accum_steps: int) -> 'Position':
-        """The same place in the epoch for steps of another size, at the beginning of an update."""
+        """The same place in the epoch for steps of another size, at the start of an update."""
         if (global_batch, accum_steps) == (self.global_batch, self.accum_steps):
             return self
         step = self.step * self.global_batch // global_batch
@@ -43,26 +51,28 @@ class Position:
 
 
 class TrainingState:
-    """Everything that training changes.
+    """Capture and restore everything that training changes.
 
     Args:
-        accelerator: Of the run.
-        task: Model, heads, moving average.
-        optimizer: With its learning rate, which the scheduler has set.
-        ema: Whether there is a moving average.
+        accelerator: Accelerator of the run.
+        task: Task with the model, its training heads and the average of the weights.
+        optimizer: Optimizer, with the learning rate that the scheduler has set.
     """
 
-    def __init__(self, accelerator: Accelerator, task: TrainingTask, optimizer, ema: bool):
-        self.accelerator, self.task, self.optimizer, self.ema = accelerator, task, optimizer, ema
+    def __init__(self, accelerator: Accelerator, task: TrainingTask, optimizer):
+        self.accelerator, self.task, self.optimizer, self.ema = accelerator, task, optimizer, task.has_ema()
 
     def capture(self, position: Position, meter: Meter | None) -> dict:
-        """The state; all processes must call this together.
+        """Return the state; all processes must call this together.
 
         Args:
-            position: Where the run stands.
-            meter: Of the epoch, if it stands inside of one.
+            position: Position of the run.
+            meter: Meter of the epoch, inside of one.
         """
-        scaler, own = self.accelerator.scaler, dict(rng=rng_state(), meter=meter and _on_cpu(meter.state()))
+        scaler = self.accelerator.scaler
+        own = dict(rng=rng_state(), meter=meter and _on_cpu(meter.state()))
+        if self.accelerator.num_processes > 1:
+            own['statistics'] = [_on_cpu(statistics(module)) for module in self._modules()]
         return dict(
             position=asdict(position), processes=gather_object([own]),
             model=self.task.get_checkpoint_state(),
@@ -70,7 +80,7 @@ class TrainingState:
             optimizer=self.optimizer.state_dict(), scaler=scaler and scaler.state_dict())
 
     def restore(self, state: dict) -> dict | None:
-        """Put all back.
+        """Restore a captured state.
 
         Returns:
             State of this process's meter, None between epochs.
@@ -78,38 +88,68 @@ class TrainingState:
         self.task.load_checkpoint_state(*trained_weights(state, ema=False))
         if self.ema and state['ema']:
             self.task.load_checkpoint_state(*trained_weights(state, ema=True), ema=True)
+        elif self.ema:
+            self.task.get_trainable_module(ema=True).set(unwrap_model(self.task.get_trainable_module()))
+            _logger.info('The checkpoint has no average of the weights: the average starts from its weights')
         self.optimizer.load_state_dict(state['optimizer'])
-        self._lay_out_like_parameters()
+        self._match_layout()
         if state['scaler'] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state['scaler'])
         processes, index = state['processes'], self.accelerator.process_index
-        if len(processes) == self.accelerator.num_processes:
-            set_rng_state(processes[index]['rng'])
-            return processes[index]['meter']
-        return _combined([process['meter'] for process in processes], first=index == 0)
+        if len(processes) != self.accelerator.num_processes:
+            return _combined([process['meter'] for process in processes], first=index == 0)
+        set_rng_state(processes[index]['rng'])
+        for module, saved in zip(self._modules(), processes[index].get('statistics', ()), strict=False):
+            module.load_state_dict(saved, strict=False)
+        return processes[index]['meter']
 
-    def _lay_out_like_parameters(self) -> None:
-        """Momentum in its parameter's memory layout: the file has it contiguous, and torch's fused optimizers on the CPU go
-        through both by address."""
+    def equalize_statistics(self, reduce: bool) -> None:
+        """Make the running statistics of BatchNorm equal on all processes, for the weights and for their average.
+
+        Args:
+            reduce: Take the mean over the processes, else the statistics of the first.
+        """
+        for module in self._modules() if self.accelerator.num_processes > 1 else ():
+            for value in statistics(module).values():
+                if reduce:
+                    dist.all_reduce(value)
+                    value /= self.accelerator.num_processes
+                else:
+                    dist.broadcast(value, 0)
+            if isinstance(module, Folding):
+                module.fold()
+
+    def _modules(self) -> list[nn.Module]:
+        """The trained module, and its average if there is one."""
+        return [unwrap_model(self.task.get_trainable_module(ema)) for ema in ((False, True) if self.ema else (False,))]
+
+    def _match_layout(self) -> None:
+        """Give momentum the memory layout of its parameter: the file has it contiguous, and torch's fused optimizers on
+        the CPU address both alike."""
         inner = getattr(self.optimizer, 'optimizer', self.optimizer)
         for parameter, values in inner.state.items():
             for name, value in values.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
                     values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers of a module that follow the images of its own process, by name."""
+    return {name: buffer for name, buffer in module.named_buffers() if name.rpartition('.')[2] in STATISTICS}
+
+
 def trained_weights(state: dict, ema: bool) -> tuple[dict, dict | None]:
-    """Of a captured state: weights of the bare model, and the task's own beside them; of the average with `ema`."""
+    """Weights of the bare model in a captured state, and the task's own state; those of the average with `ema`."""
     saved, suffix = (state['ema'], '_ema') if ema else (state['model'], '')
     return saved[f'state_dict{suffix}'], saved.get(f'task_state{suffix}')
 
 
-def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _combined(meters: list[dict | None], first: bool) -> dict | None:
-    """What all processes counted of their own, now counted by the first."""
+    """Sum the counts of all saved processes for the first process; 0 for the others."""
     if meters[0] is None:
         return None
     sums = {name: torch.stack([meter[name] for meter in meters]).sum(0) * first for name in ('sums', 'not_finite')}
@@ -128,7 +168,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Put the global generators of this process back."""
+    """Restore the global generators of this process."""
     version, internal, gauss = state['python']
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state['numpy']

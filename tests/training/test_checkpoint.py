@@ -1,9 +1,11 @@
-"""Checkpoints: what comes back, that a write is whole or nothing, and that no file can do harm."""
+"""Checkpoints: values read back, whole writes, files that are no checkpoint, and those of the previous version."""
 import json
 import math
 import os
 import pickle
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import train_glmc
 from glmc.errors import InputError
 from glmc.training import checkpoint
 from glmc.training.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
-from glmc.training.checkpoints import checkpoint_path, epoch_checkpoints, keep_best, prune
+from glmc.training.checkpoints import checkpoint_path, keep_best, prune
+from glmc.training.resume import epoch_checkpoints
 from glmc.training.state import rng_state, set_rng_state
 
 
@@ -77,7 +81,7 @@ def momentum_step(model, optimizer, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize('make', [
     lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.AdamW(p, lr=0.1)])
-def test_an_optimizer_goes_on_as_if_nothing_had_happened(path, make):
+def test_an_optimizer_continues_unchanged(path, make):
     model = torch.nn.Linear(3, 2)
     optimizer = make(model.parameters())
     momentum_step(model, optimizer, 0)
@@ -94,7 +98,7 @@ def draw_from_all() -> tuple:
     return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()
 
 
-def test_global_generators_go_on_as_if_nothing_had_happened(path):
+def test_global_generators_continue_unchanged(path):
     draw_from_all()  # leaves a second Gaussian number in two of them
     state = round_trip(path, {'rng': rng_state()})
     expected = draw_from_all()
@@ -220,8 +224,48 @@ def test_a_writer_saves_what_was_there_when_it_was_asked(tmp_path):
     assert [load_checkpoint(path)['weight'].unique().tolist() for path in epoch_checkpoints(tmp_path)] == [[0], [1], [2]]
 
 
-def test_a_writer_tells_what_went_wrong(tmp_path):
+def test_a_writer_raises_what_went_wrong(tmp_path):
     writer = CheckpointWriter()
     writer.save(tmp_path / 'no' / 'such' / 'folder', {'epoch': 0}, lambda: None)
     with pytest.raises((OSError, SafetensorError)):
         writer.wait()
+
+
+OLD = Path(__file__).parent / 'files' / 'checkpoint-7053414.safetensors'  # after the first of two epochs
+
+
+def differences(one, other, path: str = '') -> list[str]:
+    """Paths at which two nested states differ."""
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, torch.as_tensor(other)) else [path]
+    if isinstance(one, dict):
+        same = one.keys() == other.keys()
+        return sum((differences(one[key], other[key], f'{path}.{key}') for key in one), []) if same else [path]
+    if isinstance(one, (list, tuple)):
+        same = len(one) == len(other)
+        return sum((differences(a, b, f'{path}.{k}') for k, (a, b) in enumerate(zip(one, other, strict=True))), []
+                   ) if same else [path]
+    return [] if one == other else [path]
+
+
+def test_a_checkpoint_of_the_previous_version_continues(script, tmp_path, monkeypatch):
+    """Everything that its run had comes back, and the second epoch trains."""
+    saved, captured, resume = load_checkpoint(OLD), [], train_glmc.Checkpoints.resume
+
+    def resume_and_capture(self, *args):
+        position = resume(self, *args)
+        save_checkpoint(tmp_path / 'captured', self.setup.state.capture(position, self.meter))
+        captured.append(load_checkpoint(tmp_path / 'captured'))
+        return position
+    monkeypatch.setattr(train_glmc.Checkpoints, 'resume', resume_and_capture)
+    (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)
+    shutil.copyfile(OLD, tmp_path / 'run' / 'checkpoints' / 'epoch-0000.safetensors')
+    outcome = script(
+        '--model', 'resnet32_cifar', '--model-kwargs', 'channels=(2,4,8)', 'depth=1', '--epochs', '2', '--workers', '0',
+        '--no-report', '--batch-size', '64', '--projection-dim', '4', '--model-ema', '--output', tmp_path, '--experiment',
+        'run', '--resume', 'auto')
+    assert outcome.code == 0 and 'epoch 2 of 2 comes next' in outcome.err and 'differs' not in outcome.err, outcome.err
+    assert differences(captured[0], {name: saved[name] for name in captured[0]}) == []
+    last = load_checkpoint(tmp_path / 'run' / 'checkpoints' / 'epoch-0001.safetensors')
+    assert any(name.startswith('.model.') for name in differences(last['model'], saved['model'], '.model'))
+    assert (tmp_path / 'run' / 'export' / 'model.safetensors').exists()

@@ -1,12 +1,16 @@
-"""Parameter groups and the learning rate rule."""
+"""Parameter groups, clipping and the learning rate rule."""
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from timm.scheduler import create_scheduler_v2
 
 from glmc.errors import InputError
+from glmc.methods import METHODS
 from glmc.models.backbone import create_backbone
 from glmc.models.glmc import GLMCModule
-from glmc.training.optim import create_optimizer, scaled_learning_rate
+from glmc.training.engine import update
+from glmc.training.optim import clip_parameters, create_optimizer, scaled_learning_rate
 
 HEADS = {'classifier.weight', 'classifier.bias', 'projector.weight', 'projector.bias', 'predictor.weight', 'predictor.bias'}
 COMMON = dict(opt='sgd', lr=0.1, weight_decay=0.05, momentum=0.8)
@@ -114,3 +118,42 @@ def test_a_wrong_optimizer_is_one_line(change):
     ('sgd', 'sqrt', 0.2), ('rmsprop', None, 0.4)])
 def test_learning_rate_follows_the_global_batch(opt, scale, expected):
     assert scaled_learning_rate(opt, 1024, 0.1, 256, scale) == pytest.approx(expected)
+
+
+CLASSIFIERS = {  # method -> names of its classifiers beside the backbone's
+    'ce': set(), 'ldam_drw': {'classifier.weight'}, 'bbn': {'classifier.weight', 'classifier.bias', 'rebalancer.weight'},
+    'glmc': {'classifier.weight', 'classifier.bias'}, 'glmc_balanced': set(),
+    'glmc_cosine': {'classifier.weight', 'rebalancer.weight'}}
+
+
+def task_of(method: str, model: str = 'resnet32_cifar'):
+    row = METHODS[method]
+    return row.task(row.module(create_backbone(model, 4)), [9, 5, 3, 2])
+
+
+@pytest.mark.parametrize('method', CLASSIFIERS)
+@pytest.mark.parametrize('model, own', [('resnet32_cifar', 'fc'), ('test_efficientnet', 'classifier')])
+def test_adaptive_clipping_excludes_the_classifiers_and_nothing_else(method, model, own):
+    task = task_of(method, model)
+    module = task.get_trainable_module()
+    prefix = 'backbone.' if hasattr(module, 'backbone') else ''
+    excluded = CLASSIFIERS[method] | {f'{prefix}{own}.weight', f'{prefix}{own}.bias'}
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    assert set(names.values()) - {names[id(p)] for p in clip_parameters(task, 'agc')} == excluded
+    for mode in ('norm', 'value'):
+        assert {names[id(p)] for p in clip_parameters(task, mode)} == set(names.values())
+
+
+def test_an_update_clips_the_predictor_and_not_the_classifiers():
+    AcceleratorState._reset_state(True)
+    accelerator, task = Accelerator(cpu=True), task_of('glmc')
+    module = task.get_trainable_module()
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 1000.0)
+    update(accelerator, task, torch.optim.SGD(module.parameters(), lr=1.0), clip_grad=0.01, clip_mode='agc')
+    moved = {name: (parameter - before[name]).abs().max().item() for name, parameter in module.named_parameters()}
+    free = {name for name, change in moved.items() if change == pytest.approx(1000, abs=1)}
+    assert free == {'classifier.weight', 'classifier.bias', 'backbone.fc.weight', 'backbone.fc.bias'}
+    assert max(moved[name] for name in moved.keys() - free) < 1
+    AcceleratorState._reset_state(True)

@@ -1,4 +1,4 @@
-"""Killed, stopped, out of space, two at once: nothing saved is lost, and the end is that of an undisturbed run."""
+"""Runs that are killed, stopped, out of space or memory lose no checkpoint and end as an undisturbed run does."""
 import csv
 import os
 import re
@@ -10,15 +10,17 @@ import time
 
 import pytest
 import torch
-from conftest import COUNTS, ROOT, TINY, free_port, run_command, write_folders
+import torch.distributed as dist
+from conftest import COUNTS, ROOT, TINY, free_port, in_two_processes, run_command, write_folders
 from safetensors.torch import load_file
 
+import glmc.export.export
 import train_glmc
 from glmc.config import interval
 from glmc.errors import InputError
 from glmc.run_folder import lock_run_folder
-from glmc.training.checkpoints import load_newest
 from glmc.training.preemption import CheckpointClock, Preempted, Preemption, Request
+from glmc.training.resume import load_newest
 
 LONG = [*TINY, '--epochs', '200', '--log-interval', '1']
 
@@ -56,7 +58,7 @@ def test_many_kills(tmp_path, number, kills):
 
 @pytest.fixture
 def running(folders, tmp_path):
-    """Start a long run as a process that has a group of its own; give it back once it trains."""
+    """Start a long run in a new process group; return its process once it trains."""
     started = []
 
     def start(*options, launcher=()):
@@ -128,7 +130,7 @@ def ranks_of(launcher: subprocess.Popen) -> list[int]:
 @pytest.mark.slow
 def test_two_processes_agree_where_to_stop(running, tmp_path):
     process = running('--batch-size', '4', launcher=(*TWO, '--main_process_port', str(free_port())))
-    os.kill(ranks_of(process)[-1], signal.SIGTERM)  # one of them hears it
+    os.kill(ranks_of(process)[-1], signal.SIGTERM)  # to one of them
     assert process.wait(60) != 0
     log = (tmp_path / 'err.txt').read_text()
     assert 'exitcode  : 75' in log and load_newest(tmp_path / 'run'), log
@@ -143,7 +145,7 @@ def test_a_process_that_dies_ends_the_others(running, tmp_path):
     assert load_newest(tmp_path / 'run')
 
 
-def test_preemption_hears_and_puts_back():
+def test_signals_are_caught_and_handlers_restored():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted) as stopped, Preemption() as preemption:
         assert preemption.request(False) is Request.CONTINUE and preemption.request(True) is Request.SAVE
@@ -155,27 +157,27 @@ def test_preemption_hears_and_puts_back():
     assert stopped.value.code == 75
 
 
-def test_a_signal_after_the_last_request_is_passed_on():
-    heard = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+def test_a_signal_after_the_last_request_is_raised_again():
+    caught = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
     try:
         with Preemption():
             os.kill(os.getpid(), signal.SIGTERM)
-            assert not heard
-        assert heard == [signal.SIGTERM]
+            assert not caught
+        assert caught == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def test_a_stop_in_the_last_epoch_saves_and_the_next_run_exports(train, tmp_path, monkeypatch, capsys):
-    record = train_glmc.Run.record
+    log_epoch = train_glmc.log_epoch
 
-    def record_and_stop(self, epoch, *found):
-        record(self, epoch, *found)
+    def log_epoch_and_stop(setup, folder, epoch, *found):
+        log_epoch(setup, folder, epoch, *found)
         if epoch == 1:
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(train_glmc.Run, 'record', record_and_stop)
+        patch.setattr(train_glmc, 'log_epoch', log_epoch_and_stop)
         with pytest.raises(Preempted):
             train('--epochs', '2')
     assert 'Stopped by SIGTERM after the last epoch, saved as' in capsys.readouterr().err
@@ -194,6 +196,37 @@ def test_interrupts_close_together_are_one(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0)
         raise Preempted
+
+
+@pytest.mark.parametrize('failing', [(), (1,), (0, 1)], ids=['works', 'fails on one', 'fails on both'])
+def test_processes_agree_where_the_group_between_the_cpus_cannot_be_made(failing, monkeypatch, tmp_path, caplog):
+    """The default group stands in for one of a GPU, which cannot vote on the CPU."""
+    def new_group(backend):
+        if dist.get_rank() in failing:
+            raise RuntimeError('gloo: no address for the name of this host')
+        return dist.GroupMember.WORLD
+    monkeypatch.setattr(dist, 'get_backend', lambda: 'nccl')
+    monkeypatch.setattr(dist, 'new_group', new_group)
+
+    def stop(rank: int) -> tuple:
+        with pytest.raises(Preempted), Preemption() as preemption:
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            first = preemption.request(False)
+            answers = first, preemption.request(False), preemption.request(False, at_once=True)
+            raise Preempted
+        return answers, preemption.group is None, sum('No group for signals' in text for text in caplog.messages)
+    answers = Request.CONTINUE, Request.STOP, Request.STOP
+    assert in_two_processes(stop, tmp_path) == [
+        (answers, bool(failing), 0 in failing), (answers, bool(failing), 1 in failing)]
+
+
+def test_processes_on_the_cpu_vote_in_the_group_that_they_have(monkeypatch, tmp_path):
+    def vote(rank: int) -> Request:
+        monkeypatch.setattr(dist, 'new_group', None)
+        with Preemption() as preemption:
+            return preemption.request(save=rank == 1, at_once=True)
+    assert in_two_processes(vote, tmp_path) == [Request.SAVE, Request.SAVE]
 
 
 def test_checkpoint_clock(monkeypatch):
@@ -239,16 +272,16 @@ def train(script, folders, tmp_path):
     return run
 
 
-def test_a_broken_newest_checkpoint_is_passed_over(train, tmp_path):
+def test_a_broken_newest_checkpoint_is_ignored(train, tmp_path):
     assert train('--epochs', '3').code == 0
     expected = load_file(tmp_path / 'run' / 'export' / 'model.safetensors')
     newest = tmp_path / 'run' / 'checkpoints' / 'epoch-0002.safetensors'
     content = bytearray(newest.read_bytes())
-    content[-100] ^= 1  # one bit of one weight, which only the checksum can tell
+    content[-100] ^= 1  # one bit of one weight, which only the checksum detects
     newest.write_bytes(content)
     outcome = train('--epochs', '3', '--resume', 'auto')
     assert outcome.code == 0 and 'epoch 3 of 3 comes next' in outcome.err
-    assert outcome.err.count('Passed over') == 1 and 'epoch-0002.safetensors' in outcome.err
+    assert outcome.err.count('Checkpoint ignored') == 1 and 'epoch-0002.safetensors' in outcome.err
     found = load_file(tmp_path / 'run' / 'export' / 'model.safetensors')
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -262,7 +295,7 @@ def test_only_broken_checkpoints_are_an_error(train, tmp_path):
     assert (tmp_path / 'run' / 'export').exists()
 
 
-def test_half_written_files_are_cleared_away(train, tmp_path):
+def test_half_written_files_are_deleted(train, tmp_path):
     assert train('--epochs', '1').code == 0
     half = tmp_path / 'run' / 'checkpoints' / 'epoch-0001.safetensors.tmp'
     half.write_bytes(b'half')
@@ -278,10 +311,42 @@ def test_a_full_disk_is_survived(train, tmp_path, monkeypatch):
     monkeypatch.setattr('glmc.training.checkpoint.shutil.disk_usage', disk_usage)
     outcome = train('--epochs', '4')
     assert outcome.code == 0 and not full
-    said = re.findall('Checkpoint not saved, the one before it stays: .* needs .* MiB, 0 MiB are free', outcome.err)
+    said = re.findall('Checkpoint not saved, the previous one is kept: .* needs .* MiB, 0 MiB are free', outcome.err)
     assert len(said) == 2
     names = sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir())
     assert names == ['epoch-0000.safetensors', 'epoch-0003.safetensors']
+
+
+LIMITED = """
+import resource, runpy, sys, torch, timm
+pages = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (pages + 2 ** 30, resource.RLIM_INFINITY))
+sys.argv[0] = 'train_glmc.py'
+runpy.run_path('train_glmc.py', run_name='__main__')
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='/proc')
+def test_lack_of_memory_is_one_line(tmp_path):
+    (tmp_path / 'limited.py').write_text(LIMITED)
+    outcome = run_command(sys.executable, tmp_path / 'limited.py', '--method', 'ce', '--model', 'resnet18', '--img-size',
+                          '256', '--batch-size', '400', '--workers', '0', '--epochs', '1', '--output', tmp_path)
+    assert outcome.code == 1 and 'Traceback' not in outcome.err, outcome.err
+    assert re.search(r'\nerror: out of memory: .*; use a smaller --batch-size, --grad-checkpointing or --amp-dtype '
+                     r'bfloat16; checkpoints are kept, --resume auto continues from the newest\n$', outcome.err), outcome.err
+
+
+def test_an_export_that_reads_back_otherwise_is_one_line(train, tmp_path, monkeypatch):
+    save_file = glmc.export.export.save_file
+    with monkeypatch.context() as patch:
+        patch.setattr(glmc.export.export, 'save_file', lambda tensors, path, metadata: save_file(
+            {name: value + 1 for name, value in tensors.items()}, path, metadata))
+        outcome = train()
+    assert outcome.code == 1 and 'Traceback' not in outcome.err
+    assert re.search(r'error: .*export.tmp: the exported model does not give the logits of the trained one; checkpoints are '
+                     r'kept, python -m glmc.export CHECKPOINT exports again\n$', outcome.err), outcome.err
+    assert not (tmp_path / 'run' / 'export').exists()
+    assert train('--resume', 'auto').code == 0 and (tmp_path / 'run' / 'export').exists()
 
 
 # --- a loss that is not finite ---
@@ -297,7 +362,7 @@ def test_training_that_blows_up_stops_with_one_line(train, tmp_path):
 # --- another number of processes, another batch ---
 
 
-def test_another_batch_in_the_middle_of_an_epoch_is_said(train, tmp_path):
+def test_another_batch_in_the_middle_of_an_epoch_is_warned_about(train, tmp_path):
     assert train('--epochs', '2', '--checkpoint-interval', '1', '--batch-size', '4', '--checkpoint-hist', '20').code == 0
     checkpoints = tmp_path / 'run' / 'checkpoints'
     for path in sorted(checkpoints.iterdir())[3:]:
@@ -336,9 +401,9 @@ def test_bad_images_are_replaced_counted_and_named(options, script, tmp_path):
         outcome = script(*TINY, '--data-dir', root, '--output', tmp_path, '--experiment', name, '--epochs', '2',
                          '--on-bad-image', 'skip', *options)
         assert outcome.code == 0, outcome.err
-        named = '2 training images cannot be decoded, others of their class stood in: ant/3.png, ant/4.png'
+        named = '2 training images cannot be decoded and were replaced by others of their class: ant/3.png, ant/4.png'
         assert outcome.err.count(named) == 1
-        assert 'validation: 1 images are left out' in outcome.err
+        assert 'validation: 1 images cannot be decoded and are ignored' in outcome.err
         with open(tmp_path / name / 'summary.csv', newline='') as file:
             assert [row['bad_images'] for row in csv.DictReader(file)] == ['2', '2']
         weights.append(load_file(tmp_path / name / 'export' / 'model.safetensors'))
