@@ -56,7 +56,8 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         hidden = [(action, action.help) for action in self._actions if action.dest in self.hidden]
-        self.epilog = f'… {len(hidden)} more options: --help-all' if hidden else None
+        if hidden:
+            self.epilog = f'… {len(hidden)} more options: --help-all'
         for action, _ in hidden:
             action.help = argparse.SUPPRESS
         try:

@@ -26,8 +26,8 @@ finite = number(float, float('-inf'))
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
 PRECISIONS = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}  # Accelerate's names -> torch's
 OBSOLETE = {'aug_views': 'both', 'mix_lambda': 'shared'}  # removed options -> the default that older files contain
-# Values of these options for the embedded digits, which are used if no data is given.
-DEMONSTRATION = dict(epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
+# Defaults for the embedded digits, which are used if no data is given.
+DEMONSTRATION = dict(model='resnet10t', epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
 COMMON = frozenset((  # options that `--help` shows; `--help-all` shows all
     'config', 'data_dir', 'dataset', 'train_list', 'val_list', 'val_split', 'holdout', 'imbalance_factor', 'augmentation',
     'model', 'pretrained', 'img_size', 'method', 'stage2', 'batch_size', 'opt', 'lr', 'weight_decay', 'epochs',
@@ -80,9 +80,14 @@ def train_parser(methods: dict) -> Parser:
     method.help += f": {', '.join(methods)}; see docs/methods.md"
     parser.obsolete = OBSOLETE
     parser.resolve = _resolve_balanced
-    parser.presets = lambda options: dict(methods[options.method].defaults)
+    parser.presets = lambda options: {**methods[options.method].defaults, **({} if has_data(options) else DEMONSTRATION)}
     parser.hide({*names(*GROUPS)} - COMMON)
     return parser
+
+
+def has_data(options: Options) -> bool:
+    """Return whether the options name any images; else the embedded digits are used."""
+    return bool(options.data_dir or options.dataset or options.train_list)
 
 
 def _resolve_balanced(options: Options) -> None:
@@ -517,7 +522,6 @@ NEEDS = (
     Need(('train_interpolation',), 'with --augmentation cifar without --aa',
          lambda o: o.augmentation != 'cifar' or o.no_aug or o.aa),
     Need(('remode', 'recount', 'rearea', 'reaspect'), 'without --reprob', lambda o: o.reprob),
-    Need(('resample_power',), 'with --partner batch', lambda o: o.partner == 'sampler'),
     Need(('balanced',), 'without --method glmc', lambda o: o.method == 'glmc_balanced'),
     Need(('lr_base', 'lr_base_size', 'lr_base_scale'), 'with --lr', lambda o: o.lr is None),
     Need(('filter_bias_and_bn',), 'with --weight-decay 0', lambda o: o.weight_decay),

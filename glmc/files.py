@@ -15,7 +15,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If the file cannot be written; the old content is kept.
     """
-    beside = path.with_name(f'{path.name}.tmp')
+    beside = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # two processes may write the same file
     try:
         yield beside
         _sync(beside)

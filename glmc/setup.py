@@ -17,10 +17,10 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from glmc.cli import Options, pick
 from glmc.config import (
     DATA,
-    DEMONSTRATION,
     TRAIN_NEEDS,
     Need,
     augmentation_options,
+    has_data,
     names,
     refuse_conflicts,
     unused_options,
@@ -71,12 +71,9 @@ class Setup:
         set_seed(args.seed, device_specific=True)  # drop-out differs from process to process
 
     def _announce(self, explicit: set[str]) -> None:
-        """Choose the demonstration if no data is given, and warn about options without effect."""
+        """Announce the demonstration if no data is given, and warn about options without effect."""
         args = self.args
-        if not (args.data_dir or args.dataset or args.train_list):
-            for name, value in DEMONSTRATION.items():
-                if name not in explicit:
-                    setattr(args, name, value)
+        if not has_data(args):
             _logger.info("No data given: this is a demonstration on scikit-learn's handwritten digits, made long-tailed. "
                          'Train on your own with --data-dir, --dataset or --train-list.')
         unused = unused_method_options(args.method, explicit)

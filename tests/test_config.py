@@ -47,8 +47,8 @@ def message(*argv: str) -> str:
 
 
 def test_defaults():
-    options, given = parse()
-    assert given == set()
+    options, given = parse('--data-dir', 'images')
+    assert given == {'data_dir'}
     assert (options.model, options.method, options.opt, options.lr, options.shot_thresholds) == (
         'resnet18', 'glmc', 'momentum', None, [20, 100])
 
@@ -158,8 +158,13 @@ def test_every_default_is_a_valid_value_of_its_option(config):
     assert parse(*flags)[0] == Namespace(**defaults, config=flags[1])
 
 
-def test_the_demonstration_sets_options_that_exist(config):
-    options, _ = parse(*config(yaml.safe_dump(DEMONSTRATION)))
+def test_the_demonstration_is_for_runs_without_data(config):
+    assert pick(parse()[0], DEMONSTRATION) == DEMONSTRATION
+    assert pick(parse('--epochs', '2', '--model', 'resnet18')[0], DEMONSTRATION) == {
+        **DEMONSTRATION, 'epochs': 2, 'model': 'resnet18'}
+    options, _ = parse('--dataset', 'hfds/images')
+    assert not any(getattr(options, name) == value for name, value in DEMONSTRATION.items())
+    options, _ = parse(*config(yaml.safe_dump(DEMONSTRATION)), '--data-dir', 'images')
     assert pick(options, DEMONSTRATION) == DEMONSTRATION
 
 
@@ -206,8 +211,7 @@ def test_help_all_shows_every_option(make, capsys):
     with pytest.raises(SystemExit) as end:
         parse_args(parser, ['--help-all'])
     text = capsys.readouterr().out
-    flags = {action.option_strings[-1].replace('--no-report', '--report').replace('--no-channels', '--channels')
-             for action in make()._actions}
+    flags = {re.sub('--no-(report|channels|model-ema)', r'--\1', action.option_strings[-1]) for action in make()._actions}
     assert end.value.code == 0 and flags == flags_of(text)
     assert 'more options' not in text
     if make is not finetune_parser:
@@ -263,7 +267,6 @@ UNUSED = {  # command line -> its only warning; one line or more for each row of
     '--augmentation cifar --train-interpolation bicubic':
         '--train-interpolation has no effect with --augmentation cifar without --aa',
     '--remode const': '--remode has no effect without --reprob',
-    '--partner batch --resample-power 1': '--resample-power has no effect with --partner batch',
     '--balanced --method ce': '--balanced has no effect without --method glmc',
     '--lr 0.1 --lr-base 0.2': '--lr-base has no effect with --lr',
     '--weight-decay 0 --filter-bias-and-bn': '--filter-bias-and-bn has no effect with --weight-decay 0',
@@ -304,11 +307,12 @@ USED = [  # command lines of which each option has an effect
     '--sched step --decay-epochs 3 --decay-rate 0.5', '--sched multistep --decay-milestones 3 --decay-rate 0.5',
     '--model-ema --model-ema-decay 0.9 --model-ema-warmup', '--push-to-hub a/b --hub-private --hub-revision x',
     '--stage2 ncm --feature-views 3 --feature-cache x', '--dataset wds/x --data-dir images --class-counts c.txt',
-    '--train-list a.txt --on-bad-image skip', '--resample-power 1', '--alpha-power 3 --weight-decay 0', '--hub-license mit']
+    '--train-list a.txt --on-bad-image skip', '--partner batch --resample-power 1', '--alpha-power 3 --weight-decay 0', '--hub-license mit']
 
 
 def warnings(*argv: str, processes: int = 1) -> list[str]:
-    options, explicit = parse(*argv)
+    has_data = {'--data-dir', '--dataset', '--train-list', '--input-key'} & set(argv)  # the last for the digits
+    options, explicit = parse(*argv, *([] if has_data else ['--data-dir', 'images']))
     return unused_options(options, explicit, TRAIN_NEEDS, processes=processes)
 
 

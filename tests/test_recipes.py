@@ -56,7 +56,9 @@ MILLIONS = {R32X4: 7.4, R32: 0.47, R50: 25.6, X50: 25.0, SWIN: 49.6}  # with 1,0
 
 
 def read(name):
-    return parse_args(train_parser(METHODS), ['-c', str(HPARAMS / f'{name}.yaml')])
+    options, given = parse_args(train_parser(METHODS), ['-c', str(HPARAMS / f'{name}.yaml'), '--data-dir', 'images'])
+    options.data_dir = None
+    return options, given - {'data_dir'}
 
 
 def learning_rates(args):
@@ -174,7 +176,8 @@ def test_commands_of_the_header_parse(name, monkeypatch):
 def test_custom_spells_the_defaults_out():
     """So that whoever trains without the file trains the same."""
     args, given = read(CUSTOM)
-    defaults, _ = parse_args(train_parser(METHODS), [])
+    defaults, _ = parse_args(train_parser(METHODS), ['--data-dir', 'images'])
+    defaults.data_dir = None
     assert {**vars(args), 'config': None} == vars(defaults)
     assert METHODS['glmc'].options - given == {'joint_forward', 'partner'}
     assert {'command', 'batch', 'chosen', 'published', 'change'} == set(header(CUSTOM))

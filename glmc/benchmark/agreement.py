@@ -6,8 +6,9 @@ import torch
 from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 
-from glmc.benchmark.measure import PRECISION, Benchmark
+from glmc.benchmark.measure import Benchmark
 from glmc.benchmark.plain import plain_loss, plain_model
+from glmc.config import PRECISIONS
 from glmc.errors import InputError
 from glmc.evaluation.text import aligned
 from glmc.losses.glmc import class_weights
@@ -37,7 +38,7 @@ def compare_loss(bench: Benchmark) -> dict:
     setup.task.set_progress(0.5)
     plain, plain_gradient = _plain_losses(bench)
     steps = {'eager': setup.train_step.forward, **({'compiled': setup.train_step} if args.torchcompile else {})}
-    result = dict(precision=PRECISION[precision], tolerance=loss_tolerance, plain=plain, agrees=True)
+    result = dict(precision=PRECISIONS[precision], tolerance=loss_tolerance, plain=plain, agrees=True)
     rows = [['', 'loss', 'difference', 'of gradient'], ['plain', f"{plain['loss']:.7f}", '', ''],
             ['tolerance', '', f'{loss_tolerance:.2g}', f'{gradient_tolerance:g}']]
     for name, train_step in steps.items():
@@ -50,7 +51,7 @@ def compare_loss(bench: Benchmark) -> dict:
     setup.task.set_progress(0.0)
     setup.train_step.train()
     verdict = 'plain and run agree' if result['agrees'] else 'plain and run DO NOT AGREE'
-    print(f'{aligned(rows)}\nIn {PRECISION[precision]}, {verdict}.\n', flush=True)
+    print(f'{aligned(rows)}\nIn {PRECISIONS[precision]}, {verdict}.\n', flush=True)
     return result
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from glmc.benchmark.plain import PILImages, PlainLoop, pil_transform, timm_loader
+from glmc.config import PRECISIONS
 from glmc.data.datasets import ImageSet
 from glmc.data.loaders import image_mode
 from glmc.data.resident import ResidentTrainLoader
@@ -23,7 +24,6 @@ PARTS = ('plain', 'run', 'step', 'input', 'timm')  # methods of Benchmark
 SPEED_COLUMNS = (
     'images_per_second', 'views_per_second', 'views_per_second_per_core', 'ms_per_step', 'ms_min', 'ms_max',
     'ratio_to_plain', 'tflops', 'matmul_share', 'peak_memory')
-PRECISION = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}
 
 
 class Benchmark:
@@ -154,7 +154,7 @@ class Benchmark:
     def matmul_rate(self) -> float:
         """Operations per second of a square matrix product in the precision of the run."""
         size, repeats = (8192, 10) if self.device.type == 'cuda' else (2048, 2)
-        dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.setup.accelerator.mixed_precision, torch.float32)
+        dtype = getattr(torch, PRECISIONS[self.setup.accelerator.mixed_precision])
         a, b = torch.randn(2, size, size, device=self.device).to(dtype)
         a @ b
         return 2 * size ** 3 * repeats / self._time(lambda n: [a @ b for _ in range(n)], repeats)
@@ -185,7 +185,7 @@ class Benchmark:
             'threads': torch.get_num_threads(), 'model': args.model, 'parameters': setup.num_parameters,
             'method': args.method,
             'input_size': list(setup.data_config['input_size']), 'batch_size': args.batch_size, 'views': self.num_views,
-            'precision': PRECISION[setup.accelerator.mixed_precision], 'channels_last': args.channels_last,
+            'precision': PRECISIONS[setup.accelerator.mixed_precision], 'channels_last': args.channels_last,
             'torchcompile': args.torchcompile, 'joint_forward': args.joint_forward, 'partner': args.partner,
             'loader': 'resident' if self.resident else f'{args.workers} workers',
             'train_images': setup.data.profile.num_images,

@@ -2,7 +2,6 @@
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 from glmc.data.datasets import ImageSet
 from glmc.data.loaders import EvalDataset, ViewDataset, create_normalize, eval_transform, image_mode
 from glmc.data.transforms import view_transform
+from glmc.files import atomic_write
 
 _logger = logging.getLogger(__name__)
 
@@ -171,11 +171,7 @@ def write_features(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarra
         fill: Function that fills the memory-mapped array.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f'.{os.getpid()}.tmp')
-    try:
+    with atomic_write(path) as temporary:
         values = np.lib.format.open_memmap(temporary, 'w+', np.float32, shape)
         fill(values)
         values.flush()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from glmc.cli import Options, Parser, parse_args, run_script
-from glmc.config import DEMONSTRATION, count, positive_int, train_parser
+from glmc.config import count, positive_int, train_parser
 from glmc.errors import InputError
 from glmc.evaluation.text import aligned, mean_std
 from glmc.methods import METHODS
@@ -131,12 +131,11 @@ def check(experiment: Experiment) -> None:
     Raises:
         InputError: If an option is wrong, or if the run folder holds a run with other options.
     """
-    options, explicit = parse_args(train_parser(METHODS), experiment.argv)
+    options, _ = parse_args(train_parser(METHODS), experiment.argv)
     path = experiment.folder / 'args.yaml'
     if not path.exists():
         return
-    demonstration = set() if options.data_dir or options.dataset or options.train_list else set(DEMONSTRATION) - explicit
-    ignored = {'config', 'resume', 'debug', 'output', 'experiment', 'workers', 'log_interval', *demonstration}
+    ignored = {'config', 'resume', 'debug', 'output', 'experiment', 'workers', 'log_interval'}
     earlier = yaml.safe_load(path.read_text(encoding='utf-8'))
     for name, value in vars(options).items():
         if name not in ignored and name in earlier and earlier[name] != value:

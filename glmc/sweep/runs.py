@@ -1,7 +1,6 @@
 """The runs of a sweep, and the CSV with one row for each: its options, metrics, and the command that repeats it."""
 import csv
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -11,8 +10,9 @@ from pathlib import Path
 import yaml
 
 from glmc.cli import Options, parse_args
-from glmc.config import train_parser
+from glmc.config import NOT_TRAINING, has_data, train_parser
 from glmc.errors import InputError
+from glmc.files import atomic_write
 from glmc.methods import METHODS
 from glmc.run_folder import read_summary
 
@@ -21,12 +21,6 @@ BEST_ON_TEST = 'top1_best_epoch_chosen_on_test'  # for comparison with papers th
 COLUMNS = ('run', 'seed', 'recipe', 'options', 'method', 'model', 'parameters', 'imbalance_factor', 'lt_split',
            'fingerprint', 'epochs', *METRICS, 'ece', 'evaluated_on', BEST_ON_TEST, 'seconds', 'device', 'precision',
            'commit', 'command', 'log')
-NOT_TRAINING_OPTIONS = frozenset((  # options for the place of the data, the speed and the output
-    'config', 'data_dir', 'dataset', 'dataset_download', 'val_split', 'val_list', 'train_list', 'class_map', 'class_counts',
-    'input_key', 'target_key', 'num_classes', 'workers', 'resident', 'channels_last', 'torchcompile', 'grad_checkpointing',
-    'seed', 'output', 'experiment', 'resume', 'debug', 'val_interval', 'log_interval', 'checkpoint_interval',
-    'checkpoint_hist', 'report', 'report_to', 'push_to_hub', 'hub_private', 'hub_revision', 'hub_license', 'stage2',
-    'feature_views', 'stage2_holdout', 'stage2_kwargs', 'feature_cache'))
 ABSOLUTE_PATH = re.compile(r'''(?<![\w.])(?<!:/)/(?!/)(?:[^\s/:'"]+/)*([^\s/:'",]+)/?''')
 
 
@@ -92,12 +86,14 @@ def planned_cells(experiment: Experiment) -> dict:
 def changed_options(experiment: Experiment) -> str:
     """`name=value` of each training option that differs from the recipe, or from the defaults without one.
 
-    Defaults that follow from `method` are not listed.
+    Defaults that follow from `method`, or from the demonstration without data, are not listed.
     """
-    recipe, options = ['--config', experiment.recipe] if experiment.recipe else [], vars(_parse(experiment.options))
-    same_method = {**vars(_parse([*recipe, '--method', options['method']])), 'method': _parse(recipe).method}
-    changed = {name: value for name, value in options.items()
-               if name not in NOT_TRAINING_OPTIONS and value != same_method[name]}
+    options = _parse(experiment.options)
+    recipe = ['--config', experiment.recipe] if experiment.recipe else []
+    recipe += ['--data-dir', '.'] if has_data(options) else []
+    same_method = {**vars(_parse([*recipe, '--method', options.method])), 'method': _parse(recipe).method}
+    changed = {name: value for name, value in vars(options).items()
+               if name not in NOT_TRAINING and value != same_method[name]}
     return ' '.join(f'{name}={as_text(value)}' for name, value in sorted(changed.items()))
 
 
@@ -169,12 +165,10 @@ def write_runs(path: Path, rows: Iterable[dict]) -> None:
     merged = [new.pop((row['run'], row['seed']), row) for row in earlier] + list(new.values())
     columns = dict.fromkeys((*COLUMNS, *(name for row in merged for name in row)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.tmp')
-    with open(temporary, 'w', newline='', encoding='utf-8') as file:
+    with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, list(columns), restval='')
         writer.writeheader()
         writer.writerows(merged)
-    os.replace(temporary, path)
 
 
 def copy_log(experiment: Experiment, folder: Path) -> Path:

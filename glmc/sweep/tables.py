@@ -5,22 +5,22 @@
 The table goes into the README.md beside the CSV, between `<!-- table: cifar100-lt -->` and `<!-- end -->`; the name is
 that of the CSV. Only runs with the same recipe, options, epochs, precision and training images are averaged.
 """
-import os
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from glmc.cli import Parser, run_script
+from glmc.config import PRECISIONS
 from glmc.errors import InputError
 from glmc.evaluation.text import mean_std
+from glmc.files import atomic_write
 from glmc.sweep.runs import BEST_ON_TEST, read_runs
 
 COLUMNS = {'top1': 'top-1, last epoch', 'many': 'many', 'medium': 'medium', 'few': 'few',
            BEST_ON_TEST: 'best epoch on test, for comparison only'}
 CONDITIONS = ('epochs', 'precision', 'fingerprint')
 CONDITION_OPTIONS = ('epochs', 'amp', 'amp_dtype')  # options that CONDITIONS already show
-PRECISION = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}
 PUBLISHED = {  # (recipe, options) -> top-1 in percent on CIFAR-100-LT
     # GLMC: arXiv 2305.08661 and, after the slash, the authors' README of 23 May 2023; both the best epoch on the test set
     ('cifar100_lt_if100', ''): '55.88 / 57.97',
@@ -67,7 +67,7 @@ def markdown_table(runs: Iterable[dict[str, str]]) -> str:
     rows = [head, ['---'] * len(head)]
     for (recipe, options, epochs, precision, fingerprint), group in group_runs(runs).items():
         values = [[float(run[name]) if run.get(name) else None for run in group] for name in COLUMNS]
-        conditions = f'{epochs} epochs, {PRECISION.get(precision, precision)}, images {fingerprint[:8]}'
+        conditions = f'{epochs} epochs, {PRECISIONS.get(precision, precision)}, images {fingerprint[:8]}'
         rows.append([recipe or '–', options and f'`{options}`', PUBLISHED.get((recipe, options), '–'),
                      *map(mean_std, values), str(len(group)), conditions])
     return '\n'.join(f"| {' | '.join(row)} |" for row in rows)
@@ -88,9 +88,8 @@ def write_table(readme: Path, name: str, table: str) -> None:
                           lambda match: f'{match[1]}\n{table}\n\n{match[2]}', text, flags=re.S)
     if count != 1:
         raise InputError(f'{readme}: found {count} tables between `{marker}` and `<!-- end -->`; expected one')
-    temporary = readme.with_name(f'{readme.name}.tmp')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, readme)
+    with atomic_write(readme) as temporary:
+        temporary.write_text(text, encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
+from glmc.config import PRECISIONS
 from glmc.errors import InputError, RunError, first_line
 
 _logger = logging.getLogger(__name__)
-_DTYPES = {'float16': 'fp16', 'bfloat16': 'bf16', None: None}
 
 
 def is_main_process() -> bool:
@@ -37,7 +37,8 @@ def create_accelerator(amp: bool = False, amp_dtype: str | None = None) -> Accel
         InputError: If the device does not support the precision.
     """
     warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated', FutureWarning)  # torch 2.14
-    precision = _DTYPES[amp_dtype or ('float16' if amp else None)]
+    dtype = amp_dtype or ('float16' if amp else None)
+    precision = next((name for name, known in PRECISIONS.items() if known == dtype), None)
     try:
         accelerator = Accelerator(
             mixed_precision=precision, step_scheduler_with_optimizer=False,

@@ -10,13 +10,12 @@ import pytest
 import yaml
 from conftest import ROOT, run_command
 
-from glmc.config import train_parser
+from glmc.config import NOT_TRAINING, train_parser
 from glmc.errors import InputError
 from glmc.methods import METHODS
 from glmc.sweep.runs import (
     BEST_ON_TEST,
     COLUMNS,
-    NOT_TRAINING_OPTIONS,
     Experiment,
     changed_options,
     check_table,
@@ -83,7 +82,7 @@ def test_only_changed_training_options_are_listed(finished, options, expected):
 
 
 def test_not_training_options_are_options():
-    assert {action.dest for action in train_parser(METHODS)._actions} >= NOT_TRAINING_OPTIONS
+    assert {action.dest for action in train_parser(METHODS)._actions} >= NOT_TRAINING
 
 
 @pytest.mark.parametrize('text, expected', [
