@@ -307,7 +307,8 @@ USED = [  # command lines of which each option has an effect
     '--sched step --decay-epochs 3 --decay-rate 0.5', '--sched multistep --decay-milestones 3 --decay-rate 0.5',
     '--model-ema --model-ema-decay 0.9 --model-ema-warmup', '--push-to-hub a/b --hub-private --hub-revision x',
     '--stage2 ncm --feature-views 3 --feature-cache x', '--dataset wds/x --data-dir images --class-counts c.txt',
-    '--train-list a.txt --on-bad-image skip', '--partner batch --resample-power 1', '--alpha-power 3 --weight-decay 0', '--hub-license mit']
+    '--train-list a.txt --on-bad-image skip', '--partner batch --resample-power 1', '--alpha-power 3 --weight-decay 0',
+    '--hub-license mit']
 
 
 def warnings(*argv: str, processes: int = 1) -> list[str]:
