@@ -1,18 +1,11 @@
-"""Options of the scripts in pipeline order. Names and meaning are timm's wherever timm has the option.
-
-Two tables at the end say which options need others (NEEDS) and which exclude each other (CONFLICTS).
-"""
+"""Argument groups of the scripts, in pipeline order. Names and meaning are timm's wherever timm has the option."""
 import argparse
 import re
-from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from timm.optim import get_optimizer_info
 
 from glmc.cli import Options, ParseKwargs, Parser, number, pick
-from glmc.errors import InputError
 
 positive_int = number(int, 1)
 count = number(int, 0)
@@ -22,16 +15,8 @@ fraction = number(float, 0, 1)
 below_one = number(float, 0, 1 - 1e-9, open_low=True)
 positive_fraction = number(float, 0, 1, open_low=True)
 finite = number(float, float('-inf'))
-
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
 PRECISIONS = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}  # Accelerate's names -> torch's
-OBSOLETE = {'aug_views': 'both', 'mix_lambda': 'shared'}  # removed options -> the default that older files contain
-# Defaults for the embedded digits, which are used if no data is given.
-DEMONSTRATION = dict(model='resnet10t', epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
-COMMON = frozenset((  # options that `--help` shows; `--help-all` shows all
-    'config', 'data_dir', 'dataset', 'train_list', 'val_list', 'val_split', 'holdout', 'imbalance_factor', 'augmentation',
-    'model', 'pretrained', 'img_size', 'method', 'stage2', 'batch_size', 'opt', 'lr', 'weight_decay', 'epochs',
-    'warmup_epochs', 'amp_dtype', 'workers', 'seed', 'output', 'experiment', 'resume', 'push_to_hub'))
 
 
 def trackers(text: str) -> str:
@@ -56,67 +41,6 @@ def repo_id(text: str) -> str:
     except HFValidationError as error:
         raise argparse.ArgumentTypeError(f'expected ORG/NAME or NAME, found {text!r}') from error
     return text
-
-
-def train_parser(methods: dict) -> Parser:
-    """Return the parser of train_glmc.py.
-
-    Args:
-        methods: Name -> row of the table of methods.
-    """
-    parser = Parser(
-        prog='train_glmc.py',
-        description='Train a timm model on long-tailed images with GLMC. Without data: a demonstration on digits.')
-    add_config(parser)
-    add_groups(parser, *GROUPS)
-    aliases = {alias: name for name, row in methods.items() for alias in row.aliases}
-
-    def method_name(text: str) -> str:
-        return aliases.get(text, text)
-
-    method = parser._option_string_actions['--method']
-    method.type, method.choices = method_name, list(methods)
-    method.full_help = f"{method.help}. " + '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
-    method.help += f": {', '.join(methods)}; see docs/methods.md"
-    parser.obsolete = OBSOLETE
-    parser.resolve = _resolve_balanced
-    parser.presets = lambda options: {**methods[options.method].defaults, **({} if has_data(options) else DEMONSTRATION)}
-    parser.hide({*names(*GROUPS)} - COMMON)
-    return parser
-
-
-def has_data(options: Options) -> bool:
-    """Return whether the options name any images; else the embedded digits are used."""
-    return bool(options.data_dir or options.dataset or options.train_list)
-
-
-def _resolve_balanced(options: Options) -> None:
-    """Replace `--balanced` by the method that it is an alias of."""
-    if options.balanced and options.method == 'glmc':
-        options.method = 'glmc_balanced'
-
-
-def finetune_parser() -> Parser:
-    """Return the parser of finetune_glmc.py."""
-    parser = Parser(
-        prog='finetune_glmc.py',
-        description='Stage 2: train classifiers on the features of a trained model, in seconds, and compare them.')
-    add_config(parser)
-    parser.add_argument('--model', nargs='+', metavar='NAME',
-        help='trained model: export folder, run folder, checkpoint or hf-hub:ORG/NAME; several give a table of means')
-    add_groups(parser, *DATA, 'augmentation', 'stage 2')
-    group = parser.add_argument_group('running and output')
-    job_options(group, experiment='stage2-MODEL')
-    group.add_argument('--seed', type=count, default=42, help='seed of all random numbers')
-    hub_options(group)
-    parser.set_defaults(stage2='all')
-    parser.hide({*names(*DATA, 'augmentation')} - COMMON)
-    return parser
-
-
-def add_config(parser: Parser) -> None:
-    """Add `--config`."""
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line takes precedence')
 
 
 def job_options(group, experiment: str) -> None:
@@ -412,8 +336,6 @@ def hub_options(group) -> None:
     add('--hub-private', action='store_true', help='create a new repository as private')
     add('--hub-revision', metavar='NAME', help='branch to upload to')
     add('--hub-license', default='unknown', metavar='ID', help='licence on the model card, e.g. apache-2.0')
-
-
 GROUPS = {  # title of an argument group -> function that adds it, in pipeline order
     'data': data_group, 'training data': training_data_group, 'long tail': long_tail_group, 'augmentation': _augmentation,
     'random erasing': _erasing, 'model': _model, 'model input': input_group, 'method': _method,
@@ -430,7 +352,8 @@ def add_groups(parser: Parser, *titles: str) -> None:
 
 
 @lru_cache
-def _actions(*titles: str) -> tuple[argparse.Action, ...]:
+def actions(*titles: str) -> tuple[argparse.Action, ...]:
+    """Return the options in these argument groups."""
     parser = Parser(add_help=False)
     add_groups(parser, *titles)
     return tuple(parser._actions)
@@ -438,9 +361,7 @@ def _actions(*titles: str) -> tuple[argparse.Action, ...]:
 
 def names(*titles: str) -> tuple[str, ...]:
     """Return the names of the options in these argument groups."""
-    return tuple(action.dest for action in _actions(*titles))
-
-
+    return tuple(action.dest for action in actions(*titles))
 NOT_TRAINING = frozenset((  # options that say where the data is and how it is computed, but not what is trained
     *names(*SAME_TRAINING), 'config', 'train_list', 'workers', 'resident', 'channels_last', 'torchcompile',
     'grad_checkpointing', 'seed'))
@@ -450,162 +371,3 @@ def augmentation_options(args: Options) -> dict:
     """Return the arguments of `transforms.view_transform`; two have the names of `timm.data.create_transform`."""
     options = pick(args, names('augmentation'))
     return {'auto_augment': options.pop('aa'), 'interpolation': options.pop('train_interpolation'), **options}
-
-
-# --- options that need others, and options that exclude each other ---
-
-
-class Need(NamedTuple):
-    """Condition under which options have an effect.
-
-    Attributes:
-        options: Names of the options.
-        otherwise: Text after 'has no effect', for options whose condition is not met.
-        is_met: Options and facts of the run -> whether the options have an effect.
-    """
-    options: tuple[str, ...]
-    otherwise: str
-    is_met: Callable[[Options], object]
-
-
-class Conflict(NamedTuple):
-    """Combination of options that is refused.
-
-    Attributes:
-        option: Name of the option that the error names.
-        text: Error text after the option and its value; may contain {NAME} of other options.
-        applies: Options and facts of the run -> whether the combination is present.
-    """
-    option: str
-    text: str
-    applies: Callable[[Options], object]
-
-
-def _source(options: Options, *prefixes: str) -> bool:
-    """Whether a data set with one of these prefixes is read; without prefixes, whether any source besides lists is."""
-    reads = bool(options.dataset or options.data_dir) and not (options.val_list and getattr(options, 'train_list', True))
-    return reads and (not prefixes or options.dataset.lower().startswith(tuple(f'{prefix}/' for prefix in prefixes)))
-
-
-def _iterable(options: Options) -> bool:
-    """Whether the training set has no index."""
-    return not options.train_list and _source(options, 'wds', 'tfds', 'hfids')
-
-
-def _optimizer_has(options: Options, argument: str) -> bool:
-    """Whether timm's optimizer has `momentum`, `eps` or `betas`; an unknown optimizer is an error elsewhere."""
-    try:
-        return getattr(get_optimizer_info(options.opt.lower().split('_')[-1]), f'has_{argument}')
-    except ValueError:
-        return True
-
-
-NEEDS = (
-    Need(('val_split',), 'with --val-list', lambda o: not o.val_list),
-    Need(('train_split',), 'with --train-list', lambda o: not o.train_list),
-    Need(('dataset', 'class_map', 'input_key', 'target_key', 'dataset_download'),
-         'if all images are those of lists or of the embedded digits', _source),
-    Need(('class_map',), 'with a torch/ data set', lambda o: not _source(o, 'torch')),
-    Need(('dataset_download',), 'without a torch/, tfds/ or hfids/ data set',
-         lambda o: _source(o, 'torch', 'tfds', 'hfids')),
-    Need(('lt_type', 'lt_split', 'lt_seed'), 'without --imbalance-factor', lambda o: o.imbalance_factor is not None),
-    Need(('lt_seed',), 'without --lt-split random', lambda o: o.lt_split == 'random'),
-    Need(('augmentation', *(name for name in names('augmentation') if name not in ('no_aug', 'train_interpolation'))),
-         'with --no-aug', lambda o: not o.no_aug),
-    Need(('vflip', 'train_crop_mode'), 'with --augmentation cifar', lambda o: o.augmentation != 'cifar'),
-    Need(('scale', 'ratio', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob'),
-         'without --augmentation timm', lambda o: o.augmentation == 'timm'),
-    Need(('color_jitter', 'color_jitter_prob'), 'with --aa, unless the policy has 3a in its name',
-         lambda o: not o.aa or '3a' in o.aa),
-    Need(('color_jitter_prob',), 'with --color-jitter 0', lambda o: o.color_jitter),
-    Need(('train_interpolation',), 'with --augmentation imagenet_lt', lambda o: o.augmentation != 'imagenet_lt'),
-    Need(('train_interpolation',), 'with --augmentation cifar without --aa',
-         lambda o: o.augmentation != 'cifar' or o.no_aug or o.aa),
-    Need(('remode', 'recount', 'rearea', 'reaspect'), 'without --reprob', lambda o: o.reprob),
-    Need(('balanced',), 'without --method glmc', lambda o: o.method == 'glmc_balanced'),
-    Need(('lr_base', 'lr_base_size', 'lr_base_scale'), 'with --lr', lambda o: o.lr is None),
-    Need(('filter_bias_and_bn',), 'with --weight-decay 0', lambda o: o.weight_decay),
-    Need(('momentum',), 'with an optimizer without momentum', lambda o: _optimizer_has(o, 'momentum')),
-    Need(('opt_eps',), 'with an optimizer without epsilon', lambda o: _optimizer_has(o, 'eps')),
-    Need(('opt_betas',), 'with an optimizer without betas', lambda o: _optimizer_has(o, 'betas')),
-    Need(('clip_mode',), 'without --clip-grad', lambda o: o.clip_grad),
-    Need(('warmup_lr', 'warmup_prefix'), 'without --warmup-epochs', lambda o: o.warmup_epochs),
-    Need(('warmup_epochs',), 'with --sched none', lambda o: o.sched != 'none' or o.warmup_prefix),
-    Need(('warmup_lr', 'sched_on_updates'), 'with --sched none', lambda o: o.sched != 'none'),
-    Need(('min_lr',), 'without --sched cosine, tanh, poly, wsd or rsqrt',
-         lambda o: o.sched in ('cosine', 'tanh', 'poly', 'wsd', 'rsqrt')),
-    Need(('decay_epochs',), 'without --sched step, wsd or rsqrt', lambda o: o.sched in ('step', 'wsd', 'rsqrt')),
-    Need(('decay_milestones',), 'without --sched multistep', lambda o: o.sched == 'multistep'),
-    Need(('decay_rate',), 'without --sched step, multistep or poly', lambda o: o.sched in ('step', 'multistep', 'poly')),
-    Need(('amp',), 'with --amp-dtype', lambda o: not o.amp_dtype),
-    Need(('model_ema_decay', 'model_ema_warmup'), 'without --model-ema', lambda o: o.model_ema),
-    Need(('sync_bn', 'dist_bn'), 'with one process', lambda o: o.processes > 1),
-    Need(('hub_private', 'hub_revision'), 'without --push-to-hub', lambda o: o.push_to_hub),
-    Need(('feature_views', 'stage2_holdout', 'stage2_kwargs', 'feature_cache'), 'without --stage2', lambda o: o.stage2),
-)
-TRAIN_NEEDS = (
-    *NEEDS,
-    Need(('class_counts',), 'with a data set that has an index', _iterable),
-    Need(('on_bad_image',), 'with a data set without an index', lambda o: not _iterable(o)),
-)
-FINETUNE_NEEDS = (
-    *NEEDS,
-    Need(names('augmentation'), 'with --feature-views 0', lambda o: o.feature_views),
-)
-CONFLICTS = (
-    Conflict('sam_rho', 'an update is one batch, expected --grad-accum-steps 1, found {grad_accum_steps}',
-             lambda o: o.sam_rho and o.grad_accum_steps > 1),
-    Conflict('sam_rho', 'not with the loss scaling of float16, expected --amp-dtype bfloat16 or no mixed precision',
-             lambda o: o.sam_rho and o.precision == 'fp16'),
-    Conflict('swa_start', 'one average of the weights at a time, expected no --model-ema',
-             lambda o: o.swa_start is not None and o.model_ema),
-    Conflict('torchcompile', 'its CUDA graphs overwrite the losses of an earlier step, expected --grad-accum-steps 1 or '
-             '--torchcompile default, found {grad_accum_steps} steps',
-             lambda o: o.torchcompile in ('reduce-overhead', 'max-autotune') and o.grad_accum_steps > 1),
-    Conflict('sync_bn', 'needs GPUs, found {processes} processes on the CPU',
-             lambda o: o.sync_bn and o.processes > 1 and o.device == 'cpu'),
-)
-
-
-def unused_options(options: Options, explicit: Iterable[str], needs: Iterable[Need], **facts) -> list[str]:
-    """Return one warning for each option that the user set and that has no effect.
-
-    With a YAML file, options at their default are skipped: args.yaml of a run contains every option.
-
-    Args:
-        options: Parsed options.
-        explicit: Names of the options that the user set.
-        needs: Rows of a table; the first unmet row of an option gives its warning.
-        **facts: Facts of the run that conditions refer to: `processes`.
-    """
-    defaults = {action.dest: action.default for action in _actions(*GROUPS)} if options.config else {}
-    changed = {name for name in explicit if name not in defaults or getattr(options, name) != defaults[name]}
-    reasons, known = {}, Options(**vars(options), **facts)
-    for need in needs:
-        for name in changed & set(need.options) - reasons.keys():
-            if not need.is_met(known):
-                reasons[name] = need.otherwise
-    return [f'{flag(name)} has no effect {reason}' for name, reason in sorted(reasons.items())]
-
-
-def refuse_conflicts(options: Options, **facts) -> None:
-    """Refuse the combinations of CONFLICTS.
-
-    Args:
-        options: Parsed options.
-        **facts: Facts of the run that conditions refer to: `processes`, `device`, `precision` (Accelerate's name).
-
-    Raises:
-        InputError: For the first combination that is present.
-    """
-    known = Options(**vars(options), **facts)
-    for option, text, applies in CONFLICTS:
-        if applies(known):
-            value = getattr(options, option)
-            shown = '' if value is True else f' {value:g}' if isinstance(value, float) else f' {value}'
-            raise InputError(f'{flag(option)}{shown}: {text.format(**vars(known))}')
-
-
-def flag(name: str) -> str:
-    """Return the flag of an option."""
-    return f"--{name.replace('_', '-')}"
