@@ -1,4 +1,5 @@
 """Mixers: views and labels of a batch in, input and target of a task out; MixUp, CutMix, CMO and the two GLMC views."""
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,17 @@ import torch
 import torch.nn.functional as F
 from timm.data.mixup import mixup_target
 from torch import Tensor, nn
+
+RENAMED = {'draw_mixture': 'sample_mixture', 'FlippedMixup': 'BatchMixup', 'FlippedCutmix': 'BatchCutmix',
+           'PartnerOnly': 'ResampledOnly', 'UNMIXED': 'IDENTITY_MIXTURE'}  # names of 0.1.0
+
+
+def __getattr__(name: str):
+    """Return an object by its name of 0.1.0, with a warning."""
+    if name not in RENAMED:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    warnings.warn(f'glmc.mixing.{name} is now {RENAMED[name]}', DeprecationWarning, stacklevel=2)
+    return globals()[RENAMED[name]]
 
 
 class Mixture(NamedTuple):

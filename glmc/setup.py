@@ -51,7 +51,7 @@ SGD = ('sgd', 'momentum', 'nesterov')  # in the names of timm's optimizers that 
 class Setup:
     """Data, model, task, loaders and optimizer for the options of train_glmc.py, built in the order in which data flows.
 
-    Only the scripts, config.py and this class know `args`.
+    Only the scripts, the folder config and this class know `args`.
 
     Args:
         args: Options of `config.train_parser`.

@@ -2,6 +2,7 @@
 import re
 
 import numpy as np
+import pytest
 import timm
 import torch
 from conftest import ROOT, coloured
@@ -10,7 +11,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask
 from timm.utils import NativeScaler
 
-from glmc.mixing import GLMCMixer
+from glmc.mixing import BatchMixup, GLMCMixer
 from glmc.models import GLMCModule
 from glmc.tasks import GLMCTask
 
@@ -31,6 +32,12 @@ def accuracy(model: torch.nn.Module) -> float:
     images, labels = (torch.cat(column) for column in zip(*two_views(7), strict=True))
     with torch.inference_mode():
         return (model.eval()(images[:, 0, 0]).argmax(1) == labels[:, 0]).float().mean().item()
+
+
+def test_former_names_of_mixers_warn():
+    with pytest.warns(DeprecationWarning, match='glmc.mixing.FlippedMixup is now BatchMixup'):
+        from glmc.mixing import FlippedMixup
+    assert FlippedMixup is BatchMixup
 
 
 def test_loop_of_the_readme_trains_a_plain_timm_model(tmp_path, monkeypatch):
