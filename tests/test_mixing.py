@@ -124,7 +124,7 @@ def test_label_of_the_local_view_is_nominal_or_by_area():
 
 
 def test_the_nominal_label_is_a_fifth_off_the_picture():
-    """What docs/methods.md says of it at β = 0.2, on 32x32 pixels."""
+    """The statement of docs/methods.md at β = 0.2, on 32x32 pixels."""
     rng = np.random.default_rng(0)
     drawn = [sample_mixture((32, 32), 0.2, 'area', rng) for _ in range(4000)]
     nominal, pixels = (np.array([getattr(each, name).item() for each in drawn]) for name in ('lam', 'local_lam'))

@@ -85,16 +85,19 @@ def _with_gradient(compute_losses: Callable[[], dict[str, Tensor]], model: nn.Mo
 
 @contextmanager
 def _deterministic(model: nn.Module, bench: Benchmark) -> Iterator[None]:
-    """Turn off Dropout and TensorFloat-32 convolutions, and BatchNorm's batch statistics with --joint-forward."""
+    """Turn off Dropout and TensorFloat-32, and BatchNorm's batch statistics with --joint-forward."""
     kinds = (nn.modules.dropout._DropoutNd, DropPath, PatchDropout)
     kinds = (*kinds, nn.modules.batchnorm._BatchNorm) if bench.args.joint_forward else kinds
     modules = [module for module in model.modules() if isinstance(module, kinds)]
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
     for module in modules:
         module.eval()
     try:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
+        torch.set_float32_matmul_precision(precision)
         for module in modules:
             module.train()

@@ -89,7 +89,7 @@ def test_draws_are_those_of_the_worker_loader():
 
 
 class Recorder:
-    """What `views` was asked for."""
+    """Record of the arguments of `views`."""
 
     def __init__(self, loader):
         self.calls, self.views, loader.views = [], loader.views, self

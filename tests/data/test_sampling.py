@@ -1,4 +1,4 @@
-"""What a step sees: distributions by chi-square, coverage, seeds, and processes against one process."""
+"""Samples of a step: distributions by chi-square, coverage, seeds, and processes against one process."""
 import numpy as np
 import pytest
 from scipy.stats import chisquare

@@ -116,7 +116,7 @@ def test_alpha_decides_which_classifier_learns(progress, learns, rests):
 
 
 def consistency_gradient(task: GLMCTask, stop: bool) -> torch.Tensor:
-    """Of the projector's weight, with the equation written out."""
+    """Gradient of the projector's weight, with the equation written out."""
     a, b = task.trainable_module(*batch()[0])
     h_a, h_b = (o.projection.detach() if stop else o.projection for o in (a, b))
     loss = -(F.normalize(a.prediction) * F.normalize(h_b)).sum(1).mean() \

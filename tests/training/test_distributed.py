@@ -98,7 +98,7 @@ def test_ranks_do_not_broadcast_their_buffers(script):
 @pytest.mark.parametrize('reduce', [True, False])
 @pytest.mark.parametrize('method', ['ce', 'glmc_cosine'])
 def test_running_statistics_become_equal(method, reduce, tmp_path):
-    """Of the weights and of their average: the mean of both processes, or those of the first."""
+    """Statistics of the weights and of their average: the mean of both processes, or those of the first."""
     row = METHODS[method]
     task = row.task(row.module(create_backbone('resnet32_cifar', 3, channels=(2, 4, 8), depth=1)), [5, 4, 3])
     task.setup_ema()

@@ -36,7 +36,7 @@ def ready(net: str = 'glmc', progress: float = 0.6, model: str = 'resnet18', dty
 
 
 def classification_loss(step, losses: dict) -> torch.Tensor:
-    """Of GLMC without L_sim, of others the whole."""
+    """Loss for the perturbation: without L_sim for GLMC, the whole loss for others."""
     if 'loss_sim' not in losses:
         return losses['loss']
     return losses['loss'] - step.task.consistency_weight * losses['loss_sim']
