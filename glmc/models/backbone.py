@@ -29,7 +29,7 @@ def create_backbone(
         raise InputError(f'--model {name}: not a model of timm {timm.__version__}; nearest: {nearest}')
     try:
         kwargs = resolve_model_input_args(name, dict(img_size=img_size, in_chans=in_chans), **kwargs)
-        model = timm.create_model(num_classes=num_classes, **kwargs)
+        model = timm.create_model(**{**kwargs, 'num_classes': num_classes})  # config.json of a folder has its own
     except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
         raise InputError(f'--model {name}: timm cannot create it with these options: {first_line(error)}') from error
     if checkpoint_path:

@@ -11,6 +11,7 @@ import timm
 import torch
 from conftest import COUNTS, TINY, run_command
 from PIL import Image
+from safetensors.torch import load_file
 
 import glmc.export.export
 from glmc.errors import RunError
@@ -192,3 +193,11 @@ def test_a_failed_export_of_a_checkpoint_is_one_line(finished_run, tmp_path, mon
     out, err = capsys.readouterr()
     assert not out and err.startswith(f"error: {tmp_path / 'export'}: not exported: ") and err.count('\n') == 1
     assert [path.name for path in tmp_path.iterdir()] == ['nan.safetensors']
+
+
+def test_an_export_starts_another_run_with_other_classes(finished_run):
+    trained = load_file(finished_run / 'export' / 'model.safetensors')
+    model = create_backbone(f"local-dir:{finished_run / 'export'}", num_classes=5, pretrained=True)
+    found = model.state_dict()
+    assert model.num_classes == 5 and found['fc.weight'].shape[0] == 5
+    assert all(torch.equal(found[name], trained[name]) for name in trained if not name.startswith('fc.'))
