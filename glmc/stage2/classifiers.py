@@ -15,6 +15,7 @@ from glmc.models.cosine import fold_cosine
 from glmc.stage2.features import Features
 
 _logger = logging.getLogger(__name__)
+EVALUATION_BATCH = 4096
 
 
 class Linear(NamedTuple):
@@ -78,17 +79,17 @@ def train_linear(
     """
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    num_views, size = features.views.shape[:2]
+    size = len(features)
     class_weights = 1 / torch.bincount(features.labels).double()
     for _ in range(epochs):
         if class_balanced:
             order = torch.multinomial(class_weights[features.labels], size, replacement=True, generator=generator)
         else:
             order = torch.randperm(size, generator=generator)
-        views = torch.randint(num_views, (size,), generator=generator)
+        views = torch.randint(features.num_views, (size,), generator=generator)
         for indices, view in zip(order.split(batch_size), views.split(batch_size), strict=True):
             optimizer.zero_grad()
-            batch, labels = features.views[view, indices], features.labels[indices]
+            batch, labels = features.rows(indices, view), features.labels[indices]
             loss(logits(batch.to(parameters[0].device)), labels.to(parameters[0].device)).backward()
             optimizer.step()
             after_step()
@@ -290,9 +291,12 @@ class NearestClassMean(Classifier):
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
         device = stage1.linear.bias.device
-        plain, labels = features.plain.to(device), features.labels.to(device)
-        sums = torch.zeros_like(stage1.linear.weight).index_add_(0, labels, F.normalize(plain))
-        return Linear(*fold_cosine(sums, self.scale, plain.norm(dim=1).mean()))
+        sums, norms = torch.zeros_like(stage1.linear.weight), torch.zeros((), device=device)
+        for batch, labels in features.batches(EVALUATION_BATCH):
+            batch = batch.to(device)
+            sums.index_add_(0, labels.to(device), F.normalize(batch))
+            norms += batch.norm(dim=1).sum()
+        return Linear(*fold_cosine(sums, self.scale, norms / len(features)))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,26 +25,47 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Features:
-    """Pooled features of N images.
+    """Pooled features of N images. The rows are read as needed, so that a memory-mapped file need not fit into memory.
 
     Args:
-        views: (1 + V, N, D) float32 features of the plain view, then of V augmented views.
+        views: (1 + V, M, D) features of the plain view, then of V augmented views.
         labels: (N,) int64 labels.
+        index: (N,) int64 positions of these images among the M of `views`; None for all of them.
     """
     views: Tensor
     labels: Tensor
+    index: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def plain(self) -> Tensor:
-        """(N, D) features of the plain view, which evaluation uses."""
-        return self.views[0]
+    def num_views(self) -> int:
+        """1 + V."""
+        return self.views.shape[0]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.views.shape[-1]
+
+    def rows(self, indices: Tensor, views: Tensor | int = 0) -> Tensor:
+        """Read (n, D) float32 features of the images at (n,) int64 indices.
+
+        Args:
+            indices: Positions among the N images.
+            views: (n,) view of each image, or one for all; 0 is the plain view, which evaluation uses.
+        """
+        return self.views[views, indices if self.index is None else self.index[indices]].float()
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read the plain view of all images in order, as (B, D) float32 features and (B,) labels."""
+        for indices in torch.arange(len(self)).split(batch_size):
+            yield self.rows(indices), self.labels[indices]
 
     def subset(self, indices: Tensor) -> 'Features':
         """Features of the images at (n,) int64 indices."""
-        return Features(self.views[:, indices], self.labels[indices])
+        return Features(self.views, self.labels[indices], indices if self.index is None else self.index[indices])
 
     def counts(self, num_classes: int) -> list[int]:
         """Count the images per class."""

@@ -9,10 +9,8 @@ import torch
 from glmc.cli import nearest
 from glmc.errors import InputError
 from glmc.evaluation.metrics import LongTailEvaluator, Predictions
-from glmc.stage2.classifiers import CLASSIFIERS, Classifier, Linear, Stage1
+from glmc.stage2.classifiers import CLASSIFIERS, EVALUATION_BATCH, Classifier, Linear, Stage1
 from glmc.stage2.features import Features
-
-EVALUATION_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def measure(
     """
     device = linear.bias.device
     evaluator = LongTailEvaluator(counts, thresholds, device=device)
-    for batch, labels in zip(features.plain.split(EVALUATION_BATCH), features.labels.split(EVALUATION_BATCH), strict=True):
+    for batch, labels in features.batches(EVALUATION_BATCH):
         evaluator.update(linear(batch.to(device)), labels.to(device))
     return evaluator.compute(), evaluator.predictions()
 

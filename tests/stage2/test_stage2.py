@@ -87,14 +87,14 @@ def test_plain_features_are_those_of_the_model_and_give_its_logits(model):
         pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
         with torch.inference_mode():
             logits = model(pixels[None].float())[0]
-        torch.testing.assert_close(model.fc(found.plain[k]), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.fc(found.views[0][k]), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_augmented_views_differ_and_repeat_with_the_seed(model):
     one, again = (extractor(model)(digits(), num_views=3) for _ in range(2))
     other = extractor(model, seed=7)(digits(), num_views=3)
     assert torch.equal(one.views, again.views)
-    assert torch.equal(one.plain, other.plain) and not torch.equal(one.views[1], other.views[1])
+    assert torch.equal(one.views[0], other.views[0]) and not torch.equal(one.views[1], other.views[1])
     assert all(not torch.equal(one.views[a], one.views[b]) for a in range(4) for b in range(a))
 
 
@@ -180,7 +180,7 @@ def test_training_is_sgd_on_a_cosine():
                  generator=torch.Generator().manual_seed(0), batch_size=len(features))
     values = [tensor.clone().double() for tensor in start]
     momenta = [torch.zeros_like(value) for value in values]
-    x, one_hot = features.plain.double(), torch.eye(4)[features.labels].double()
+    x, one_hot = features.views[0].double(), torch.eye(4)[features.labels].double()
     for epoch in range(epochs):
         error = ((x @ values[0].T + values[1]).softmax(1) - one_hot) / len(x)
         rate = lr * (1 + np.cos(np.pi * epoch / epochs)) / 2
@@ -251,7 +251,7 @@ def test_balanced_softmax_of_equal_counts_is_cross_entropy():
 
 
 def test_logit_adjustment_divides_probabilities_by_the_prior():
-    features, tau = clusters().plain, 0.7
+    features, tau = clusters().views[0], 0.7
     adjusted, start = fit(LogitAdjust(tau=tau), stage1(), clusters(), 0), stage1().linear
     expected = start(features).softmax(1) / (torch.tensor(COUNTS) / sum(COUNTS)) ** tau
     torch.testing.assert_close(adjusted(features).softmax(1), expected / expected.sum(1, keepdim=True))
@@ -317,15 +317,15 @@ def test_tau_norm_is_its_formula():
 
 def test_label_over_smoothing_pulls_towards_nearly_uniform_probabilities():
     features = clusters(num_views=0)
-    found = fit(LabelOverSmoothing(lr=0.05, epochs=300), stage1(), features, 0)(features.plain).softmax(1)
+    found = fit(LabelOverSmoothing(lr=0.05, epochs=300), stage1(), features, 0)(features.views[0]).softmax(1)
     assert found.gather(1, features.labels[:, None]).mean().item() == pytest.approx(0.02 + 0.98 / 4, abs=0.01)
 
 
 @pytest.mark.filterwarnings('ignore:invalid value encountered')  # scikit-learn's, of one image a class
 def test_nearest_class_mean_is_scikit_learns_on_normalised_features():
     """Class means as scikit-learn has them; then, as the exported layer knows no norms, nearest of the normalised means."""
-    features, test = clusters(), clusters(seed=5).plain
-    unit = F.normalize(features.plain).numpy()
+    features, test = clusters(), clusters(seed=5).views[0]
+    unit = F.normalize(features.views[0]).numpy()
     means = NearestCentroid().fit(unit, features.labels.numpy()).centroids_
     nearest = NearestCentroid().fit(means / np.linalg.norm(means, axis=1, keepdims=True), np.arange(4))
     found = fit(NearestClassMean(), stage1(), features, 0)
@@ -346,7 +346,7 @@ def test_a_classifier_repeats_and_changes_nothing(name):
 
 @pytest.mark.parametrize('weight, tau', [(1.0, 0.0), (0.0, 1.0), (0.3, 0.5)])
 def test_averaged_heads_average_logits(weight, tau):
-    start, test = stage1(), clusters(seed=2).plain
+    start, test = stage1(), clusters(seed=2).views[0]
     prior = torch.tensor(COUNTS) / sum(COUNTS)
     expected = weight * start.linear(test) + (1 - weight) * (start.conventional(test) - tau * prior.log())
     torch.testing.assert_close(fit(HeadAverage(weight, tau), start, clusters(), 0)(test), expected)
