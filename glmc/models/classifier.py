@@ -153,9 +153,14 @@ class FoldedModule(Folding, nn.Module):
 @torch.no_grad()
 def set_classifier(backbone: nn.Module, weight: Tensor, bias: Tensor) -> None:
     """Set the (C, D) weight and the (C,) bias of the backbone's linear classifier."""
-    classifier = backbone.get_classifier()
-    classifier.weight.copy_(weight)
-    classifier.bias.copy_(bias)
+    set_linear(backbone.get_classifier(), weight, bias)
+
+
+@torch.no_grad()
+def set_linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    """Set the (C, D) weight and the (C,) bias of a linear layer."""
+    layer.weight.copy_(weight)
+    layer.bias.copy_(bias)
 
 
 @torch.no_grad()

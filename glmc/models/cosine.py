@@ -15,6 +15,11 @@ class CosineClassifier(nn.Module):
         self.scale = scale
         self.weight = nn.Parameter(F.normalize(torch.empty(num_classes, width).uniform_(-1, 1)))
 
+    @torch.no_grad()
+    def init_from(self, class_means: Tensor) -> None:
+        """Start from (C, D) class means."""
+        self.weight.copy_(F.normalize(class_means))
+
     def forward(self, features: Tensor) -> Tensor:
         return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
 

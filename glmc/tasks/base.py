@@ -1,8 +1,23 @@
 """Training tasks in timm's sense: a model and its loss, batch in, dict of losses out."""
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
+
+from glmc.models.classifier import set_classifier
+
+
+class HeadFits(NamedTuple):
+    """Classifiers fitted to the features of the pretrained encoder, which heads can start from.
+
+    Attributes:
+        linear: Class prior ('train', 'uniform' or C weights) -> (C, D) weight and (C,) bias that embody it.
+        class_means: () -> (C, D) means of the normalised features of each class.
+    """
+    linear: Callable[[str | Sequence[float]], tuple[Tensor, Tensor]]
+    class_means: Callable[[], Tensor]
 
 
 class TaskHooks:
@@ -27,6 +42,15 @@ class TaskHooks:
 
     def after_step(self) -> None:
         """Change weights after an update of the optimizer."""
+
+    def init_heads(self, fits: HeadFits, prior: str | Sequence[float]) -> None:
+        """Start the classifiers from fits to the features of the encoder, in place (linear probe first; arXiv 2202.10054).
+
+        Args:
+            fits: Fits to the training images.
+            prior: Class prior that the exported classifier embodies.
+        """
+        set_classifier(self.get_eval_model(), *fits.linear(prior))
 
     def classification_loss(self, losses: dict[str, Tensor]) -> Tensor:
         """Loss along whose gradient SAM perturbs the weights; a scalar of the dict of the task."""

@@ -3,11 +3,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.utils import unwrap_model
 from torch import Tensor
 
 from glmc.losses.glmc import cumulative_alpha
 from glmc.models.bilateral import BilateralModule
-from glmc.tasks.base import FoldedTask
+from glmc.models.classifier import set_linear
+from glmc.tasks.base import FoldedTask, HeadFits
 
 
 class BilateralTask(FoldedTask):
@@ -25,6 +27,15 @@ class BilateralTask(FoldedTask):
 
     def set_progress(self, progress: float) -> None:
         self.alpha.fill_(cumulative_alpha(progress))
+
+    def init_heads(self, fits: HeadFits, prior: str | Sequence[float]) -> None:
+        """Start W_c from half of the cross-entropy fit and W_r from half of the Balanced Softmax fit: z is their mean."""
+        module = unwrap_model(self.get_trainable_module())
+        (weight, bias), (balanced_weight, balanced_bias) = map(fits.linear, ('train', 'uniform'))
+        set_linear(module.classifier, weight / 2, (bias + balanced_bias) / 2)
+        with torch.no_grad():
+            module.rebalancer.weight.copy_(balanced_weight / 2)
+        module.fold()
 
     def forward(self, images: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """`loss` of images i and j, each (B, c, H, W), with (B,) labels, and `output`, the (B, C) logits z."""

@@ -7,8 +7,9 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from glmc.losses.glmc import class_weights, cumulative_alpha, negative_cosine, soft_cross_entropy
+from glmc.models.classifier import set_classifier, set_linear
 from glmc.models.glmc import GLMCModule
-from glmc.tasks.base import AuxiliaryHeadsTask, FoldedTask
+from glmc.tasks.base import AuxiliaryHeadsTask, FoldedTask, HeadFits
 
 
 class GLMCTask(AuxiliaryHeadsTask):
@@ -49,6 +50,13 @@ class GLMCTask(AuxiliaryHeadsTask):
 
     def conventional_classifier(self, ema: bool = False) -> nn.Linear | None:
         return unwrap_model(self.get_trainable_module(ema)).classifier
+
+    def init_heads(self, fits: HeadFits, prior: str | Sequence[float]) -> None:
+        """Start c from the cross-entropy fit and cb from the Balanced Softmax fit; a single classifier from the former."""
+        module = unwrap_model(self.get_trainable_module())
+        set_classifier(module.backbone, *fits.linear('train' if self.balanced else 'uniform'))
+        if not self.balanced:
+            set_linear(module.classifier, *fits.linear('train'))
 
     def set_progress(self, progress: float) -> None:
         """Set α for T/T_max = progress in [0, 1)."""
@@ -95,3 +103,10 @@ class CosineGLMCTask(FoldedTask, GLMCTask):
 
     def conventional_classifier(self, ema: bool = False) -> None:
         """None: the conventional classifier is not linear."""
+
+    def init_heads(self, fits: HeadFits, prior: str | Sequence[float]) -> None:
+        """Start both cosine classifiers from the class means (LIFT; arXiv 2309.10019)."""
+        module = unwrap_model(self.get_trainable_module())
+        for head in (module.classifier, module.rebalancer):
+            head.init_from(fits.class_means())
+        module.fold()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from glmc.losses.classification import DeferredReweighting
 from glmc.models.classifier import FoldedModule, cap_norms, linear_classifier, norm_radius, set_classifier
-from glmc.tasks.base import FoldedTask, TaskHooks
+from glmc.tasks.base import FoldedTask, HeadFits, TaskHooks
 
 
 class SingleViewTask(TaskHooks, ClassificationTask):
@@ -89,6 +89,12 @@ class CosineTask(FoldedTask):
 
     def set_progress(self, progress: float) -> None:
         self.criterion.set_progress(progress)
+
+    def init_heads(self, fits: HeadFits, prior: str | Sequence[float]) -> None:
+        """Start the cosine classifier from the class means (LIFT; arXiv 2309.10019)."""
+        module = unwrap_model(self.get_trainable_module())
+        module.classifier.init_from(fits.class_means())
+        module.fold()
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """`loss` of (B, c, H, W) images and (B,) labels, and `output`, the (B, C) scaled cosines."""
