@@ -3,7 +3,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,31 +13,10 @@ from glmc.losses.classification import LogitAdjustedLoss, effective_number_weigh
 from glmc.models.classifier import cap_norms, norm_radius
 from glmc.models.cosine import fold_cosine
 from glmc.stage2.features import Features
+from glmc.stage2.probe import Linear
 
 _logger = logging.getLogger(__name__)
 EVALUATION_BATCH = 4096
-
-
-class Linear(NamedTuple):
-    """Weights of a linear classifier."""
-    weight: Tensor  # (C, D)
-    bias: Tensor  # (C,)
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """(B, D) features -> (B, C) logits."""
-        return F.linear(features, self.weight, self.bias)
-
-    def scaled(self, scale: Tensor) -> 'Linear':
-        """Multiply the logit of each class by its (C,) scale."""
-        return Linear(scale[:, None] * self.weight, scale * self.bias)
-
-    def detached(self) -> 'Linear':
-        """The same tensors without gradients."""
-        return Linear(self.weight.detach(), self.bias.detach())
-
-    def trainable(self) -> 'Linear':
-        """Copy that requires gradients."""
-        return Linear(*(tensor.detach().clone().requires_grad_() for tensor in self))
 
 
 @dataclass(frozen=True)
