@@ -15,9 +15,11 @@ from glmc.config.groups import (
 from glmc.config.parsers import (
     COMMON,
     DEMONSTRATION,
+    FINE_TUNING,
     add_config,
     finetune_parser,
     has_data,
+    is_pretrained,
     train_parser,
 )
 from glmc.config.rules import (
@@ -36,6 +38,7 @@ __all__ = [
     'CONFLICTS',
     'DATA',
     'DEMONSTRATION',
+    'FINE_TUNING',
     'FINETUNE_NEEDS',
     'NEEDS',
     'NOT_TRAINING',
@@ -49,6 +52,7 @@ __all__ = [
     'finetune_parser',
     'flag',
     'has_data',
+    'is_pretrained',
     'interval',
     'job_options',
     'names',

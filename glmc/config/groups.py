@@ -169,6 +169,14 @@ def _model(parser: Parser) -> None:
     add('--model', default='resnet18', metavar='NAME', help='timm architecture, hf-hub:ORG/NAME or local-dir:FOLDER')
     add('--pretrained', action='store_true', help='start from pretrained weights')
     add('--initial-checkpoint', metavar='FILE', help='start from these weights (.safetensors or .pth)')
+    add('--head-init', choices=('random', 'probe', 'class_mean'), default='random',
+        help='start of the classifiers: random, linear probes on the features of the starting weights, or class means; '
+        'default: probe with pretrained weights, else random')
+    add('--freeze', nargs='+', metavar='PATTERN',
+        help='do not train parameters with these names, e.g. conv_stem.* blocks.0.*')
+    add('--freeze-bn', action=argparse.BooleanOptionalAction, default=False,
+        help='keep the running statistics of BatchNorm, which small batches of new images spoil; default: with pretrained '
+        'weights')
     add('--drop', type=fraction, metavar='PCT', help='dropout rate before the classifier')
     add('--drop-path', type=fraction, metavar='PCT', help='stochastic depth rate')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
@@ -224,6 +232,7 @@ def _method(parser: Parser) -> None:
         help='β of the effective number of images, (1 - β^n) / (1 - β)')
     add('--drw-start', type=fraction, default=0.8, metavar='FRACTION',
         help='fraction of the epochs before deferred re-weighting starts')
+    add('--smoothing', type=fraction, default=0.0, help='label smoothing of ce, balanced_softmax and logit_adjustment')
     add('--adjustment-tau', type=finite, default=1.0, metavar='TAU', help='τ of logit adjustment')
     add('--ldam-margin', type=positive, default=0.5, metavar='M', help='margin of the smallest class')
     add('--cosine-scale', type=positive, default=30.0, metavar='S', help='scale of the cosine classifier')

@@ -5,6 +5,8 @@ from glmc.config.groups import DATA, GROUPS, add_groups, count, hub_options, job
 OBSOLETE = {'aug_views': 'both', 'mix_lambda': 'shared'}  # removed options -> the default that older files contain
 # Defaults for the embedded digits, which are used if no data is given.
 DEMONSTRATION = dict(model='resnet10t', epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
+# Defaults with pretrained weights, chosen on held-out images (hparams/pretrained.yaml, results/README.md).
+FINE_TUNING = dict(head_init='probe', freeze_bn=True, smoothing=0.1, lr_base=0.02, scale=[0.4, 1.0], epochs=5)
 COMMON = frozenset((  # options that `--help` shows; `--help-all` shows all
     'config', 'data_dir', 'dataset', 'train_list', 'val_list', 'val_split', 'holdout', 'imbalance_factor', 'augmentation',
     'model', 'pretrained', 'img_size', 'method', 'stage2', 'batch_size', 'opt', 'lr', 'weight_decay', 'epochs',
@@ -33,7 +35,9 @@ def train_parser(methods: dict) -> Parser:
     method.help += f": {', '.join(methods)}; see docs/methods.md"
     parser.obsolete = OBSOLETE
     parser.resolve = _resolve_balanced
-    parser.presets = lambda options: {**methods[options.method].defaults, **({} if has_data(options) else DEMONSTRATION)}
+    parser.presets = lambda options: {
+        **(FINE_TUNING if is_pretrained(options) else {}), **methods[options.method].defaults,
+        **({} if has_data(options) else DEMONSTRATION)}
     parser.hide({*names(*GROUPS)} - COMMON)
     return parser
 
@@ -41,6 +45,11 @@ def train_parser(methods: dict) -> Parser:
 def has_data(options: Options) -> bool:
     """Return whether the options name any images; else the embedded digits are used."""
     return bool(options.data_dir or options.dataset or options.train_list)
+
+
+def is_pretrained(options: Options) -> bool:
+    """Return whether the model starts from trained weights."""
+    return bool(options.pretrained or options.initial_checkpoint)
 
 
 def _resolve_balanced(options: Options) -> None:
