@@ -15,6 +15,7 @@ from glmc.config.groups import (
 from glmc.config.parsers import (
     COMMON,
     DEMONSTRATION,
+    INPUT,
     add_config,
     finetune_parser,
     has_data,
@@ -37,6 +38,7 @@ __all__ = [
     'DATA',
     'DEMONSTRATION',
     'FINETUNE_NEEDS',
+    'INPUT',
     'NEEDS',
     'NOT_TRAINING',
     'Need',
