@@ -246,8 +246,8 @@ def test_an_architecture_is_an_encoder(finetune, folders, tmp_path, monkeypatch)
     import finetune_glmc
     monkeypatch.setattr(finetune_glmc, 'load_trained', lambda name, num_classes, **options: load_trained(
         name, num_classes=3, checkpoint=weights_of(name, tmp_path, in_chans=1), **options))
-    outcome = finetune('--model', 'test_resnet', '--data-dir', folders, '--img-size', '48', '--in-chans', '1', '--mean', '0.4',
-                       '--std', '0.2', '--crop-pct', '1', '--interpolation', 'bilinear', '--stage2', 'ncm')
+    outcome = finetune('--model', 'test_resnet', '--data-dir', folders, '--img-size', '48', '--in-chans', '1',
+                       '--mean', '0.4', '--std', '0.2', '--crop-pct', '1', '--interpolation', 'bilinear', '--stage2', 'ncm')
     assert outcome.code == 0, outcome.err
     result = tmp_path / 'out' / 'result'
     config = json.loads((result / 'export' / 'config.json').read_text())['pretrained_cfg']

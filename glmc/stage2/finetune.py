@@ -92,7 +92,7 @@ def run_stage2(
     if not accelerator.is_main_process:
         return []
     if split:
-        _logger.info(f'{len(split[1]):,} training images (--stage2-holdout) choose hyper-parameters and the best classifier; '
+        _logger.info(f'{len(split[1]):,} training images (--stage2-holdout) choose hyper-parameters and the best rule; '
                      f'then all {len(data.train):,} train')
     folder, counts, thresholds = Path(folder), list(counts or data.profile.counts), data.profile.thresholds
     extract = Extractor(
