@@ -51,6 +51,7 @@ def main() -> None:
     first = next(iter(models.values()))
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(first, args.amp))
     jobs = {name: prepare(args, explicit, trained, accelerator) for name, trained in models.items()}
+    check_kinds(jobs)
     check_push(args)
     folder = open_run_folder(args.output, args.experiment, f'stage2-{first.architecture}', resume=False)
     folders = {name: folder / f'{number}-{Path(name).name}' if len(jobs) > 1 else folder
@@ -146,6 +147,14 @@ def warn_other_images(trained: TrainedModel, data: TrainingData) -> None:
     stage1 = trained.metadata.get('profile', {}).get('fingerprint')
     if stage1 and data.profile.fingerprint != stage1:
         _logger.warning('The training set differs from that of stage 1 (fingerprints).')
+
+
+def check_kinds(jobs: dict[str, dict]) -> None:
+    """Refuse models with and without a trained classifier in one table."""
+    kinds = {job['encoder_only']: name for name, job in jobs.items()}
+    if len(kinds) > 1:
+        raise InputError(f'--model {kinds[True]}: has no trained classifier for these classes, unlike {kinds[False]}; '
+                         'expected one kind of models')
 
 
 def check_push(args: Options) -> None:

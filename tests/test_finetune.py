@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from glmc.cli import run_script
 from glmc.export.load import load_trained
 from glmc.models.backbone import create_backbone
-from glmc.stage2.classifiers import CLASSIFIERS, PROBE_CLASSIFIERS
+from glmc.stage2 import select
+from glmc.stage2.classifiers import CLASSIFIERS, PROBE_CLASSIFIERS, NearestNeighbours
 from glmc.training.checkpoint import load_checkpoint
 from glmc.training.checkpoints import BEST
 
@@ -255,6 +256,18 @@ def test_an_architecture_is_an_encoder(finetune, folders, tmp_path, monkeypatch)
     assert not (result / 'ncm' / 'export').exists()
 
 
+def test_a_best_classifier_that_is_not_linear_is_named(finetune, finished_run, folders, tmp_path, monkeypatch):
+    search = select.search
+    monkeypatch.setattr('glmc.stage2.finetune.search', lambda classifier, *words, **options: (
+        classifier, 101.0) if isinstance(classifier, NearestNeighbours) else search(classifier, *words, **options))
+    outcome = finetune('--model', without_counts(finished_run, tmp_path / 'bare'), '--data-dir', folders, '--stage2', 'knn')
+    assert outcome.code == 0, outcome.err
+    assert 'knn is the best on held-out images, but not linear: linear_probe is exported' in outcome.out
+    metrics = metrics_of(tmp_path / 'out' / 'result')
+    assert metrics['method'] == 'frozen+linear_probe' and 'stage1' not in metrics
+    assert json.loads((tmp_path / 'out' / 'result' / 'export' / 'config.json').read_text())['glmc']['prior'] == 'train'
+
+
 def test_classes_of_one_image_need_no_choice(finetune, finished_run, folders, tmp_path):
     write_folders(tmp_path / 'few' / 'train', dict.fromkeys(COUNTS, 1))
     shutil.copytree(folders / 'validation', tmp_path / 'few' / 'validation')
@@ -279,6 +292,7 @@ ERRORS = {  # options, with {name} of a place -> what the line says
     '--model {bare} --stage2 average': '--stage2: expected all, or some of linear_probe.*|--stage2 average: needs both',
     '--model {bare} --stage2-kwargs ncm.scale=x': '--stage2-kwargs ncm.scale: expected float',
     '--model levit_128s': '--model levit_128s: .* one linear layer.*, found 2 heads',
+    '--model {run} {bare}': '--model .*bare: has no trained classifier for these classes, unlike .*first; expected one kind',
     '--model {run} --in-chans 1': '--in-chans 1: is for a bare architecture',
     '--model {run} --push-to-hub ORG/NAME': '--push-to-hub ORG/NAME: expected one --model, and one classifier',
     '--model levit_128s --class-counts {three}': '--model levit_128s: .* one linear layer.*, found 2 heads',

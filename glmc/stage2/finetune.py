@@ -176,13 +176,14 @@ def _write_classifier(
     source = export['source']
     stage2 = dict(name=result.name, **result.settings, **metadata, seconds=round(result.seconds, 2))
     method = f"{metrics['method']}+{result.name}"
+    seconds = result.seconds if result is first else first.seconds + result.seconds  # a linear probe is stage 1
     stage1 = {'method': metrics['method'] if first.name == STAGE1 else f"{metrics['method']}+{first.name}",
               **{key: first.metrics[key] for key in METRICS},
               **{key: metrics[key] for key in ('command', 'commit', 'seconds', 'epoch') if key in metrics}}
     metrics = {
         **metrics, 'method': method, **result.metrics, **({} if result is first else {'stage1': stage1}),
         'stage2': {**stage2, 'heldout_class_mean': result.heldout}, **provenance(),
-        'seconds': round(metrics.get('seconds', 0) + metadata['feature_seconds'] + result.seconds, 1)}
+        'seconds': round(metrics.get('seconds', 0) + metadata['feature_seconds'] + seconds, 1)}
     own = folder / result.name
     own.mkdir(parents=True, exist_ok=True)
     (own / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
