@@ -126,11 +126,13 @@ def has_classes_of(args: Options, trained: TrainedModel, data: TrainingData) -> 
 
 def with_new_classifier(trained: TrainedModel, num_classes: int, knows_counts: bool) -> TrainedModel:
     """Return the model with an untrained classifier, and without the metadata of its own."""
-    if knows_counts:
-        _logger.warning(f'--model {trained.name}: was trained on other classes, only its encoder is used')
+    if trained.num_classes != num_classes:
+        reason = f'it has {trained.num_classes:,} classes, the training data has {num_classes:,}'
     else:
-        _logger.info(f'--model {trained.name}: only its encoder is used, as it records no training images per class '
-                     '(--class-counts FILE keeps its classifier)')
+        reason = 'its classes are others' if knows_counts else (
+            'it records no training images per class; --class-counts FILE keeps its classifier')
+    _logger.log(logging.WARNING if knows_counts else logging.INFO,
+                f'--model {trained.name}: only its encoder is used: {reason}')
     with suppress(AttributeError, NotImplementedError, TypeError):  # linear_classifier raises the error
         trained.model.reset_classifier(num_classes)
     trained.model.eval()

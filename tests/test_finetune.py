@@ -230,16 +230,17 @@ def test_a_model_without_training_counts_is_an_encoder(finetune, finished_run, f
     bare = without_counts(finished_run, tmp_path / 'bare')
     outcome = finetune('--model', bare, '--data-dir', folders, '--report')
     metrics = check_encoder_only(outcome, tmp_path / 'out' / 'result')
-    assert outcome.err.count('only its encoder is used') == 1 and 'x 1 views' in outcome.err
+    assert outcome.err.count('only its encoder is used: it records no training images') == 1 and 'x 1 views' in outcome.err
     assert 'linear_probe' in (tmp_path / 'out' / 'result' / 'report.html').read_text()
     assert metrics['stage2']['feature_views'] == 0 and metrics['train_counts'] == list(COUNTS.values())
 
 
 def test_an_export_with_other_classes_is_an_encoder(finetune, finished_run, places, tmp_path):
-    for place, names in (('four', [*COUNTS, 'dog']), ('others', ['ant', 'dog', 'emu'])):
+    for place, names, reason in (('four', [*COUNTS, 'dog'], 'it has 3 classes, the training data has 4'),
+                                 ('others', ['ant', 'dog', 'emu'], 'its classes are others')):
         outcome = finetune('--model', finished_run, '--data-dir', places[place], '--experiment', place)
         check_encoder_only(outcome, tmp_path / 'out' / place, names)
-        assert outcome.err.count('was trained on other classes, only its encoder is used') == 1
+        assert outcome.err.count(f'only its encoder is used: {reason}') == 1
 
 
 def test_an_architecture_is_an_encoder(finetune, folders, tmp_path, monkeypatch):
