@@ -290,7 +290,7 @@ ERRORS = {  # options, with {name} of a place -> what the line says
     '--model {run} --class-counts {two}': '--class-counts .*: found 2 classes, --model .* has 3',
     '--model {reversed}': "--model .*: was trained on the classes in another order.*has 'ant' where the model has 'cat'",
     '--model {run} --stage2 linear_probe': '--stage2: expected all.*linear_probe is for models without a trained classifier',
-    '--model {bare} --stage2 average': '--stage2: expected all, or some of linear_probe.*|--stage2 average: needs both',
+    '--model {bare} --stage2 average': '--stage2 average: needs both classifiers of GLMC',
     '--model {bare} --stage2-kwargs ncm.scale=x': '--stage2-kwargs ncm.scale: expected float',
     '--model levit_128s': '--model levit_128s: .* one linear layer.*, found 2 heads',
     '--model {run} {bare}': '--model .*bare: has no trained classifier for these classes, unlike .*first; expected one kind',
