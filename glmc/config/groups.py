@@ -72,7 +72,7 @@ def stage2_group(parser: Parser) -> None:
     group = parser.add_argument_group('stage 2')
     add = group.add_argument
     add('--stage2', metavar='NAME[,NAME]', help='classifiers to train on the features of the trained model: all, or some of '
-        'maxnorm, balanced_softmax, logit_adjust, crt, lws, tau_norm, los, ncm, average')
+        'maxnorm, balanced_softmax, logit_adjust, crt, lws, tau_norm, los, ncm, lda, knn, average')
     add('--feature-views', type=count, default=2, metavar='V', help='augmented views of each image, besides the plain image')
     add('--stage2-holdout', type=positive, metavar='N',
         help='set training images aside (a number per class, or a fraction) to choose hyper-parameters on; with --holdout, '
