@@ -67,6 +67,24 @@ def precision_options(group, default: str) -> None:
     add('--amp-dtype', choices=('float16', 'bfloat16'), help=f'mixed precision; default: {default}')
 
 
+def adjustment_options(group, measured: str = '') -> None:
+    """Options that change the logits of a trained model.
+
+    Args:
+        group: Argument group.
+        measured: Further value of `--target-prior` with its meaning.
+    """
+    add = group.add_argument
+    add('--flip-tta', action='store_true', help='average the logits of image and mirror image')
+    add('--target-prior', metavar='PRIOR',
+        help='adjust the logits to this class prior: uniform, forward (long-tailed as the training set), backward (the '
+        f'reverse), {measured}or a file with a weight per class (JSON list, or one number per line)')
+    add('--source-prior', choices=('train', 'uniform'),
+        help="class prior that the classifier has learnt; default: the export's, train for a plain timm model")
+    add('--target-imbalance', type=number(float, 1), default=50.0, metavar='F',
+        help='ratio of the largest to the smallest class of forward and backward')
+
+
 def stage2_group(parser: Parser) -> None:
     """Options of stage 2, as a script or at the end of a run."""
     group = parser.add_argument_group('stage 2')
