@@ -50,7 +50,7 @@ OPTIONS = {  # command line -> pattern of the error line
     '--train-split training2': "--data-dir .*: no folder for split 'training2', found train, validation",
     '--class-map nowhere.txt': '--data-dir .*nowhere.txt',
     '--initial-checkpoint nowhere.pth': '--initial-checkpoint nowhere.pth: no such file',
-    '--initial-checkpoint README.md': '--initial-checkpoint README.md: expected weights of test_resnet, found: .*only tensors',
+    '--initial-checkpoint README.md': '--initial-checkpoint README.md: expected weights of test_resnet, found: content',
     '--pretrained': '--model test_resnet: cannot download timm/test_resnet.*: HF_HUB_OFFLINE is set; expected a network, ',
     '--model resnet32_cifar --pretrained': '--pretrained: timm has no weights of resnet32_cifar; it has ',
     '--resume nowhere/checkpoints/epoch-0001.safetensors': '(--resume )?nowhere/.*: .*No such file',

@@ -129,7 +129,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f'HTTP {error.response.status_code}, no such model or no access to it'
     if 'weights_only' in str(error):
-        return 'a pickle of other objects; only tensors are loaded (weights_only)'
+        return 'content other than tensors; only tensors are loaded (weights_only)'
     return first_line(error)
 
 
