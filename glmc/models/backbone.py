@@ -163,7 +163,8 @@ def _create_with_weights(
     unused += others
     if unused:
         more = f' and {len(unused) - 3} more' if len(unused) > 3 else ''
-        _logger.info(f'{where.split(": ")[0]}: not used: {", ".join(unused[:3])}{more}')
+        source = where.removesuffix('cannot be loaded: ')
+        _logger.info(f'{source}not used: {", ".join(unused[:3])}{more}')
     return model
 
 
