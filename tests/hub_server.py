@@ -7,6 +7,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from huggingface_hub import constants
+
 TOKEN = 'hf_right'
 
 
@@ -32,6 +34,14 @@ class Hub:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+    def connect_client(self, monkeypatch) -> None:
+        """Connect the client of this process to the server, past HF_HUB_OFFLINE."""
+        for name, value in dict(
+                ENDPOINT=self.url, HUGGINGFACE_CO_URL_TEMPLATE=self.url + '/{repo_id}/resolve/{revision}/{filename}',
+                HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True).items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv('HF_TOKEN', TOKEN)
 
     def files(self, repo: str, branch: str = 'main') -> dict[str, bytes]:
         return self.repos[repo]['branches'][branch]

@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import timm
 import torch
 from timm.data import resolve_input_data_config
 from timm.models._hub import download_from_hf
@@ -55,7 +54,7 @@ def load_trained(
 
     Args:
         name: Export folder, run folder, checkpoint of train_glmc.py, `hf-hub:…`, `local-dir:…`, or a timm architecture.
-        checkpoint: Weights for a timm architecture; None for its pretrained weights.
+        checkpoint: Weights for a timm architecture, whose classifier must fit; None for its pretrained weights.
         data_options: Overrides of the data config: img_size, in_chans, mean, std, interpolation, crop_pct.
         **model_options: Further arguments of `create_backbone` for a timm architecture.
 
@@ -107,12 +106,12 @@ def _load_export(name: str) -> TrainedModel:
         if not (path / 'config.json').is_file():
             raise InputError(f'--model {name}: no config.json in this folder, expected an export or a run that has one')
         name = f'local-dir:{path}'
+    model = create_backbone(name, pretrained=True, trained=True)
     try:
-        model = timm.create_model(name, pretrained=True)
         scheme, _, place = name.partition(':')
         file = Path(place) / 'config.json' if scheme == 'local-dir' else download_from_hf(place, 'config.json')
         config = json.loads(Path(file).read_text(encoding='utf-8'))
-    except Exception as error:  # a foreign config or weights file, a server: timm and the client raise anything
+    except Exception as error:  # a server: the client raises anything
         raise InputError(f'--model {name}: cannot be loaded: {first_line(error)}') from error
     class_names = valid_class_names(config.get('label_names'), model.num_classes)
     metadata = valid_metadata(config.get('glmc'), model.num_classes)
@@ -120,13 +119,8 @@ def _load_export(name: str) -> TrainedModel:
 
 
 def _load_architecture(name: str, checkpoint: str | None, **model_options) -> TrainedModel:
-    model = create_backbone(name, pretrained=checkpoint is None, **model_options)
-    if checkpoint:
-        try:
-            timm.models.load_checkpoint(model, checkpoint, weights_only=True)
-        except Exception as error:  # torch and safetensors raise anything for a foreign file
-            raise InputError(f'--checkpoint {checkpoint}: expected weights of {name} with {model.num_classes} classes, '
-                             f'found: {first_line(error)}') from error
+    model = create_backbone(
+        name, pretrained=checkpoint is None, checkpoint_path=checkpoint, trained=True, **model_options)
     class_names = valid_class_names(model.pretrained_cfg.get('label_names'), model.num_classes)
     return TrainedModel(name, model, {}, class_names, {})
 

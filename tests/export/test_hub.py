@@ -34,9 +34,7 @@ def hub():
 @pytest.fixture
 def client(hub, monkeypatch):
     """Connect the client of this process to the server."""
-    for name, value in dict(ENDPOINT=hub.url, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True).items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    hub.connect_client(monkeypatch)
     monkeypatch.setattr('glmc.export.hub.RETRY_DELAYS', (0.01, 0.01))
     yield
     close_session()
@@ -187,7 +185,7 @@ def test_a_server_that_is_down_is_one_line(hub, push):
 
 
 def test_a_repository_that_is_not_there_is_one_line(client):
-    with pytest.raises(InputError, match='--model hf-hub:us/nothing: cannot be loaded: ') as error:
+    with pytest.raises(InputError, match='--model hf-hub:us/nothing: cannot be loaded: HTTP 404, ') as error:
         load_trained('hf-hub:us/nothing')
     assert len(str(error.value).splitlines()) == 1
 

@@ -143,7 +143,8 @@ def test_a_data_config_that_does_not_fit_is_one_line(export):
 @pytest.mark.parametrize('name, expected', [
     ('nowhere/export', 'no such file or folder; a Hub model is hf-hub:ORG/NAME'),
     ('local-dir:nowhere', 'cannot be loaded: '),
-    ('hf-hub:us/nothing', 'cannot be loaded: '), ('hf-hub:', 'cannot be loaded: '), ('resnet_18', 'not a model of timm')])
+    ('hf-hub:us/nothing', 'cannot download us/nothing: HF_HUB_OFFLINE is set; expected a network'),
+    ('hf-hub:', 'cannot be loaded: '), ('resnet_18', 'not a model of timm')])
 def test_a_missing_model_is_one_line(name, expected):
     with pytest.raises(InputError, match=expected) as error:
         load_trained(name, num_classes=3)
