@@ -268,7 +268,6 @@ def open_output(output: str) -> Iterator[TextIO]:
             with atomic_write(Path(output)) as temporary, open(temporary, 'w', **text) as file:
                 yield file
     except BrokenPipeError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes once more at exit
         raise RunError('--output -: the reader has closed standard output') from error
     except torch.OutOfMemoryError as error:
         raise RunError(f'out of memory: {first_line(error)}; use a smaller --batch-size') from error

@@ -135,10 +135,10 @@ def broken(tmp_path):
     (tmp_path / 'mixed' / 'cut.jpg').write_bytes((tmp_path / 'mixed' / 'cut.jpg').read_bytes()[:700])
     (tmp_path / 'mixed' / 'empty.png').write_bytes(b'')
     os.symlink('gone', tmp_path / 'mixed' / 'link.png')
-    coloured(0, 1).save(tmp_path / 'mixed' / 'odd.tif')  # its decoder raises an error of its own kind
-    content = bytearray((tmp_path / 'mixed' / 'odd.tif').read_bytes())
-    content[4:8] = b'\xff\xff\xff\x7f'
-    (tmp_path / 'mixed' / 'odd.tif').write_bytes(content)
+    coloured(0, 1).save(tmp_path / 'mixed' / 'odd.dds')
+    content = bytearray((tmp_path / 'mixed' / 'odd.dds').read_bytes())
+    content[80:84] = bytes(4)  # flags of the pixel format, for which Pillow raises a NotImplementedError
+    (tmp_path / 'mixed' / 'odd.dds').write_bytes(content)
     return tmp_path / 'mixed'
 
 
@@ -146,9 +146,9 @@ def test_an_unreadable_image_is_a_row_with_its_error(run, broken):
     outcome, rows = run('mixed', '--threshold', '0.1')
     assert outcome.code == 0, outcome.err
     found = {os.path.basename(row['file']): row for row in rows}
-    assert list(found) == ['cut.jpg', 'empty.png', 'good.png', 'link.png', 'odd.tif']
+    assert list(found) == ['cut.jpg', 'empty.png', 'good.png', 'link.png', 'odd.dds']
     assert found['good.png']['label'] in LABELS and not found['good.png']['error']
-    for name in ('cut.jpg', 'empty.png', 'link.png', 'odd.tif'):
+    for name in ('cut.jpg', 'empty.png', 'link.png', 'odd.dds'):
         assert found[name]['error'], name
         assert not any(value for key, value in found[name].items() if key not in ('file', 'error'))
     assert found['link.png']['error'] == 'No such file or directory'
@@ -268,6 +268,7 @@ def test_an_earlier_csv_is_replaced_when_the_new_one_is_complete(run, folders, t
     (['gone'], 'gone: no such file or folder'),
     (['empty'], 'empty: found no image, expected files with the extension .apng '),
     (['a.png', '--output', 'gone/x.csv'], '--output gone/x.csv: cannot write to the folder gone'),
+    (['a.png', '--output', '\x1b/x.csv'], r'--output \x1b/x.csv: cannot write to the folder \x1b'),
     (['a.png', '--output', 'empty'], '--output empty: not a regular file, expected a file, or - for standard output'),
     (['a.png', '--output', os.devnull], f'--output {os.devnull}: not a regular file'),
     (['.', '--output', 'a.png'], '--output a.png: is one of the images, expected another file'),
