@@ -247,7 +247,7 @@ def check_output(output: str, files: Sequence[str]) -> None:
         raise InputError(f'--output {output}: not a regular file, expected a file, or - for standard output')
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f'--output {output}: cannot write to the folder {path.parent}')
-    if path.exists() and any(path.samefile(file) for file in files if Path(file).name == path.name):
+    if any(os.path.realpath(file) == os.path.realpath(path) for file in files if os.path.basename(file) == path.name):
         raise InputError(f'--output {output}: is one of the images, expected another file')
 
 
@@ -256,7 +256,7 @@ def open_output(output: str) -> Iterator[TextIO]:
     """Open the CSV, which replaces an earlier one when it is complete; file names are written byte by byte.
 
     Raises:
-        RunError: If it cannot be written; an earlier file is kept.
+        RunError: If it cannot be written, or memory runs out meanwhile; an earlier file is kept.
     """
     text = dict(encoding='utf-8', errors='surrogateescape', newline='')
     try:
@@ -268,8 +268,9 @@ def open_output(output: str) -> Iterator[TextIO]:
             with atomic_write(Path(output)) as temporary, open(temporary, 'w', **text) as file:
                 yield file
     except BrokenPipeError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes once more at exit
         raise RunError('--output -: the reader has closed standard output') from error
+    except torch.OutOfMemoryError as error:
+        raise RunError(f'out of memory: {first_line(error)}; use a smaller --batch-size') from error
     except OSError as error:
         raise RunError(f'--output {output}: cannot be written: {error.strerror or first_line(error)}') from error
 

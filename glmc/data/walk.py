@@ -34,7 +34,8 @@ class FoundImages:
         """One line on the entries that are no images; empty if there are none."""
         items = [pluralize(self.hidden, 'hidden or system file')] if self.hidden else []
         if self.others:
-            kinds = [f'{number:,} {printable(extension)}' for extension, number in self.others.most_common(MAX_LISTED)]
+            largest = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))[:MAX_LISTED]
+            kinds = [f'{number:,} {printable(extension)}' for extension, number in largest]
             more = ', …' if len(self.others) > MAX_LISTED else ''
             items += [f"{pluralize(self.others.total(), 'other file')} ({', '.join(kinds)}{more})"]
         if self.unreadable:
