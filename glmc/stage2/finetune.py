@@ -50,7 +50,7 @@ def run_stage2(
             stage 1, choose the hyper-parameters.
         export: `data_config`, `class_names` and `source` of `export_model`, as of stage 1.
         metrics: Known entries of metrics.json of stage 1.
-        accelerator: Device and precision; the main process does all work.
+        accelerator: Device and precision; all processes extract features, the main process does the rest.
         augmentation: Options of `transforms.view_transform` for the augmented views.
         counts: (C,) images per class that stage 1 was trained on; default: those of `data`.
         conventional: GLMC's conventional classifier, if available.
@@ -73,8 +73,6 @@ def run_stage2(
     classifiers, layer, split = check_stage2(
         names, model=model, data=data, conventional=conventional, stage2_holdout=stage2_holdout,
         stage2_kwargs=stage2_kwargs, seed=seed)
-    if not accelerator.is_main_process:
-        return []
     folder, counts, thresholds = Path(folder), list(counts or data.profile.counts), data.profile.thresholds
     extract = Extractor(
         model, data_config=export['data_config'], augmentation=augmentation, accelerator=accelerator,
@@ -88,6 +86,8 @@ def run_stage2(
     elif split:
         search_sets = tuple(features.subset(torch.from_numpy(indices)) for indices in split)
     extraction = round(time.perf_counter() - start, 1)
+    if not accelerator.is_main_process:
+        return []
     stage1 = Stage1(
         Linear(layer.weight, layer.bias).detached(), counts, resolve_prior(export['source'].get('prior', 'train'), counts),
         conventional and Linear(conventional.weight, conventional.bias).detached())
