@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ except ImportError:  # Windows
     fcntl = None
 
 _logger = logging.getLogger(__name__)
+_BINARY = getattr(os, 'O_BINARY', 0)  # Windows
+_ENTRY = re.compile(r'(\d{1,9}) ([0-9a-f]{64}|damaged)')  # a line of the log
 BLOCK = 2048  # images that are extracted, written and checked together
 IN_MEMORY = 2 ** 28  # bytes of float32 features; larger ones are bfloat16 and remain on the disk
 
@@ -86,12 +89,16 @@ class FeatureFile:
             settings = dict(shape=list(self.shape), dtype=str(self.dtype).split('.')[-1], block=BLOCK)
             recorded = self._read_log()
             self.precision = recorded.pop('precision', None) if exists else None
-            if recorded != settings or self.precision not in ('float32', 'bfloat16', 'float16'):
-                self._require_writable()
-                self.precision, self.finished = choose_precision(), {}
+            if recorded == settings and self.precision in ('float32', 'bfloat16', 'float16'):
+                self._check()
+                return
+            self._require_writable()
+            with _disk_errors(self.log_path):
                 os.ftruncate(self.log, 0)
-                self._append(json.dumps(dict(settings, precision=self.precision)))
+            self.finished = {}
             self._check()
+            self.precision = choose_precision()
+            self._append(json.dumps(dict(settings, precision=self.precision)))
 
     def _check(self) -> None:
         """Compare finished blocks with their checksums; prepare KEY.npy.part unless all are finished and agree."""
@@ -200,16 +207,14 @@ class FeatureFile:
         return [_read_at(self.data, *place) for place in ([(0, len(self.header))] if block == 0 else []) + places]
 
     def _read_log(self) -> dict:
-        """Return the settings of the log and update `finished`, block -> checksum; an unfinished last line is ignored."""
+        """Return the settings of the log and update `finished`, block -> checksum; unfinished lines are ignored."""
         content = _read_at(self.log, 0, os.fstat(self.log).st_size).decode('utf-8', 'replace')
         first, *lines = content.split('\n')[:-1] or ['']
         self.finished = {}
         for line in lines:
-            block, _, digest = line.partition(' ')
-            if block.isdecimal() and int(block) < self.num_blocks:
-                self.finished[int(block)] = digest
-                if digest == 'damaged':
-                    del self.finished[int(block)]
+            if (entry := _ENTRY.fullmatch(line)) and int(entry[1]) < self.num_blocks:
+                self.finished[int(entry[1])] = entry[2]
+        self.finished = {block: digest for block, digest in self.finished.items() if digest != 'damaged'}
         try:
             settings = json.loads(first)
         except ValueError:
@@ -274,7 +279,7 @@ class StoredViews:
         values = np.empty((len(rows), self.shape[2]), np.int16)
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1).tolist()  # of runs of neighbours, each read at once
         with _disk_errors(self.path):
-            for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+            for start, end in zip(starts, [*starts[1:], len(rows)], strict=False):
                 target = values[start:end]
                 self.file.seek(self.offset + int(rows[start]) * 2 * self.shape[2])
                 if self.file.readinto(target) != target.nbytes:
@@ -306,6 +311,3 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f'{path}: {error.strerror or error}') from error
-
-
-_BINARY = getattr(os, 'O_BINARY', 0)  # Windows

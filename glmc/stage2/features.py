@@ -288,8 +288,9 @@ class Progress:
         if self.bar.disable and now - self.logged >= 30:
             self.logged = now
             rate = (count - self.first) / (now - self.start)
+            left = (self.shape[1] - count) / rate
             _logger.info(f'{count:,} of {self.shape[1]:,} images, {rate:.0f} images/s, '
-                         f'{(self.shape[1] - count) / rate / 60:.0f} min left')
+                         f"{f'{left:.0f} s' if left < 100 else f'{left / 60:.0f} min'} left")
 
     def close(self) -> None:
         """Remove the bar and log time and rate."""

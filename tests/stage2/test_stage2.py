@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from sklearn.neighbors import NearestCentroid
 
-from glmc.data.datasets import ImageSet
 from glmc.data.profiles import Profile
 from glmc.data.sources import TrainingData, load_digits_set
 from glmc.errors import InputError
@@ -32,7 +31,7 @@ from glmc.stage2.classifiers import (
     softmax_bce,
     train_linear,
 )
-from glmc.stage2.features import Extractor, Features
+from glmc.stage2.features import Features
 from glmc.stage2.finetune import run_stage2
 from glmc.stage2.select import fit, measure, parse_classifiers, search, stratified_split
 
@@ -56,15 +55,6 @@ def stage1(prior: str | list[float] = 'train') -> Stage1:
     linear = Linear((CENTRES - CENTRES.mean(0)) * torch.tensor([[0.8], [0.6], [0.4], [0.2]]),
                     torch.tensor([2.0, 1.0, 0.0, -1.0]))
     return Stage1(linear, COUNTS, resolve_prior(prior, COUNTS), Linear(linear.weight.flip(0), linear.bias + 1))
-
-
-def digits(number: int = 20) -> ImageSet:
-    return load_digits_set('train').subset(np.arange(number))
-
-
-def extractor(model, **kwargs) -> Extractor:
-    return Extractor(model.eval(), data_config=DATA_CONFIG, augmentation=AUGMENTATION, accelerator=Accelerator(),
-                     **{'workers': 0, **kwargs})
 
 
 @pytest.fixture
