@@ -437,6 +437,7 @@ def test_the_launchers_precision_is_used(model, monkeypatch):
     assert Extractor(model, data_config=DATA_CONFIG, augmentation=AUGMENTATION, accelerator=accelerator).chosen == 'bfloat16'
 
 
+@pytest.mark.slow
 def test_without_bfloat16_hardware_nothing_is_timed():
     """As on a processor with AVX2."""
     code = ('import torch; from accelerate import Accelerator; from glmc.stage2 import features; '
@@ -467,43 +468,50 @@ def test_without_a_terminal_a_line_every_30_seconds(model, tmp_path, small_block
 
 # --- memory ---
 
-READ = """
-import resource, sys, time, torch
-from pathlib import Path
-from glmc.stage2.feature_file import FeatureFile
-from glmc.stage2.features import Features
-number, width = map(int, sys.argv[2:])
-with FeatureFile(Path(sys.argv[1]), (1, number, width), None) as file:
-    views = file.views()
-features = Features(views, torch.zeros(number, dtype=torch.int64))
-start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for indices in torch.randperm(number).split(512):
-    features.rows(indices)
-seconds = time.perf_counter() - start
-print(before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, seconds)
-"""
-
-
-def read_all(folder: Path, number: int, width: int) -> tuple[int, int, float]:
-    """Peak MiB before and after reading all rows of generated features in random batches, and seconds."""
+def write_generated(folder: Path, number: int, width: int) -> None:
+    """A complete file of features in 16 bits."""
     with FeatureFile(folder / 'key', (1, number, width), lambda: 'float32') as file:
         for block in iter(file.claim, None):
             file.write(block, torch.full((1, len(file.images(block)), width), float(block)))
         assert file.finish() and file.dtype == torch.bfloat16
-    done = subprocess.run([sys.executable, '-c', READ, folder / 'key', str(number), str(width)], cwd=ROOT, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, check=True, timeout=600)
-    before, peak, seconds = done.stdout.split()
-    return int(before), int(peak), float(seconds)
 
 
-def test_reading_rows_occupies_no_memory(tmp_path):
-    before, peak, _ = read_all(tmp_path, 60_000, 1280)  # 146 MiB
+def peak_memory() -> int:
+    """Largest resident MiB of this process so far; getrusage would include those of the program that started it."""
+    return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) // 1024
+
+
+def read_all(folder: Path, number: int, width: int) -> tuple[int, int, float]:
+    """Peak MiB of this process before and after reading all rows in random batches of 512, and seconds."""
+    before = peak_memory()
+    with FeatureFile(folder / 'key', (1, number, width), None) as file:
+        found = Features(file.views(), torch.zeros(number, dtype=torch.int64))
+    start = time.perf_counter()
+    for indices in torch.randperm(number).split(512):
+        found.rows(indices)
+    seconds = time.perf_counter() - start
+    return before, peak_memory(), seconds
+
+
+def test_reading_rows_occupies_no_memory(tmp_path, on_disk):
+    write_generated(tmp_path, 40_000, 1280)  # 98 MiB
+    results = multiprocessing.get_context('fork').Queue()
+    process = in_child(lambda: results.put(read_all(tmp_path, 40_000, 1280)))  # a peak of its own
+    before, peak, _ = results.get(timeout=60)
+    process.join()
     assert peak - before < 40
 
 
 @pytest.mark.slow
 def test_reading_400_000_images_takes_less_than_1_gb(tmp_path):
-    figures = {number: read_all(tmp_path / str(number), number, 1280) for number in (100_000, 200_000, 400_000)}
-    print(figures)
+    figures = {}
+    for number in (100_000, 200_000, 400_000):
+        write_generated(tmp_path / str(number), number, 1280)
+        code = (f'import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]; from pathlib import Path; '
+                f'from stage2.test_features import read_all; '
+                f'print(*read_all(Path({str(tmp_path / str(number))!r}), {number}, 1280))')
+        done = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True, check=True, timeout=600)
+        figures[number] = before, peak, seconds = [float(word) for word in done.stdout.split()]
+        print(f'{number:,} images: {before:.0f} MiB before, {peak:.0f} MiB at most, {seconds:.1f} s')
     assert all(peak < 1000 for _, peak, _ in figures.values())
     assert figures[400_000][2] < 8 * figures[100_000][2]
