@@ -62,7 +62,8 @@ def finetune_parser() -> Parser:
     job_options(group, experiment='stage2-MODEL')
     group.add_argument('--seed', type=count, default=42, help='seed of all random numbers')
     hub_options(group)
-    parser.set_defaults(stage2='all')
+    parser.set_defaults(stage2='all', workers=None)
+    parser._option_string_actions['--workers'].help += '; default: one per core, at most 16'
     parser.hide({*names(*DATA, 'augmentation')} - COMMON)
     return parser
 

@@ -3,6 +3,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -116,18 +117,18 @@ class Extractor:
         accelerator: Device and precision.
         cache: Folder of the feature files; None writes no files and holds the features in memory.
         batch_size: Images per pass through the encoder.
-        workers: Processes of the loader.
+        workers: Processes of the loader; None for one per core, at most 16.
         seed: Seed of the augmented views.
         precision: float32, bfloat16, float16, or auto: that of `accelerator`; if it has none, bfloat16 on CPUs that are
             faster with it, unless all takes seconds.
     """
 
     def __init__(self, model: nn.Module, *, data_config: dict, augmentation: dict, accelerator: Accelerator,
-                 cache: str | Path | None = None, batch_size: int = 64, workers: int = 2, seed: int = 42,
+                 cache: str | Path | None = None, batch_size: int = 64, workers: int | None = None, seed: int = 42,
                  precision: str = 'auto'):
         self.model, self.data_config, self.augmentation = model, data_config, augmentation
         self.device, self.cache, self.seed = accelerator.device, cache and Path(cache), seed
-        self.batch_size, self.workers = batch_size, workers
+        self.batch_size, self.workers = batch_size, default_workers() if workers is None else workers
         self.normalize = create_normalize(data_config, accelerator.device)
         if precision == 'auto' and accelerator.mixed_precision != 'no':
             precision = PRECISIONS.get(accelerator.mixed_precision, 'float32')
@@ -263,6 +264,12 @@ class Extractor:
                 features = self._encode(batch)
                 times.append(time.perf_counter() - start)
         return features, min(times)
+
+
+def default_workers() -> int:
+    """Cores for each process of this machine, from 1 to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return min(max(cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1), 16)
 
 
 class Progress:

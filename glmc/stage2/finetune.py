@@ -35,7 +35,7 @@ def run_stage2(
         folder: str | Path, names: str, *, model: nn.Module, data: TrainingData, export: dict, metrics: dict,
         accelerator: Accelerator, augmentation: dict, counts: Sequence[int] | None = None,
         conventional: nn.Linear | None = None, stage2_holdout: float | None = None, stage2_kwargs: dict | None = None,
-        feature_views: int = 2, feature_cache: str | Path | None = None, batch_size: int = 64, workers: int = 2,
+        feature_views: int = 2, feature_cache: str | Path | None = None, batch_size: int = 64, workers: int | None = None,
         seed: int = 42) -> list[Result]:
     """Train classifiers on the features of a model, print one table, and export each with the encoder of stage 1.
 
@@ -60,7 +60,7 @@ def run_stage2(
         feature_views: Augmented views V per training image.
         feature_cache: Folder of the features; default: `folder`/features.
         batch_size: Images per pass through the encoder.
-        workers: Processes of the loader.
+        workers: Processes of the loader; None for one per core, at most 16.
         seed: Seed of views, splits and training.
 
     Returns:

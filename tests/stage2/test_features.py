@@ -376,6 +376,14 @@ def test_two_launched_processes_extract_what_one_does(finished_run, folders, tmp
     assert one == two and len(one) == 2
 
 
+def test_by_default_every_core_decodes(model, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(12), raising=False)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    assert extractor(model, workers=None).workers == 6 and extractor(model, workers=3).workers == 3
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(1), raising=False)
+    assert extractor(model, workers=None).workers == 1
+
+
 # --- precision ---
 
 def timed(seconds: dict, cosine: float = 1.0):
