@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Stage 2: train classifiers on the features of a trained model, in seconds, and compare them.
+"""Train classifiers on the features of a trained or pretrained model, in seconds, and compare them.
 
+    python finetune_glmc.py --model convnext_tiny --data-dir my_images
     python finetune_glmc.py --model output/RUN --data-dir my_images
     python finetune_glmc.py --model output/RUN --data-dir my_images --stage2 maxnorm,los --stage2-holdout 0.2
     python finetune_glmc.py --model output/seed0 output/seed1 output/seed2 --data-dir my_images
@@ -8,6 +9,8 @@
 """
 import logging
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -17,6 +20,7 @@ from glmc.config import (
     DATA,
     DEMONSTRATION,
     FINETUNE_NEEDS,
+    INPUT,
     augmentation_options,
     finetune_parser,
     flag,
@@ -31,7 +35,7 @@ from glmc.report.compare import write_comparison
 from glmc.report.report import report_errors_as_warnings
 from glmc.run_folder import open_run_folder
 from glmc.stage2.finetune import CHOICE, OPTIONS, TABLE, check_stage2, results_table, run_stage2, write_results
-from glmc.stage2.select import Result, best_result
+from glmc.stage2.select import STAGE1, Result, best_result
 from glmc.training.launch import create_accelerator, device_name, is_main_process
 
 _logger = logging.getLogger('glmc.finetune')
@@ -40,11 +44,14 @@ _logger = logging.getLogger('glmc.finetune')
 def main() -> None:
     args, explicit = parse_args(finetune_parser())
     if not args.model:
-        raise InputError('--model: expected the export folder, run folder, checkpoint or Hub id of a trained model')
-    models = {name: load_trained(name) for name in args.model}
+        raise InputError('--model: expected an architecture of timm, or the export folder, run folder, checkpoint or Hub id '
+                         'of a trained model')
+    models = {name: load_trained(name, data_options=pick(args, INPUT), num_classes=None, img_size=args.img_size,
+                                 in_chans=args.in_chans) for name in args.model}
     first = next(iter(models.values()))
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(first, args.amp))
     jobs = {name: prepare(args, explicit, trained, accelerator) for name, trained in models.items()}
+    check_kinds(jobs)
     check_push(args)
     folder = open_run_folder(args.output, args.experiment, f'stage2-{first.architecture}', resume=False)
     folders = {name: folder / f'{number}-{Path(name).name}' if len(jobs) > 1 else folder
@@ -61,16 +68,24 @@ def prepare(args: Options, explicit: set[str], trained: TrainedModel, accelerato
         InputError: For wrong input, before any training.
     """
     args = follow_stage1(args, explicit, trained)
+    knows_counts = bool(args.class_counts or trained.metadata.get('profile', {}).get('class_counts'))
+    counts = training_counts(trained, args.class_counts) if knows_counts else None
+    data = load_training_data(**pick(args, (*names(*DATA), 'seed', 'batch_size')))
+    encoder_only = not knows_counts or not has_classes_of(args, trained, data)
+    if encoder_only:
+        trained, counts = with_new_classifier(trained, len(data.class_names), knows_counts), None
+        args.feature_views = args.feature_views if 'feature_views' in explicit else 0
+    else:
+        warn_other_images(trained, data)
     for warning in unused_options(args, explicit, FINETUNE_NEEDS):
         _logger.warning(warning)
-    counts = training_counts(trained, args.class_counts)
-    data = load_data(args, trained)
-    check_stage2(args.stage2, model=trained.model, data=data, conventional=trained.conventional, **pick(args, CHOICE))
+    choice = dict(conventional=trained.conventional, encoder_only=encoder_only)
+    check_stage2(args.stage2, model=trained.model, data=data, **choice, **pick(args, CHOICE))
     args.feature_cache = args.feature_cache or Path(args.output) / 'features'
+    choice['conventional'] = trained.conventional and trained.conventional.to(accelerator.device)
     return dict(
         model=trained.model.to(accelerator.device), data=data, counts=counts, augmentation=augmentation_options(args),
-        conventional=trained.conventional and trained.conventional.to(accelerator.device),
-        metrics=describe(args, trained, data, accelerator), export=export_options(args, trained, data),
+        metrics=describe(args, trained, data, accelerator), export=export_options(args, trained, data), **choice,
         **pick(args, OPTIONS))
 
 
@@ -85,31 +100,63 @@ def follow_stage1(args: Options, explicit: set[str], trained: TrainedModel) -> O
              for name in options if source.get(name) is not None}
     if not (args.data_dir or args.dataset or args.train_list):
         known = {**DEMONSTRATION, **known}
-    known = {name: value for name, value in known.items() if name not in explicit and name in vars(args)}
+    known = {name: value for name, value in known.items() if name not in {*explicit, *INPUT} and name in vars(args)}
     for name, value in known.items():
         _logger.info(f'{flag(name)} {value}, as in stage 1')
     return Options(**{**vars(args), **known, 'model': trained.name})
 
 
-def load_data(args: Options, trained: TrainedModel) -> TrainingData:
-    """Load the sets of the data options, labelled as the model was trained.
+def has_classes_of(args: Options, trained: TrainedModel, data: TrainingData) -> bool:
+    """Return whether the model has the classes of the training data.
 
     Raises:
-        InputError: If their classes are not those of the model.
+        InputError: If it has the same classes in another order.
     """
-    data = load_training_data(**pick(args, (*names(*DATA), 'seed', 'batch_size')))
     if len(data.class_names) != trained.num_classes:
-        raise InputError(f'--model {args.model}: has {trained.num_classes} classes, the training data has '
-                         f'{len(data.class_names)}')
-    known = trained.class_names
-    if known and not args.train_list and list(map(str, data.class_names)) != list(map(str, known)):
-        other = next(name for name, own in zip(data.class_names, known, strict=True) if str(name) != str(own))
-        raise InputError(f'--model {args.model}: was trained on other classes, or in another order: the training data has '
-                         f'{other!r} where the model has {known[list(data.class_names).index(other)]!r}')
+        return False
+    found, known = list(map(str, data.class_names)), list(map(str, trained.class_names or ()))
+    if not known or args.train_list or found == known:
+        return True
+    if sorted(found) == sorted(known):
+        other = next(name for name, own in zip(found, known, strict=True) if name != own)
+        raise InputError(f'--model {args.model}: was trained on the classes in another order: the training data has '
+                         f'{other!r} where the model has {known[found.index(other)]!r}')
+    return False
+
+
+def with_new_classifier(trained: TrainedModel, num_classes: int, knows_counts: bool) -> TrainedModel:
+    """Return the model with an untrained classifier, and without the metadata of its own."""
+    if trained.num_classes != num_classes:
+        reason = f'it has {trained.num_classes:,} classes, the training data has {num_classes:,}'
+    else:
+        reason = 'its classes are others' if knows_counts else (
+            'it records no training images per class; --class-counts FILE keeps its classifier')
+    _logger.log(logging.WARNING if knows_counts else logging.INFO,
+                f'--model {trained.name}: only its encoder is used: {reason}')
+    with suppress(AttributeError, NotImplementedError, TypeError):  # linear_classifier raises the error
+        trained.model.reset_classifier(num_classes)
+    trained.model.eval()
+    base_model = trained.model.pretrained_cfg.get('hf_hub_id')
+    if trained.name.startswith('hf-hub:'):
+        base_model = trained.name.removeprefix('hf-hub:').partition('@')[0]
+    metadata = dict(method='frozen', prior='train', other_weights=True, base_model=base_model)
+    metadata['license'] = trained.metadata.get('license') or trained.model.pretrained_cfg.get('license')
+    return replace(trained, class_names=None, conventional=None,
+                   metadata={name: value for name, value in metadata.items() if value is not None})
+
+
+def warn_other_images(trained: TrainedModel, data: TrainingData) -> None:
     stage1 = trained.metadata.get('profile', {}).get('fingerprint')
     if stage1 and data.profile.fingerprint != stage1:
         _logger.warning('The training set differs from that of stage 1 (fingerprints).')
-    return data
+
+
+def check_kinds(jobs: dict[str, dict]) -> None:
+    """Refuse models with and without a trained classifier in one table."""
+    kinds = {job['encoder_only']: name for name, job in jobs.items()}
+    if len(kinds) > 1:
+        raise InputError(f'--model {kinds[True]}: has no trained classifier for these classes, unlike {kinds[False]}; '
+                         'expected one kind of models')
 
 
 def check_push(args: Options) -> None:
@@ -149,22 +196,39 @@ def finish(args: Options, folder: Path, folders: dict[str, Path], runs: dict[str
     if len(runs) > 1:
         write_results(folder / TABLE, runs)
         print(f'\nMean of {len(runs)} models:\n{results_table(list(runs.values()))}')
-    names = ', '.join(result.name for result in next(iter(runs.values()))[1:])
-    print(f'Written to {folder}: {TABLE}, and NAME/export of {names}', flush=True)
     if args.report:
         for name, results in runs.items():
             try_compare(folders[name], Path(name), results)
+    print(f'Written to {folder}: {TABLE}, and per_class.csv of each classifier in NAME/')
+    for name, results in runs.items():
+        print_exports(folders[name], results)
     if args.push_to_hub:
         (result_folder,), (results,) = folders.values(), runs.values()
-        export = result_folder / best_result(results).name / 'export'
+        export = result_folder / 'export'
+        export = export if export.exists() else result_folder / best_result(results).name / 'export'
         try_push(export, args.push_to_hub, args.hub_private, args.hub_revision)
+
+
+def print_exports(folder: Path, results: list[Result]) -> None:
+    """Print where the exports are, and the command that classifies images."""
+    exportable = [result for result in results if result.is_exportable]
+    if not exportable:
+        print('No export: none of the classifiers is linear')
+    elif (folder / 'export').exists():
+        best, chosen = max(results, key=lambda result: result.heldout or 0), best_result(results)
+        if best is not chosen:
+            print(f'{best.name} is the best on held-out images, but not linear: {chosen.name} is exported')
+        print(f'Exported {chosen.name} to {folder}/export\nNext: python -m glmc.predict {folder} IMAGES', flush=True)
+    else:
+        print(f"Exported to {folder}/NAME/export: {', '.join(result.name for result in exportable)}\n"
+              f'Next: python -m glmc.predict {folder}/{exportable[0].name} IMAGES', flush=True)
 
 
 def try_compare(folder: Path, stage1: Path, results: list[Result]) -> None:
     """Write one report of both stages; a failure is only a warning."""
     before = [stage1] if any((stage1 / name / 'metrics.json').is_file() for name in ('.', 'export')) else []
     with report_errors_as_warnings():
-        write_comparison(folder, [*before, *(folder / result.name for result in results[1:])])
+        write_comparison(folder, [*before, *(folder / result.name for result in results if result.name != STAGE1)])
 
 
 if __name__ == '__main__':

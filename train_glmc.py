@@ -9,6 +9,7 @@ At SIGTERM, SIGUSR1 or Ctrl-C the run finishes the step, saves a checkpoint and 
 --resume auto continues it.
 """
 import logging
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,9 @@ from glmc.report.report import ReportInputs, classifier_norms, try_report
 from glmc.report.trackers import finish_trackers, log_pictures, log_row, require_trackers, start_trackers
 from glmc.run_folder import RunFolder, read_summary, summary_row, write_tables
 from glmc.setup import Setup
+from glmc.stage2.features import Extractor
 from glmc.stage2.finetune import CHOICE, OPTIONS, check_stage2, run_stage2
+from glmc.stage2.head_init import init_heads
 from glmc.training.checkpoints import Checkpoints
 from glmc.training.launch import create_accelerator, end_processes, is_main_process, memory_errors
 
@@ -51,6 +54,8 @@ def main() -> None:
     options = {name: value for name, value in vars(args).items() if name not in ('config', 'resume', 'debug')}
     folder.create(options)
     start_trackers(accelerator, trackers, folder.path, options)
+    if checkpoints.metrics is None and setup.head_init != 'random':  # else they come from the checkpoint
+        start_heads(setup, folder)
     with checkpoints.stoppable(before_exit=partial(finish_trackers, accelerator)):
         for epoch in range(position.epoch, setup.num_epochs):
             train_metrics = setup.train_epoch(epoch, **checkpoints.begin_epoch())
@@ -64,6 +69,19 @@ def default_name(args: Options) -> str:
     """Name of the run's folder without --experiment: data, model and method."""
     data = Path(args.train_list or args.data_dir or args.dataset or 'digits').name.split('.')[0]
     return f"{data}-{args.model.split('/')[-1].replace(':', '-')}-{args.method}"
+
+
+def start_heads(setup: Setup, folder: RunFolder) -> None:
+    """Fit the classifiers to the features of the encoder before its training (`--head-init`)."""
+    args, data = setup.args, setup.readable_data()
+    cache, model = Path(args.feature_cache or folder.path / 'features'), setup.task.get_eval_model()
+    features = setup.accelerator.is_main_process and Extractor(
+        model, data_config=setup.data_config, augmentation=setup.augmentation, accelerator=setup.accelerator, cache=cache,
+        **pick(args, ('batch_size', 'workers', 'seed')))(data.train)
+    init_heads(setup.task, features, data.profile.counts, setup.description()['export']['source']['prior'],
+               kind=setup.head_init, seed=args.seed, accelerator=setup.accelerator)
+    if not args.feature_cache and setup.accelerator.is_main_process:
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 def evaluate(setup: Setup, checkpoints: Checkpoints, epoch: int) -> dict | None:

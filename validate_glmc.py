@@ -18,13 +18,14 @@ import torch
 from timm.data import IterableImageDataset
 from torch import Tensor, nn
 
-from glmc.cli import Options, Parser, number, parse_args, pick, run_script
+from glmc.cli import Options, Parser, parse_args, pick, run_script
 from glmc.config import (
     COMMON,
     NEEDS,
     Need,
     add_config,
     add_groups,
+    adjustment_options,
     count,
     job_options,
     names,
@@ -38,12 +39,8 @@ from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.evaluation.priors import (
     TARGETS,
     AdjustedModel,
-    normalized,
-    prior_shift,
     ranked_counts,
-    read_prior,
-    resolve_prior,
-    target_prior,
+    resolve_shift,
 )
 from glmc.evaluation.text import detail_table, shot_table
 from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
@@ -119,20 +116,14 @@ def validate_parser() -> Parser:
 
 
 def _evaluation_group(parser: Parser) -> None:
-    add = parser.add_argument_group('evaluation').add_argument
+    group = parser.add_argument_group('evaluation')
+    add = group.add_argument
     add('--shot-thresholds', type=count, nargs=2, metavar=('FEW', 'MANY'),
         help="few-shot <= FEW < medium-shot <= MANY < many-shot training images; default: the training's, else 20 100")
-    add('--flip-tta', action='store_true', help='average the logits of image and mirror image')
     add('--test-distribution', choices=TARGETS,
         help='keep test images so that their class distribution is uniform, that of the training set (forward) or its '
         'reverse (backward), as in the test-agnostic benchmark (arXiv 2107.09249)')
-    add('--target-prior', metavar='PRIOR',
-        help='adjust the logits to this class prior: uniform, forward or backward as above, test (that of the evaluated '
-        'images), or a file with a weight per class (JSON list, or one number per line)')
-    add('--source-prior', choices=('train', 'uniform'),
-        help="class prior that the classifier has learnt; default: the export's, train for a plain timm model")
-    add('--target-imbalance', type=number(float, 1), default=50.0, metavar='F',
-        help='ratio of the largest to the smallest class of forward and backward')
+    adjustment_options(group, measured='test (that of the evaluated images), ')
     add('--compare', nargs='+', metavar='FOLDER', help='compare the results in these folders in one report; no evaluation')
 
 
@@ -165,16 +156,11 @@ def require_index(images, flag: str, value: str) -> None:
 
 def logit_shift(args: Options, trained: TrainedModel, counts: Sequence[int], images) -> Tensor | None:
     """Return the (C,) shift of the logits for `--target-prior`, or None without it."""
-    if not args.target_prior:
-        return None
+    test_counts = None
     if args.target_prior == 'test':
         require_index(images, '--target-prior', 'test')
-        target = normalized(images.counts())
-    elif args.target_prior in TARGETS:
-        target = target_prior(counts, args.target_prior, args.target_imbalance)
-    else:
-        target = read_prior(args.target_prior, len(counts))
-    return prior_shift(resolve_prior(source_prior(args, trained), counts), target)
+        test_counts = images.counts()
+    return resolve_shift(args.target_prior, source_prior(args, trained), counts, args.target_imbalance, test_counts)
 
 
 def source_prior(args: Options, trained: TrainedModel) -> str | list[float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from timm.utils.misc import ParseKwargs as TimmParseKwargs
 
-from glmc.errors import ImageError, InputError, RunError
+from glmc.errors import ImageError, InputError, RunError, printable
 
 Options = argparse.Namespace  # parsed options, by name
 
@@ -255,6 +255,6 @@ def run_script(main: Callable[[], None], main_process: bool = True, debug: bool 
 
 
 def _one_line(error: Exception) -> str:
-    """Return the message of an error; torch's loader workers wrap it in a traceback."""
+    """Return the message of an error without control characters; torch's loader workers wrap it in a traceback."""
     text = str(error).strip()
-    return text.splitlines()[-1].split('Error: ', 1)[-1] if 'Original Traceback' in text else text
+    return printable(text.splitlines()[-1].split('Error: ', 1)[-1] if 'Original Traceback' in text else text)

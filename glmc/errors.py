@@ -6,6 +6,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def printable(text: str) -> str:
+    """Replace control characters, changes of direction and bytes that are no UTF-8 by escapes such as \\x1b."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
 class InputError(ValueError):
     """Wrong input: one line that names the flag or file, the value found and the value expected."""
 

@@ -29,6 +29,11 @@ def bare(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
+def cross_entropy(counts: Sequence[int], smoothing: float = 0.0) -> nn.Module:
+    """Cross-entropy with label smoothing, which no class count changes."""
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
 def train_prior(counts: np.ndarray, options: Mapping) -> np.ndarray:
     """(C,) prior of a classifier trained with plain cross-entropy: that of the training set."""
     return counts
@@ -127,7 +132,7 @@ SHORT_RUN = dict(SHORT_VIEWS, alpha_scope='encoder')
 METHODS = {
     'ce': Method(
         summary='plain cross-entropy',
-        task=SingleViewTask),
+        task=partial(SingleViewTask, loss=cross_entropy), task_options=('smoothing',)),
     'mixup': Method(
         summary='MixUp within the batch (arXiv 1710.09412)',
         task=SoftLabels, mixer=BatchMixup, mixer_options=('mix_beta', 'mixup_prob')),
@@ -148,10 +153,11 @@ METHODS = {
         module=CosineModule, module_options=('cosine_scale',), prior=effective_prior),
     'balanced_softmax': Method(
         summary='softmax weighted by the class counts (arXiv 2007.10740)',
-        task=partial(SingleViewTask, loss=LogitAdjustedLoss), prior=uniform_prior),
+        task=partial(SingleViewTask, loss=LogitAdjustedLoss), task_options=('smoothing',), prior=uniform_prior),
     'logit_adjustment': Method(
         summary='cross-entropy of logits + τ·log prior (arXiv 2007.07314)',
-        task=partial(SingleViewTask, loss=LogitAdjustedLoss), task_options=('adjustment_tau',), prior=adjusted_prior),
+        task=partial(SingleViewTask, loss=LogitAdjustedLoss), task_options=('adjustment_tau', 'smoothing'),
+        prior=adjusted_prior),
     'ce_drw': Method(
         summary='cross-entropy with deferred re-weighting (arXiv 1906.07413)',
         task=partial(SingleViewTask, loss=DeferredReweighting), task_options=DEFERRED, prior=effective_prior),

@@ -17,10 +17,13 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from glmc.cli import Options, pick
 from glmc.config import (
     DATA,
+    FINE_TUNING,
     TRAIN_NEEDS,
     Need,
     augmentation_options,
+    flag,
     has_data,
+    is_pretrained,
     names,
     refuse_conflicts,
     unused_options,
@@ -34,6 +37,8 @@ from glmc.errors import InputError
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.methods import METHODS, unused_method_options
 from glmc.models.backbone import create_backbone
+from glmc.models.classifier import linear_classifier
+from glmc.models.freeze import freeze, frozen_norms
 from glmc.run_folder import provenance
 from glmc.training.engine import TrainStep, evaluate, train_one_epoch
 from glmc.training.launch import device_name
@@ -43,7 +48,7 @@ from glmc.training.state import Position, TrainingState
 
 _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
-          'warmup_epochs', 'imbalance_factor')  # on the model card, with the options of the method
+          'warmup_epochs', 'imbalance_factor', 'head_init')  # on the model card, with the options of the method
 LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0)  # on the card, too, unless off
 SGD = ('sgd', 'momentum', 'nesterov')  # in the names of timm's optimizers that --lr-base fits
 
@@ -60,8 +65,8 @@ class Setup:
     """
 
     def __init__(self, args: Options, explicit: set[str], accelerator: Accelerator):
-        self.args, self.method, self.accelerator = args, METHODS[args.method], accelerator
-        self._announce(explicit)
+        self.args, self.explicit, self.method, self.accelerator = args, explicit, METHODS[args.method], accelerator
+        self._announce()
         self._refuse()
         set_seed(args.seed)
         self._build_data()
@@ -70,12 +75,16 @@ class Setup:
         self._build_optimizer()
         set_seed(args.seed, device_specific=True)  # drop-out differs from process to process
 
-    def _announce(self, explicit: set[str]) -> None:
-        """Announce the demonstration if no data is given, and warn about options without effect."""
-        args = self.args
+    def _announce(self) -> None:
+        """Announce the demonstration and the defaults of fine-tuning, and warn about options without effect."""
+        args, explicit = self.args, self.explicit
         if not has_data(args):
             _logger.info("No data given: this is a demonstration on scikit-learn's handwritten digits, made long-tailed. "
                          'Train on your own with --data-dir, --dataset or --train-list.')
+        if is_pretrained(args):
+            others = set().union(*(row.options for row in METHODS.values())) - self.method.options
+            chosen = ' '.join(f'{flag(name)} {getattr(args, name)}' for name in FINE_TUNING if name not in explicit | others)
+            _logger.info(f'Pretrained weights, so the defaults are those of hparams/pretrained.yaml: {chosen}')
         unused = unused_method_options(args.method, explicit)
         needs = (Need(tuple(unused), f'with --method {args.method}', lambda options: False), *TRAIN_NEEDS)
         for warning in unused_options(args, explicit, needs, processes=self.accelerator.num_processes):
@@ -118,6 +127,9 @@ class Setup:
         backbone = create_backbone(
             **self.model_options, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
         self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if args.pretrained else None
+        self.head_init = self._possible_head_init(backbone)
+        if args.freeze:
+            freeze(backbone, args.freeze)
         if args.grad_checkpointing:
             backbone.set_grad_checkpointing(True)
         try:
@@ -127,14 +139,33 @@ class Setup:
             raise InputError(f'--mean, --std: {error}') from error
         model = self.method.module(backbone, **pick(args, self.method.module_options))
         self.num_parameters = sum(p.numel() for p in backbone.parameters())
+        self.frozen_norms = frozen_norms(backbone, args.freeze_bn)
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.task = self.method.task(model, counts, **pick(args, self.method.task_options))
         self.mixer = self.method.mixer(counts, **pick(args, self.method.mixer_options))
-        _logger.info(f'Model: {args.model}, {self.num_parameters / 1e6:.2f} M parameters, '
+        frozen = sum(p.numel() for name, p in backbone.named_parameters() if not p.requires_grad) if args.freeze else 0
+        _logger.info(f'Model: {args.model}, {self.num_parameters / 1e6:.2f} M parameters'
+                     f"{f' ({frozen / 1e6:.2f} M frozen)' if frozen else ''}, "
                      f"input {'x'.join(map(str, self.data_config['input_size']))}, method {args.method}")
+
+    def _possible_head_init(self, backbone: torch.nn.Module) -> str:
+        """The value of --head-init; `random` if another one is the default but impossible."""
+        wanted = self.args.head_init
+        if wanted == 'random':
+            return wanted
+        try:
+            if not isinstance(self.data.train, ImageSet):
+                raise InputError(f'--head-init {wanted}: needs a training set with an index')
+            linear_classifier(backbone)
+        except InputError as error:
+            if 'head_init' in self.explicit:
+                raise
+            _logger.info(f'The classifiers start at random: {error}')
+            return 'random'
+        return wanted
 
     def _build_loaders(self) -> None:
         args, accelerator = self.args, self.accelerator
@@ -184,7 +215,7 @@ class Setup:
         self.scheduler, self.num_epochs = create_scheduler_v2(
             optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
         self.swa_epoch = averaging_epoch(args.swa_start, self.num_epochs)
-        train_step = TrainStep(self.task, self.mixer, self.train_loader.normalize)
+        train_step = TrainStep(self.task, self.mixer, self.train_loader.normalize, self.frozen_norms)
         if args.torchcompile:
             train_step.compile(fullgraph=True, mode=None if args.torchcompile == 'default' else args.torchcompile)
         self.train_step, self.optimizer = self.accelerator.prepare(train_step, optimizer)
@@ -267,6 +298,7 @@ class Setup:
         model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}
         training = pick(args, ('opt', 'filter_bias_and_bn', 'layer_decay', *self.method.module_options))
         training['swa_first_epoch'] = self.swa_epoch  # the first epoch in the mean
+        training.update({name: value for name, value in pick(args, ('freeze', 'freeze_bn')).items() if value})
         levers = {name: value for name, value in pick(args, LEVERS).items() if value != LEVERS[name]}
         source = dict(
             method=args.method, profile=self.data.profile.as_dict(), precision=self.accelerator.mixed_precision,

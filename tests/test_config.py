@@ -211,7 +211,8 @@ def test_help_all_shows_every_option(make, capsys):
     with pytest.raises(SystemExit) as end:
         parse_args(parser, ['--help-all'])
     text = capsys.readouterr().out
-    flags = {re.sub('--no-(report|channels|model-ema)', r'--\1', action.option_strings[-1]) for action in make()._actions}
+    flags = {re.sub('--no-(report|channels|model-ema|freeze)', r'--\1', action.option_strings[-1])
+             for action in make()._actions}
     assert end.value.code == 0 and flags == flags_of(text)
     assert 'more options' not in text
     if make is not finetune_parser:
@@ -359,6 +360,7 @@ REFUSED = {  # command line -> start of the error
     '--sam-rho 0.05': '--sam-rho 0.05: not with the loss scaling of float16',
     '--swa-start 0 --model-ema': '--swa-start 0: one average of the weights at a time, expected no --model-ema',
     '--torchcompile max-autotune --grad-accum-steps 2': '--torchcompile max-autotune: its CUDA graphs overwrite the losses',
+    '--sync-bn --freeze-bn': '--sync-bn: the statistics of BatchNorm are frozen, expected --no-freeze-bn',
     '--sync-bn': '--sync-bn: needs GPUs, found 2 processes on the CPU',
 }
 

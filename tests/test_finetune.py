@@ -15,8 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from glmc.cli import run_script
+from glmc.export.load import load_trained
 from glmc.models.backbone import create_backbone
-from glmc.stage2.classifiers import CLASSIFIERS
+from glmc.stage2 import select
+from glmc.stage2.classifiers import CLASSIFIERS, PROBE_CLASSIFIERS, NearestNeighbours
 from glmc.training.checkpoint import load_checkpoint
 from glmc.training.checkpoints import BEST
 
@@ -49,7 +51,8 @@ def finetune(capsys, monkeypatch, tmp_path):
 
 
 def metrics_of(folder) -> dict:
-    return json.loads((folder / 'export' / 'metrics.json').read_text())
+    export = folder / 'export' / 'metrics.json'
+    return json.loads((export if export.exists() else folder / 'metrics.json').read_text())
 
 
 def without_counts(run, folder):
@@ -77,6 +80,7 @@ def test_all_classifiers_in_one_table(finetune, finished_run, folders, tmp_path,
     assert all(name in report for name in possible) and (result / 'plots' / 'accuracy.png').exists()
     printed = [line.split()[0] for line in outcome.out.splitlines() if re.match(r'\w.* +\d+\.\d+ ', line)]
     assert printed[1:] == ['stage', *possible]
+    assert not (result / 'knn' / 'export').exists() and (result / 'knn' / 'per_class.csv').exists()
     for name in possible:
         metrics = metrics_of(result / name)
         assert metrics['method'] == f'glmc+{name}' and metrics['stage2']['name'] == name
@@ -84,6 +88,8 @@ def test_all_classifiers_in_one_table(finetune, finished_run, folders, tmp_path,
         assert metrics['top1'] == float(rows[name]['top1']) and metrics['train_counts'] == list(COUNTS.values())
         assert metrics['fingerprint'] == first['fingerprint'] and metrics['evaluated_on'] == 'validation'
         assert (result / name / 'per_class.csv').read_text().startswith('class,name,train_images')
+        if name == 'knn':
+            continue
         card = (result / name / 'export' / 'README.md').read_text()
         assert f'trained with glmc+{name}' in card and f'`stage2_name`: {name}' in card
 
@@ -148,6 +154,7 @@ def test_hyper_parameters_are_chosen_on_held_out_training_images(finetune, finis
     outcome = finetune('--model', finished_run, '--data-dir', folders, '--stage2', 'tau_norm,ncm,logit_adjust',
                        *options.split())
     assert outcome.code == 0 and outcome.err.count('on held-out images') == 3
+    assert len(re.findall(r' \*$', outcome.out, re.M)) == 1
     results = [metrics_of(tmp_path / 'out' / 'result' / name) for name in ('tau_norm', 'ncm', 'logit_adjust')]
     assert all(result['stage2']['heldout_class_mean'] is not None for result in results)
     assert ('fingerprints' in outcome.err) == options.startswith('--holdout')
@@ -197,8 +204,82 @@ def test_an_option_without_effect_is_warned_about(finetune, finished_run, folder
         '--lt-type has no effect without --imbalance-factor']
 
 
+def check_encoder_only(outcome, result, names=('cat', 'bee', 'ant')) -> dict:
+    """The best of all classifiers is exported as a timm model that validate_glmc.py and others load from the folder."""
+    assert outcome.code == 0, outcome.err
+    with open(result / 'stage2.csv', newline='') as file:
+        rows = {row['classifier']: row for row in csv.DictReader(file)}
+    assert list(rows) == list(PROBE_CLASSIFIERS)
+    metrics, config = metrics_of(result), json.loads((result / 'export' / 'config.json').read_text())
+    name = metrics['stage2']['name']
+    linear = [each for each in rows if each != 'knn']
+    assert name == max(linear, key=lambda each: float(rows[each]['heldout_class_mean']))
+    assert metrics['method'] == config['glmc']['method'] == f'frozen+{name}'
+    assert config['glmc']['prior'] == ('train' if name == 'linear_probe' else 'uniform')
+    assert config['glmc']['other_weights'] and config['label_names'] == sorted(names)
+    assert config['glmc']['profile']['class_counts'] == metrics['train_counts']
+    assert all((result / each / 'per_class.csv').exists() and not (result / each / 'export').exists() for each in rows)
+    assert (result / 'per_class.csv').exists() and (result / 'confused_pairs.csv').exists()
+    assert outcome.out.rstrip().endswith(f'Next: python -m glmc.predict {result} IMAGES')
+    trained = load_trained(str(result))
+    assert trained.num_classes == len(names) and trained.class_names == sorted(names)
+    return metrics
+
+
+def test_a_model_without_training_counts_is_an_encoder(finetune, finished_run, folders, tmp_path):
+    bare = without_counts(finished_run, tmp_path / 'bare')
+    outcome = finetune('--model', bare, '--data-dir', folders, '--report')
+    metrics = check_encoder_only(outcome, tmp_path / 'out' / 'result')
+    assert outcome.err.count('only its encoder is used: it records no training images') == 1 and 'x 1 views' in outcome.err
+    assert 'linear_probe' in (tmp_path / 'out' / 'result' / 'report.html').read_text()
+    assert metrics['stage2']['feature_views'] == 0 and metrics['train_counts'] == list(COUNTS.values())
+
+
+def test_an_export_with_other_classes_is_an_encoder(finetune, finished_run, places, tmp_path):
+    for place, names, reason in (('four', [*COUNTS, 'dog'], 'it has 3 classes, the training data has 4'),
+                                 ('others', ['ant', 'dog', 'emu'], 'its classes are others')):
+        outcome = finetune('--model', finished_run, '--data-dir', places[place], '--experiment', place)
+        check_encoder_only(outcome, tmp_path / 'out' / place, names)
+        assert outcome.err.count(f'only its encoder is used: {reason}') == 1
+
+
+def test_an_architecture_is_an_encoder(finetune, folders, tmp_path, monkeypatch):
+    """With options of the input; the pretrained weights come from a file, without the Hub."""
+    import finetune_glmc
+    monkeypatch.setattr(finetune_glmc, 'load_trained', lambda name, num_classes, **options: load_trained(
+        name, num_classes=3, checkpoint=weights_of(name, tmp_path, in_chans=1), **options))
+    outcome = finetune('--model', 'test_resnet', '--data-dir', folders, '--img-size', '48', '--in-chans', '1',
+                       '--mean', '0.4', '--std', '0.2', '--crop-pct', '1', '--interpolation', 'bilinear', '--stage2', 'ncm')
+    assert outcome.code == 0, outcome.err
+    result = tmp_path / 'out' / 'result'
+    config = json.loads((result / 'export' / 'config.json').read_text())['pretrained_cfg']
+    assert (config['input_size'], config['mean'], config['crop_pct']) == ([1, 48, 48], [0.4], 1.0)
+    assert not (result / 'ncm' / 'export').exists()
+
+
+def test_a_best_classifier_that_is_not_linear_is_named(finetune, finished_run, folders, tmp_path, monkeypatch):
+    search = select.search
+    monkeypatch.setattr('glmc.stage2.finetune.search', lambda classifier, *words, **options: (
+        classifier, 101.0) if isinstance(classifier, NearestNeighbours) else search(classifier, *words, **options))
+    outcome = finetune('--model', without_counts(finished_run, tmp_path / 'bare'), '--data-dir', folders, '--stage2', 'knn')
+    assert outcome.code == 0, outcome.err
+    assert 'knn is the best on held-out images, but not linear: linear_probe is exported' in outcome.out
+    metrics = metrics_of(tmp_path / 'out' / 'result')
+    assert metrics['method'] == 'frozen+linear_probe' and 'stage1' not in metrics
+    assert json.loads((tmp_path / 'out' / 'result' / 'export' / 'config.json').read_text())['glmc']['prior'] == 'train'
+
+
+def test_classes_of_one_image_need_no_choice(finetune, finished_run, folders, tmp_path):
+    write_folders(tmp_path / 'few' / 'train', dict.fromkeys(COUNTS, 1))
+    shutil.copytree(folders / 'validation', tmp_path / 'few' / 'validation')
+    bare = without_counts(finished_run, tmp_path / 'bare')
+    outcome = finetune('--model', bare, '--data-dir', tmp_path / 'few', '--stage2', 'ncm,lda')
+    assert outcome.code == 0, outcome.err
+    assert all((tmp_path / 'out' / 'result' / name / 'export').exists() for name in ('linear_probe', 'ncm', 'lda'))
+
+
 ERRORS = {  # options, with {name} of a place -> what the line says
-    '': '--model: expected the export folder',
+    '': '--model: expected an architecture of timm',
     '--model {run} --stage2 maxnrm': "--stage2: expected all, or some of maxnorm.*found 'maxnrm'; did you mean maxnorm",
     '--model {run} --stage2 average': '--stage2 average: needs both classifiers of GLMC.*one of its checkpoints',
     '--model {run} --stage2-kwargs crt.rate=3': '--stage2-kwargs crt.rate: expected one of lr, epochs, weight_decay',
@@ -206,10 +287,14 @@ ERRORS = {  # options, with {name} of a place -> what the line says
     '--model {run} --holdout 4': "--holdout 4: class 'cat' has 4 training images",
     '--model {run} --stage2-holdout -1': '--stage2-holdout: expected a number > 0, found -1',
     '--model {run} --feature-views -1': '--feature-views: expected a number >= 0, found -1',
-    '--model {bare}': '--model .*bare: the number of training images per class is unknown; expected --class-counts FILE',
     '--model {run} --class-counts {two}': '--class-counts .*: found 2 classes, --model .* has 3',
-    '--model {run} --data-dir {four}': '--model .*: has 3 classes, the training data has 4',
-    '--model {run} --data-dir {others}': "--model .*: was trained on other classes.*has 'dog' where the model has 'bee'",
+    '--model {reversed}': "--model .*: was trained on the classes in another order.*has 'ant' where the model has 'cat'",
+    '--model {run} --stage2 linear_probe': '--stage2: expected all.*linear_probe is for models without a trained classifier',
+    '--model {bare} --stage2 average': '--stage2 average: needs both classifiers of GLMC',
+    '--model {bare} --stage2-kwargs ncm.scale=x': '--stage2-kwargs ncm.scale: expected float',
+    '--model levit_128s': '--model levit_128s: .* one linear layer.*, found 2 heads',
+    '--model {run} {bare}': '--model .*bare: has no trained classifier for these classes, unlike .*first; expected one kind',
+    '--model {run} --in-chans 1': '--in-chans 1: is for a bare architecture',
     '--model {run} --push-to-hub ORG/NAME': '--push-to-hub ORG/NAME: expected one --model, and one classifier',
     '--model levit_128s --class-counts {three}': '--model levit_128s: .* one linear layer.*, found 2 heads',
     '--model dla46_c --class-counts {three}': '--model dla46_c: .* one linear layer.*, found Conv2d',
@@ -226,7 +311,10 @@ def places(finished_run, folders, tmp_path_factory) -> dict:
             write_folders(root / name / split, counts)
     (root / 'two.txt').write_text('3\n4\n')
     (root / 'three.txt').write_text('3\n4\n5\n')
-    return dict(run=finished_run, bare=without_counts(finished_run, root / 'bare'), four=root / 'four',
+    reverse = shutil.copytree(finished_run / 'export', root / 'reversed')
+    config = json.loads((reverse / 'config.json').read_text())
+    (reverse / 'config.json').write_text(json.dumps({**config, 'label_names': config['label_names'][::-1]}))
+    return dict(reversed=reverse, run=finished_run, bare=without_counts(finished_run, root / 'bare'), four=root / 'four',
                 others=root / 'others', two=root / 'two.txt', three=root / 'three.txt')
 
 
@@ -234,8 +322,7 @@ def places(finished_run, folders, tmp_path_factory) -> dict:
 def test_wrong_input_is_one_line(finetune, folders, places, tmp_path, monkeypatch, options, message):
     if 'levit' in options or 'dla' in options:
         import finetune_glmc
-        from glmc.export.load import load_trained
-        monkeypatch.setattr(finetune_glmc, 'load_trained', lambda name: load_trained(  # without the weights of the Hub
+        monkeypatch.setattr(finetune_glmc, 'load_trained', lambda name, **_: load_trained(  # without the weights of the Hub
             name, num_classes=3, img_size=64, checkpoint=weights_of(name, tmp_path)))
     words = options.format(**places).split()
     outcome = finetune(*([] if '--data-dir' in words else ['--data-dir', folders]), *words)
@@ -245,8 +332,8 @@ def test_wrong_input_is_one_line(finetune, folders, places, tmp_path, monkeypatc
     assert 'Traceback' not in outcome.err
 
 
-def weights_of(name: str, folder) -> str:
-    torch.save(create_backbone(name, num_classes=3, img_size=64).state_dict(), folder / f'{name}.pth')
+def weights_of(name: str, folder, **options) -> str:
+    torch.save(create_backbone(name, num_classes=3, img_size=64, **options).state_dict(), folder / f'{name}.pth')
     return str(folder / f'{name}.pth')
 
 
@@ -255,9 +342,10 @@ def test_the_chosen_one_is_pushed(finetune, finished_run, folders, tmp_path, mon
     monkeypatch.setattr('finetune_glmc.try_push', lambda *words: pushed.append(words))
     options = ('--model', finished_run, '--data-dir', folders, '--push-to-hub', 'ORG/NAME', '--hub-private')
     assert finetune(*options, '--stage2', 'ncm,tau_norm,crt', '--stage2-holdout', '1').code == 0
-    best = max(('ncm', 'tau_norm', 'crt'), key=lambda name: metrics_of(
-        tmp_path / 'out' / 'result' / name)['stage2']['heldout_class_mean'])
-    assert pushed == [(tmp_path / 'out' / 'result' / best / 'export', 'ORG/NAME', True, None)]
+    result = tmp_path / 'out' / 'result'
+    best = max(('ncm', 'tau_norm', 'crt'), key=lambda name: metrics_of(result / name)['stage2']['heldout_class_mean'])
+    assert metrics_of(result)['stage2']['name'] == best
+    assert pushed == [(result / 'export', 'ORG/NAME', True, None)]
 
 
 def check_run(run) -> None:
@@ -285,7 +373,7 @@ def test_both_heads_are_averaged(script, finetune, folders, tmp_path):
     for result in (tmp_path / 'run' / 'stage2', tmp_path / 'out' / 'result'):
         metrics = metrics_of(result / 'average')
         assert metrics['stage2']['weight'] == 0.25  # as given, while τ is chosen on the held-out images
-        found = load_file(result / 'average' / 'export' / 'model.safetensors')
+        found = load_file(result / 'export' / 'model.safetensors')
         torch.testing.assert_close(found['fc.weight'], 0.25 * heads[0] + 0.75 * heads[1])
         assert metrics['method'] == 'glmc+average'
 

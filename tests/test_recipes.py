@@ -16,7 +16,7 @@ from glmc.models.backbone import create_backbone
 
 HPARAMS = Path(__file__).parents[1] / 'hparams'
 CUSTOM = 'custom'  # ours, for data of one's own
-RECIPES = sorted(path.stem for path in HPARAMS.glob('*.yaml') if path.stem != CUSTOM)
+RECIPES = sorted(path.stem for path in HPARAMS.glob('*.yaml') if path.stem not in (CUSTOM, 'pretrained'))
 
 R32X4, R32 = 'resnet32x4_cifar', 'resnet32_cifar'
 R50, X50, SWIN = 'resnet50', 'resnext50_32x4d', 'swin_small_patch4_window7_224'

@@ -67,12 +67,30 @@ def precision_options(group, default: str) -> None:
     add('--amp-dtype', choices=('float16', 'bfloat16'), help=f'mixed precision; default: {default}')
 
 
+def adjustment_options(group, measured: str = '') -> None:
+    """Options that change the logits of a trained model.
+
+    Args:
+        group: Argument group.
+        measured: Further value of `--target-prior` with its meaning.
+    """
+    add = group.add_argument
+    add('--flip-tta', action='store_true', help='average the logits of image and mirror image')
+    add('--target-prior', metavar='PRIOR',
+        help='adjust the logits to this class prior: uniform, forward (long-tailed as the training set), backward (the '
+        f'reverse), {measured}or a file with a weight per class (JSON list, or one number per line)')
+    add('--source-prior', choices=('train', 'uniform'),
+        help="class prior that the classifier has learnt; default: the export's, train for a plain timm model")
+    add('--target-imbalance', type=number(float, 1), default=50.0, metavar='F',
+        help='ratio of the largest to the smallest class of forward and backward')
+
+
 def stage2_group(parser: Parser) -> None:
     """Options of stage 2, as a script or at the end of a run."""
     group = parser.add_argument_group('stage 2')
     add = group.add_argument
     add('--stage2', metavar='NAME[,NAME]', help='classifiers to train on the features of the trained model: all, or some of '
-        'maxnorm, balanced_softmax, logit_adjust, crt, lws, tau_norm, los, ncm, average')
+        'maxnorm, balanced_softmax, logit_adjust, crt, lws, tau_norm, los, ncm, lda, knn, average')
     add('--feature-views', type=count, default=2, metavar='V', help='augmented views of each image, besides the plain image')
     add('--stage2-holdout', type=positive, metavar='N',
         help='set training images aside (a number per class, or a fraction) to choose hyper-parameters on; with --holdout, '
@@ -169,6 +187,14 @@ def _model(parser: Parser) -> None:
     add('--model', default='resnet18', metavar='NAME', help='timm architecture, hf-hub:ORG/NAME or local-dir:FOLDER')
     add('--pretrained', action='store_true', help='start from pretrained weights')
     add('--initial-checkpoint', metavar='FILE', help='start from these weights (.safetensors or .pth)')
+    add('--head-init', choices=('random', 'probe', 'class_mean'), default='random',
+        help='start of the classifiers: random, linear probes on the features of the starting weights, or class means; '
+        'default: probe with pretrained weights, else random')
+    add('--freeze', nargs='+', metavar='PATTERN',
+        help='do not train parameters with these names, e.g. conv_stem.* blocks.0.*')
+    add('--freeze-bn', action=argparse.BooleanOptionalAction, default=False,
+        help='keep the running statistics of BatchNorm, which small batches of new images spoil; default: with pretrained '
+        'weights')
     add('--drop', type=fraction, metavar='PCT', help='dropout rate before the classifier')
     add('--drop-path', type=fraction, metavar='PCT', help='stochastic depth rate')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
@@ -224,6 +250,7 @@ def _method(parser: Parser) -> None:
         help='β of the effective number of images, (1 - β^n) / (1 - β)')
     add('--drw-start', type=fraction, default=0.8, metavar='FRACTION',
         help='fraction of the epochs before deferred re-weighting starts')
+    add('--smoothing', type=fraction, default=0.0, help='label smoothing of ce, balanced_softmax and logit_adjustment')
     add('--adjustment-tau', type=finite, default=1.0, metavar='TAU', help='τ of logit adjustment')
     add('--ldam-margin', type=positive, default=0.5, metavar='M', help='margin of the smallest class')
     add('--cosine-scale', type=positive, default=30.0, metavar='S', help='scale of the cosine classifier')

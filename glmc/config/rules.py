@@ -114,6 +114,8 @@ CONFLICTS = (
     Conflict('torchcompile', 'its CUDA graphs overwrite the losses of an earlier step, expected --grad-accum-steps 1 or '
              '--torchcompile default, found {grad_accum_steps} steps',
              lambda o: o.torchcompile in ('reduce-overhead', 'max-autotune') and o.grad_accum_steps > 1),
+    Conflict('sync_bn', 'the statistics of BatchNorm are frozen, expected --no-freeze-bn',
+             lambda o: o.sync_bn and o.freeze_bn),
     Conflict('sync_bn', 'needs GPUs, found {processes} processes on the CPU',
              lambda o: o.sync_bn and o.processes > 1 and o.device == 'cpu'),
 )

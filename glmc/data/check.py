@@ -1,4 +1,4 @@
-"""Scan an image set before training: unreadable images, duplicates, unusual formats, suggested options.
+"""Scan an image set before training: unreadable images, duplicates, unusual formats, and the command to run next.
 
     python -m glmc.data.check my_images
     python -m glmc.data.check --train-list train.txt --val-list test.txt --data-dir images
@@ -7,6 +7,7 @@ The scan takes the data options of train_glmc.py, decodes every image once and c
 image cannot be decoded, is in two sets or has two labels.
 """
 import hashlib
+import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,15 +16,16 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from glmc.cli import Parser, pick, run_script
-from glmc.config import DATA, add_groups, names
+from glmc.cli import Options, Parser, pick, run_script
+from glmc.config import DATA, add_groups, flag, has_data, names
 from glmc.data.datasets import ImageSet
 from glmc.data.profiles import Profile, pluralize
 from glmc.data.sources import TrainingData, load_training_data
-from glmc.errors import ImageError, InputError
+from glmc.errors import ImageError, InputError, printable
 
 ORIENTATION = 0x112  # EXIF
 MAX_LISTED = 10  # findings of each kind
+PHOTO_SIDE = 64  # median shorter side, in pixels, from which images profit from weights pretrained on photos
 NOTES = {  # attribute of ScanResult -> the images and how training and evaluation handle them
     'rotated': 'with an EXIF rotation, which is ignored, as in timm',
     'animated': 'with several frames, of which the first is used',
@@ -38,16 +40,21 @@ class ScanResult(NamedTuple):
         error: Error line, or empty.
         digest: SHA-256 of mode, size and pixels.
         format: File format and mode, e.g. `PNG RGB`.
-        small: Whether a side has less than 8 pixels.
+        side: Shorter side in pixels.
         rotated: Whether an EXIF tag asks for a rotation or a flip.
         animated: Whether the file has several frames.
     """
     error: str = ''
     digest: bytes = b''
     format: str = ''
-    small: bool = False
+    side: int = 0
     rotated: bool = False
     animated: bool = False
+
+    @property
+    def small(self) -> bool:
+        """Whether a side has less than 8 pixels."""
+        return self.side < 8
 
 
 class _ScanDataset(Dataset):
@@ -65,7 +72,7 @@ class _ScanDataset(Dataset):
                 rotated = image.getexif().get(ORIENTATION, 1) not in (0, 1)
                 image.load()
                 digest = hashlib.sha256(f'{image.mode} {image.size}'.encode() + image.convert('RGBA').tobytes()).digest()
-                return ScanResult('', digest, file_format, min(image.size) < 8, rotated, animated)
+                return ScanResult('', digest, file_format, min(image.size), rotated, animated)
         except ImageError as error:
             return ScanResult(error=str(error))
 
@@ -101,8 +108,9 @@ def main() -> None:
                          'torch/NAME or hfds/NAME')
     results = {name: scan(images, args.workers) for name, images in sets.items()}
     problems = list(find_problems(sets, results))
-    print('\n'.join([*describe(data, sets), '', *describe_images(results), '', *(problems or ['no problems found']), '',
-                     *suggest(data.profile)]))
+    lines = [*describe(data, sets), '', *describe_images(results), '', *(problems or ['no problems found']), '',
+             *suggest(data.profile), *next_commands(args, results['train'])]
+    print('\n'.join(map(printable, lines)))
     if problems:
         sys.exit(1)
 
@@ -176,18 +184,42 @@ def shorten(items: Sequence[str]) -> list[str]:
 
 
 def suggest(profile: Profile) -> Iterable[str]:
-    """Options for this profile, by the published recipes."""
+    """Lines on options whose defaults do not suit this profile."""
     counts = np.array(profile.counts)
     imbalance = counts.max() / counts.min()
     if imbalance < 1.5:
         yield 'suggestion: --balanced, the classes have about the same number of images'
         return
-    q = 0 if imbalance >= 100 else 0.2
-    yield (f'suggestion: --resample-power {q} --reweight-power 1 (published: q 0 at an imbalance of 100, 0.2 below and for '
-           'ImageNet-LT and iNaturalist; k 1.2 for CIFAR, 1 elsewhere)')
+    if imbalance < 100:
+        yield 'suggestion for --method glmc: --resample-power 0.2 (published for an imbalance below 100)'
     if not all(len(classes) for classes in profile.groups().values()) and len(counts) >= 3:
         few, many = (int(t) for t in np.quantile(counts, (1 / 3, 2 / 3)))
         yield f'suggestion: --shot-thresholds {few} {many} (thirds of the classes), since a shot group is empty'
+
+
+def next_commands(args: Options, results: Sequence[ScanResult]) -> Iterable[str]:
+    """A heading and the commands to run next, with the data options of this command.
+
+    Args:
+        args: Options of `check_parser`.
+        results: Results of the training set.
+    """
+    parser, words = check_parser(), []
+    for name in names(*DATA):
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [flag(name), *(f'{value:g}' if isinstance(value, float) else str(value) for value in values)]
+    data, train = shlex.join(words), 'accelerate launch train_glmc.py'
+    sides = [result.side for result in results if not result.error]
+    if has_data(args) and sides and np.median(sides) >= PHOTO_SIDE:
+        yield 'next: classifiers on the features of a pretrained model, then training of the whole model:'
+        yield f'python finetune_glmc.py --model resnet50 {data}'
+        yield f'{train} --model resnet50 --pretrained {data}'
+    else:
+        small = '--model resnet32_cifar --img-size 32 --augmentation cifar' if has_data(args) else ''
+        yield 'next: training from scratch, since the images are small:'
+        yield ' '.join(filter(None, (train, small, data)))
 
 
 if __name__ == '__main__':

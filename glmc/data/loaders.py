@@ -245,7 +245,7 @@ def create_train_loader(
     else:
         dataset = ViewDataset(images, make_views, mode, bad)
         batching = dict(batch_sampler=PairSampler(images.labels, batch_size, resample_power, seed, rank, world_size))
-    loader = _data_loader(dataset, workers, device, seed, **batching)
+    loader = data_loader(dataset, workers, device, seed, **batching)
     return WorkerTrainLoader(loader, create_normalize(data_config, device), device, erasing)
 
 
@@ -260,7 +260,7 @@ def create_eval_loader(
     else:
         dataset = EvalDataset(images, transform, image_mode(data_config))
         sampler = ShardSampler(len(images), rank, world_size)
-    loader = _data_loader(dataset, workers, device, 0, batch_size=batch_size, sampler=sampler)
+    loader = data_loader(dataset, workers, device, 0, batch_size=batch_size, sampler=sampler)
     return EvalLoader(loader, create_normalize(data_config, device), device)
 
 
@@ -279,7 +279,8 @@ def image_mode(data_config: dict) -> str:
     return 'L' if data_config['input_size'][0] == 1 else 'RGB'
 
 
-def _data_loader(dataset, workers: int, device: torch.device, seed: int, **kwargs) -> DataLoader:
+def data_loader(dataset, workers: int, device: torch.device, seed: int, **kwargs) -> DataLoader:
+    """DataLoader whose workers ignore signals and whose random numbers are its own."""
     return DataLoader(
         dataset, num_workers=workers, pin_memory=device.type == 'cuda', persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(seed), **kwargs,  # its own generator: none of the training's numbers

@@ -104,7 +104,7 @@ def pluralize(number: int, noun: str) -> str:
 
 def fingerprint(names: Iterable[str]) -> str:
     """Identify a set of training images by the sha256 of their sorted names, one a line."""
-    return hashlib.sha256('\n'.join(sorted(names)).encode()).hexdigest()
+    return hashlib.sha256('\n'.join(sorted(names)).encode('utf-8', 'surrogateescape')).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,35 @@ def prior_shift(source: Sequence[float], target: Sequence[float]) -> Tensor:
     return torch.from_numpy(np.log(np.asarray(target)) - np.log(np.asarray(source))).float()
 
 
+def resolve_shift(
+        target: str | None, source: str | Sequence[float], train_counts: Sequence[int], imbalance_factor: float,
+        test_counts: Sequence[int] | None = None) -> Tensor | None:
+    """Resolve `--target-prior` to the (C,) adjustment of the logits; None without it.
+
+    Args:
+        target: A name in TARGETS, `test`, or a file of `read_prior`.
+        source: Class prior that the classifier has learnt, as for `resolve_prior`.
+        train_counts: (C,) training images per class.
+        imbalance_factor: F of `target_prior`.
+        test_counts: (C,) images per class of `test`; None if they are unknown.
+
+    Raises:
+        InputError: If the target is `test` without counts, or a file that cannot be read.
+    """
+    if not target:
+        return None
+    if target == 'test' and test_counts is None:
+        raise InputError(f"--target-prior test: the classes of the images are unknown, expected {', '.join(TARGETS)}, or a "
+                         'file with a weight per class')
+    if target == 'test':
+        prior = normalized(test_counts)
+    elif target in TARGETS:
+        prior = target_prior(train_counts, target, imbalance_factor)
+    else:
+        prior = read_prior(target, len(train_counts))
+    return prior_shift(resolve_prior(source, train_counts), prior)
+
+
 class AdjustedModel(nn.Module):
     """Wrap a model with flip test-time augmentation and an adjustment to another class prior.
 

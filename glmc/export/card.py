@@ -92,15 +92,24 @@ def _origin(source: dict) -> str:
 
 
 def _usage(config: dict) -> str:
-    needs_glmc = config['architecture'].startswith('resnet32')
-    note = "This architecture is not one of timm's own: `import glmc` before loading it.\n\n" if needs_glmc else ''
-    return f"""{note}```python
-import timm
+    """Return lines that predict the classes of one image, with timm alone where the architecture is timm's."""
+    architecture, channels = config['architecture'], config['pretrained_cfg']['input_size'][0]
+    own = f'import glmc  # adds {architecture} to timm\n' if architecture.endswith('_cifar') else ''
+    return f"""```python
+{own}import timm
+import torch
+from PIL import Image
+
 model = timm.create_model('{PLACEHOLDER}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+names = model.pretrained_cfg['label_names']  # in the order of the outputs
+with torch.inference_mode(), Image.open('photo.jpg') as image:
+    probabilities = model(transform(image.convert('{'L' if channels == 1 else 'RGB'}')).unsqueeze(0))[0].softmax(-1)
+for probability, label in zip(*probabilities.topk({min(5, config['num_classes'])})):
+    print(f'{{probability:.3f}}  {{names[label]}}')
 ```
 
-`model.pretrained_cfg['label_names']` lists the classes in the order of the outputs."""
+With GLMC for timm installed, `python -m glmc.predict {PLACEHOLDER} my_photos` writes a CSV of a folder."""
 
 
 def _results(metrics: dict) -> str:

@@ -79,14 +79,16 @@ class LogitAdjustedLoss(nn.Module):
     Args:
         counts: (C,) training images per class.
         adjustment_tau: τ.
+        smoothing: Label smoothing.
     """
 
-    def __init__(self, counts: Sequence[int], adjustment_tau: float = 1.0):
+    def __init__(self, counts: Sequence[int], adjustment_tau: float = 1.0, smoothing: float = 0.0):
         super().__init__()
         self.register_buffer('adjustment', prior_adjustment(counts, adjustment_tau), persistent=False)
+        self.smoothing = smoothing
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float() + self.adjustment, labels)
+        return F.cross_entropy(logits.float() + self.adjustment, labels, label_smoothing=self.smoothing)
 
 
 class DeferredReweighting(nn.Module):

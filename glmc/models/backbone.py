@@ -1,11 +1,14 @@
 """Creation of timm backbones."""
 import difflib
+import logging
 
 import timm
-from timm.models import load_checkpoint, resolve_model_input_args
+from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
 from glmc.errors import InputError, first_line
+
+_logger = logging.getLogger(__name__)
 
 
 def create_backbone(
@@ -38,9 +41,19 @@ def create_backbone(
 
 
 def _load_initial_checkpoint(model: nn.Module, path: str) -> None:
+    """Load weights; a classifier of another shape keeps its initialisation."""
     try:
-        load_checkpoint(model, path, weights_only=True)
+        state, own = load_state_dict(path, weights_only=True), model.state_dict()
+        heads = model.pretrained_cfg.get('classifier') or ()
+        prefixes = tuple(f'{head}.' for head in ([heads] if isinstance(heads, str) else heads))
+        unused = [name for name, value in state.items()
+                  if name.startswith(prefixes) and name in own and value.shape != own[name].shape]
+        missing, unexpected = model.load_state_dict({n: v for n, v in state.items() if n not in unused}, strict=False)
+        wrong = [name for name in (*missing, *unexpected) if name not in unused]
+        if wrong:
+            raise RuntimeError(f"{'no' if wrong[0] in missing else 'an unknown'} tensor {wrong[0]}, {len(wrong)} in all")
     except Exception as error:  # a foreign file makes torch and safetensors raise anything
-        raise InputError(
-            f'--initial-checkpoint {path}: expected weights of this model, found: {first_line(error)}') from error
-
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise InputError(f'--initial-checkpoint {path}: expected weights of this model, found: {reason[:300]}') from error
+    if unused:
+        _logger.info(f"--initial-checkpoint: {', '.join(unused)} of another shape not used, the classifier starts anew")

@@ -1,9 +1,9 @@
-"""Classifiers for the features of a frozen encoder: rules that compute a linear layer. No rule requires a search."""
+"""Classifiers for the features of a frozen encoder: linear layers, and nearest neighbours. No rule requires a search."""
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from glmc.losses.classification import LogitAdjustedLoss, effective_number_weigh
 from glmc.models.classifier import cap_norms, norm_radius
 from glmc.models.cosine import fold_cosine
 from glmc.stage2.features import Features
-from glmc.stage2.probe import Linear
+from glmc.stage2.probe import Linear, linear_probe
 
 _logger = logging.getLogger(__name__)
 EVALUATION_BATCH = 4096
@@ -95,12 +95,14 @@ def softmax_bce(logits: Tensor, labels: Tensor, class_weight: Tensor) -> Tensor:
 
 
 class Classifier:
-    """Base of the rules that compute a linear layer from features: frozen dataclasses of hyper-parameters.
+    """Base of the rules that compute a classifier from features: frozen dataclasses of hyper-parameters.
 
     Fields of type str list their choices in the field's metadata.
     """
 
     grid: ClassVar[dict] = {}  # field -> values to search
+    short_grid: ClassVar[dict | None] = None  # the same for a probe of a pretrained encoder; None for `grid`
+    prior: ClassVar[str] = 'uniform'  # class prior that the classifier embodies
     two_heads: ClassVar[bool] = False  # whether `Stage1.conventional` is required
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
@@ -112,6 +114,12 @@ class Classifier:
             generator: Source of all random numbers.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def path(candidates: Sequence['Classifier'], stage1: Stage1, features: Features, seed: int) -> Iterator[Linear]:
+        """Fit the candidates of a search in turn; a rule may share work among them."""
+        for candidate in candidates:
+            yield candidate.fit(stage1, features, torch.Generator().manual_seed(seed))
 
     def train_copy(
             self, linear: Linear, features: Features, loss: Callable, generator: torch.Generator, **options) -> Linear:
@@ -139,6 +147,7 @@ class MaxNorm(Classifier):
     project: str = field(default='step', metadata=dict(choices=('step', 'epoch')))
     loss: str = field(default='ce', metadata=dict(choices=('ce', 'bce')))
     grid: ClassVar[dict] = dict(radius=(0.05, 0.1, 0.3, 1.0), weight_decay=(0.01, 0.1))
+    short_grid: ClassVar[dict] = dict(weight_decay=(0.01,))
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
         linear = stage1.linear.trainable()
@@ -211,6 +220,7 @@ class CRT(Classifier):
     epochs: int = 10
     weight_decay: float = 5e-4
     grid: ClassVar[dict] = dict(lr=(0.0025, 0.025, 0.1))
+    short_grid: ClassVar[dict] = dict(lr=(0.1,))
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
         bound = stage1.linear.weight.shape[1] ** -0.5
@@ -226,6 +236,7 @@ class LWS(Classifier):
     epochs: int = 5
     weight_decay: float = 5e-4
     grid: ClassVar[dict] = dict(lr=(0.0025, 0.025, 0.1))
+    short_grid: ClassVar[dict] = dict(lr=(0.0025,))
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
         linear = stage1.linear.detached()
@@ -257,6 +268,7 @@ class LabelOverSmoothing(Classifier):
     weight_decay: float = 0.0
     smoothing: float = 0.98
     grid: ClassVar[dict] = dict(lr=(5e-4, 5e-3, 5e-2), smoothing=(0.9, 0.98))
+    short_grid: ClassVar[dict] = dict(lr=(5e-3,))
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
         loss = partial(F.cross_entropy, label_smoothing=self.smoothing)
@@ -292,6 +304,131 @@ class HeadAverage(Classifier):
         return Linear(*(torch.lerp(c, cb, self.weight) for c, cb in zip(adjusted, stage1.linear, strict=True)))
 
 
+@dataclass(frozen=True)
+class LinearProbe(Classifier):
+    """Multinomial logistic regression on standardised features, from zero: stage 1 of an encoder without a classifier."""
+    weight_decay: float = 5e-4
+    grid: ClassVar[dict] = dict(weight_decay=(1e-2, 2e-3, 5e-4, 1e-4))
+    prior: ClassVar[str] = 'train'
+
+    def adjustment(self, counts: list[int]) -> Tensor | None:
+        """(C,) addend of the logits in the loss; None for cross-entropy."""
+        return None
+
+    def fit(self, stage1: Stage1, features: Features, generator: torch.Generator, **options) -> Linear:
+        device, num_classes = stage1.linear.bias.device, len(stage1.counts)
+        return linear_probe(features, num_classes, self.adjustment(features.counts(num_classes)), device=device,
+                            weight_decay=self.weight_decay, generator=generator, **options)
+
+    @staticmethod
+    def path(candidates, stage1: Stage1, features: Features, seed: int) -> Iterator[Linear]:
+        """Fit from strong to weak weight decay, each briefly from the one before."""
+        fits, options = {}, {}
+        for candidate in sorted(candidates, key=lambda candidate: -candidate.weight_decay):
+            linear = candidate.fit(stage1, features, torch.Generator().manual_seed(seed), **options)
+            fits[candidate], options = linear, dict(start=linear, epochs=10)
+        return (fits[candidate] for candidate in candidates)
+
+
+@dataclass(frozen=True)
+class BalancedProbe(LinearProbe):
+    """Linear probe by cross-entropy of logits + log prior; the exported classifier omits the prior (arXiv 2007.10740)."""
+    prior: ClassVar[str] = 'uniform'
+
+    def adjustment(self, counts: list[int]) -> Tensor:
+        return prior_adjustment(counts)
+
+
+class Moments(NamedTuple):
+    """Class means and tied covariance."""
+    means: Tensor  # (C, D) float64
+    covariance: Tensor  # (D, D) float64
+
+    @classmethod
+    def of(cls, features: Features, num_classes: int) -> 'Moments':
+        """Sum the plain views over two passes in float64; the covariance is that within the classes, divided by N."""
+        sums = torch.zeros(num_classes, features.width, dtype=torch.float64)
+        for batch, labels in features.batches(EVALUATION_BATCH):
+            sums.index_add_(0, labels, batch.double())
+        means = sums / torch.tensor(features.counts(num_classes)).clamp(min=1)[:, None]
+        covariance = torch.zeros(features.width, features.width, dtype=torch.float64)
+        for batch, labels in features.batches(EVALUATION_BATCH):
+            centred = batch.double() - means[labels]
+            covariance.addmm_(centred.T, centred)
+        return cls(means, covariance / len(features))
+
+
+@dataclass(frozen=True)
+class LinearDiscriminant(Classifier):
+    """Linear discriminant analysis with equal priors (Fisher 1936).
+
+    The tied covariance is that of scikit-learn's LinearDiscriminantAnalysis(solver='lsqr'), shrunk to
+    (1 - s)·Σ + s·tr(Σ)/D·I.
+    """
+    shrinkage: float = 0.1
+    grid: ClassVar[dict] = dict(shrinkage=(0.01, 0.1, 0.5, 0.9))
+
+    def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
+        return self.solve(Moments.of(features, len(stage1.counts)), stage1.linear.bias.device)
+
+    @staticmethod
+    def path(candidates, stage1: Stage1, features: Features, seed: int) -> Iterator[Linear]:
+        moments = Moments.of(features, len(stage1.counts))
+        for candidate in candidates:
+            yield candidate.solve(moments, stage1.linear.bias.device)
+
+    def solve(self, moments: Moments, device: torch.device) -> Linear:
+        """Weights Σ⁻¹μ_c and biases -½ μ_cᵀΣ⁻¹μ_c; a class without images gets the mean of the others' weights."""
+        means, covariance = moments
+        variance = covariance.diagonal().mean()
+        shrunk = (1 - self.shrinkage) * covariance
+        shrunk.diagonal().add_(self.shrinkage * variance + 1e-9 * variance + 1e-30)  # so that it has an inverse
+        weight = torch.linalg.solve(shrunk, means.T).T
+        bias = -(weight * means).sum(1) / 2
+        centre = weight.mean(0)  # a shift that all classes share, which keeps the logits small
+        shift = bias.mean()
+        return Linear((weight - centre).float().to(device), (bias - shift).float().to(device))
+
+
+class Neighbours(NamedTuple):
+    """Votes of the nearest training images."""
+    features: Features
+    num_classes: int
+    k: int
+    temperature: float
+    device: torch.device
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, D) features -> (B, C) log shares of the votes."""
+        query = F.normalize(features)
+        best = query.new_full((len(query), 0), 0)
+        classes = torch.zeros(len(query), 0, dtype=torch.int64, device=query.device)
+        for batch, labels in self.features.batches(EVALUATION_BATCH):
+            similarity = query @ F.normalize(batch.to(query.device)).T
+            best, classes = torch.cat((best, similarity), 1), torch.cat(
+                (classes, labels.to(query.device).expand(len(query), -1)), 1)
+            best, places = best.topk(min(self.k, best.shape[1]))
+            classes = classes.gather(1, places)
+        votes = query.new_zeros(len(query), self.num_classes)
+        votes.scatter_add_(1, classes, (best / self.temperature).softmax(1))
+        return votes.clamp(min=1e-12).log()
+
+
+@dataclass(frozen=True)
+class NearestNeighbours(Classifier):
+    """Votes of the k training images of highest cosine, with weights exp(cosine / T) (arXiv 1805.01978); not linear."""
+    k: int = 20
+    temperature: float = 0.07
+
+    def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Neighbours:
+        return Neighbours(features, len(stage1.counts), self.k, self.temperature, stage1.linear.bias.device)
+
+
 CLASSIFIERS = {
     'maxnorm': MaxNorm, 'balanced_softmax': BalancedSoftmax, 'logit_adjust': LogitAdjust, 'crt': CRT, 'lws': LWS,
-    'tau_norm': TauNorm, 'los': LabelOverSmoothing, 'ncm': NearestClassMean, 'average': HeadAverage}
+    'tau_norm': TauNorm, 'los': LabelOverSmoothing, 'ncm': NearestClassMean, 'lda': LinearDiscriminant,
+    'knn': NearestNeighbours, 'average': HeadAverage}
+PROBE = 'linear_probe'
+PROBE_CLASSIFIERS = {  # without a trained classifier
+    PROBE: LinearProbe, **{name: rule for name, rule in CLASSIFIERS.items() if not rule.two_heads},
+    'balanced_softmax': BalancedProbe}

@@ -1,11 +1,12 @@
 """Stage 2 from model to exports: extract features, train classifiers, compare them in one table, export each."""
 import copy
 import csv
+import json
 import logging
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +21,22 @@ from glmc.evaluation.text import aligned, mean_std
 from glmc.export.export import export_model
 from glmc.models.classifier import linear_classifier, set_classifier
 from glmc.run_folder import provenance, write_tables
-from glmc.stage2.classifiers import Classifier, Linear, Stage1
+from glmc.stage2.classifiers import PROBE, Classifier, Linear, Stage1
 from glmc.stage2.features import Extractor
-from glmc.stage2.select import Result, fit, measure, parse_classifiers, search, stratified_split
+from glmc.stage2.select import (
+    STAGE1,
+    Result,
+    best_result,
+    fit,
+    measure,
+    parse_classifiers,
+    search,
+    stratified_split,
+)
 
 _logger = logging.getLogger(__name__)
 CHOICE = ('stage2_holdout', 'stage2_kwargs', 'seed')
+HOLDOUT = 0.2  # fraction of the training images that chooses, if there is no trained classifier
 OPTIONS = (*CHOICE, 'feature_views', 'feature_cache', 'batch_size', 'workers')
 TABLE = 'stage2.csv'
 METRICS = ('top1', 'many', 'medium', 'few', 'class_mean', 'ece')
@@ -36,11 +47,13 @@ def run_stage2(
         accelerator: Accelerator, augmentation: dict, counts: Sequence[int] | None = None,
         conventional: nn.Linear | None = None, stage2_holdout: float | None = None, stage2_kwargs: dict | None = None,
         feature_views: int = 2, feature_cache: str | Path | None = None, batch_size: int = 64, workers: int | None = None,
-        seed: int = 42) -> list[Result]:
-    """Train classifiers on the features of a model, print one table, and export each with the encoder of stage 1.
+        seed: int = 42, encoder_only: bool = False) -> list[Result]:
+    """Train classifiers on the features of a model, print one table, and export them with its encoder.
 
     Hyper-parameters are their defaults, or chosen on held-out training images; never on the validation images. Writes
-    stage2.csv, and for each classifier NAME/export/, NAME/per_class.csv and NAME/confused_pairs.csv.
+    stage2.csv, and for each classifier NAME/metrics.json, NAME/per_class.csv and NAME/confused_pairs.csv. The linear
+    classifier that held-out images choose is exported to `folder`/export, with its tables in `folder`; without such
+    images, each to NAME/export.
 
     Args:
         folder: Output folder.
@@ -62,9 +75,12 @@ def run_stage2(
         batch_size: Images per pass through the encoder.
         workers: Processes of the loader; None for one per core, at most 16.
         seed: Seed of views, splits and training.
+        encoder_only: Whether the model's classifier is untrained. A linear probe then is stage 1 of the other rules, and
+            `stage2_holdout` is 0.2 by default.
 
     Returns:
-        The classifier of stage 1, then the requested ones; an empty list in all processes but the main one.
+        The classifier of stage 1 or the linear probe, then the requested ones; an empty list in all processes but the
+        main one.
 
     Raises:
         InputError: If a name or setting is wrong, the model's classifier is not one linear layer, or the held-out images
@@ -72,7 +88,10 @@ def run_stage2(
     """
     classifiers, layer, split = check_stage2(
         names, model=model, data=data, conventional=conventional, stage2_holdout=stage2_holdout,
-        stage2_kwargs=stage2_kwargs, seed=seed)
+        stage2_kwargs=stage2_kwargs, seed=seed, encoder_only=encoder_only)
+    if split:
+        _logger.info(f'{len(split[1]):,} training images (--stage2-holdout) choose hyper-parameters and the best rule; '
+                     f'then all {len(data.train):,} train')
     folder, counts, thresholds = Path(folder), list(counts or data.profile.counts), data.profile.thresholds
     extract = Extractor(
         model, data_config=export['data_config'], augmentation=augmentation, accelerator=accelerator,
@@ -91,23 +110,31 @@ def run_stage2(
     stage1 = Stage1(
         Linear(layer.weight, layer.bias).detached(), counts, resolve_prior(export['source'].get('prior', 'train'), counts),
         conventional and Linear(conventional.weight, conventional.bias).detached())
-    results = [Result('stage 1', stage1.linear, *measure(stage1.linear, validation, counts, thresholds), {})]
+    search_stage1, results = stage1, []
+    if not encoder_only:
+        results.append(Result(STAGE1, stage1.linear, *measure(stage1.linear, validation, counts, thresholds), {}))
     for name, classifier in classifiers.items():
         start, score = time.perf_counter(), None
         if search_sets:
             fixed = [key.partition('.')[2] for key in stage2_kwargs or () if key.startswith(f'{name}.')]
-            classifier, score = search(classifier, stage1, *search_sets, seed, fixed)
+            classifier, score = search(classifier, search_stage1, *search_sets, seed, fixed, short=encoder_only)
         linear = fit(classifier, stage1, features, seed)
+        if name == PROBE:
+            stage1 = search_stage1 = replace(stage1, linear=linear)
+            if search_sets:  # a probe that has not seen the held-out images
+                search_stage1 = replace(stage1, linear=fit(classifier, stage1, search_sets[0], seed))
         seconds = time.perf_counter() - start
         settings = ', '.join(f'{key} {value}' for key, value in asdict(classifier).items())
-        _logger.info(f'{name}: {seconds:.1f} s, {settings}'
+        _logger.info(f'{name}: {seconds:.1f} s{settings and ", " + settings}'
                      + ('' if score is None else f', class mean {score:.2f} on held-out images'))
         results.append(Result(name, linear, *measure(linear, validation, counts, thresholds), asdict(classifier), seconds,
-                              score))
+                              score, classifier.prior))
+    chosen = best_result(results) if search_sets and any(result.is_exportable for result in results) else None
     print(f'\nStage 2 on {len(validation):,} images, features in {extraction} s:\n{results_table([results])}', flush=True)
     metadata = dict(feature_views=feature_views, feature_seconds=extraction)
-    for result in results[1:]:
-        _export_classifier(folder / result.name, result, results[0], model, export, metrics, metadata)
+    for result in results:
+        if result.name != STAGE1:
+            _write_classifier(folder, result, results[0], chosen, model, export, metrics, metadata)
     write_results(folder / TABLE, {metrics.get('weights', metrics['method']): results})
     return results
 
@@ -115,7 +142,7 @@ def run_stage2(
 def check_stage2(
         names: str, *, model: nn.Module, data: TrainingData, conventional: nn.Linear | None = None,
         stage2_holdout: float | None = None, stage2_kwargs: dict | None = None,
-        seed: int = 42) -> tuple[dict[str, Classifier], nn.Linear, tuple | None]:
+        seed: int = 42, encoder_only: bool = False) -> tuple[dict[str, Classifier], nn.Linear, tuple | None]:
     """Raise the errors of `run_stage2` without any work, so that a run can fail before stage 1.
 
     Returns:
@@ -124,11 +151,14 @@ def check_stage2(
     Raises:
         InputError: See `run_stage2`.
     """
-    classifiers, split = parse_classifiers(names, stage2_kwargs or {}, two_heads=conventional is not None), None
+    classifiers, split = parse_classifiers(
+        names, stage2_kwargs or {}, two_heads=conventional is not None, encoder_only=encoder_only), None
     if not isinstance(data.train, ImageSet):
         raise InputError(f'--stage2 {names}: needs a training set with an index')
     if stage2_holdout is not None and _has_unseen_holdout(data):
         _logger.warning('--stage2-holdout has no effect with --holdout, whose images choose')
+    elif stage2_holdout is None and encoder_only and not _has_unseen_holdout(data) and max(data.profile.counts) > 1:
+        split = stratified_split(data.train.labels, HOLDOUT, data.train.class_names, seed)
     elif stage2_holdout is not None:
         split = stratified_split(data.train.labels, stage2_holdout, data.train.class_names, seed)
     return classifiers, linear_classifier(model), split
@@ -139,25 +169,33 @@ def _has_unseen_holdout(data: TrainingData) -> bool:
     return data.validation is not None and data.holdout is not None
 
 
-def _export_classifier(
-        folder: Path, result: Result, first: Result, model: nn.Module, export: dict, metrics: dict, metadata: dict) -> None:
-    """Write one classifier with the encoder of stage 1 to `folder`/export, and its tables to `folder`."""
+def _write_classifier(
+        folder: Path, result: Result, first: Result, chosen: Result | None, model: nn.Module, export: dict, metrics: dict,
+        metadata: dict) -> None:
+    """Write metrics and tables of one classifier to `folder`/NAME, and the export if it is chosen or none is."""
     source = export['source']
     stage2 = dict(name=result.name, **result.settings, **metadata, seconds=round(result.seconds, 2))
     method = f"{metrics['method']}+{result.name}"
-    stage1 = {'method': metrics['method'], **{key: first.metrics[key] for key in METRICS},
+    seconds = result.seconds if result is first else first.seconds + result.seconds  # a linear probe is stage 1
+    stage1 = {'method': metrics['method'] if first.name == STAGE1 else f"{metrics['method']}+{first.name}",
+              **{key: first.metrics[key] for key in METRICS},
               **{key: metrics[key] for key in ('command', 'commit', 'seconds', 'epoch') if key in metrics}}
     metrics = {
-        **metrics, 'method': method, **result.metrics, 'stage1': stage1,
+        **metrics, 'method': method, **result.metrics, **({} if result is first else {'stage1': stage1}),
         'stage2': {**stage2, 'heldout_class_mean': result.heldout}, **provenance(),
-        'seconds': round(metrics.get('seconds', 0) + metadata['feature_seconds'] + result.seconds, 1)}
-    source = {**source, 'method': method, 'prior': 'uniform', 'stage2': stage2,
+        'seconds': round(metrics.get('seconds', 0) + metadata['feature_seconds'] + seconds, 1)}
+    own = folder / result.name
+    own.mkdir(parents=True, exist_ok=True)
+    (own / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    for place in (own, *([folder] if result is chosen else [])):
+        write_tables(place, metrics, export['class_names'], result.predictions)
+    if not result.is_exportable or chosen not in (None, result):
+        return
+    source = {**source, 'method': method, 'prior': result.prior, 'stage2': stage2,
               'recipe': {**source.get('recipe', {}), **{f'stage2_{key}': value for key, value in stage2.items()}}}
     copied = copy.deepcopy(model).eval()
     set_classifier(copied, *result.linear)
-    folder.mkdir(parents=True, exist_ok=True)
-    export_model(folder / 'export', copied, **{**export, 'source': source}, metrics=metrics)
-    write_tables(folder, metrics, export['class_names'], result.predictions)
+    export_model((own if chosen is None else folder) / 'export', copied, **{**export, 'source': source}, metrics=metrics)
 
 
 def results_table(runs: Sequence[Sequence[Result]]) -> str:
@@ -168,10 +206,17 @@ def results_table(runs: Sequence[Sequence[Result]]) -> str:
     """
     groups = runs[0][0].metrics['shot_classes']
     rows = [['classifier', 'top-1', *(f'{name} ({size})' for name, size in groups.items()), 'class mean', 'ECE', 'seconds']]
+    chosen = any(result.heldout is not None for result in runs[0])
+    if chosen:
+        rows[0].append('held-out')
+        best = max((result for result in runs[0] if result.heldout is not None), key=lambda result: result.heldout)
     for results in zip(*runs, strict=True):
         cells = [mean_std([result.metrics[key] for result in results]) for key in METRICS]
         rows.append([results[0].name, *cells, f'{statistics.mean(result.seconds for result in results):.1f}'])
-    return aligned(rows)
+        if chosen:
+            score = '' if results[0].heldout is None else mean_std([result.heldout for result in results])
+            rows[-1].append(score if len(runs) > 1 else f"{score} {'*' if results[0] is best else ' '}")
+    return aligned(rows) + ('\n* highest class mean on held-out training images' if chosen and len(runs) == 1 else '')
 
 
 def write_results(path: Path, runs: dict[str, Sequence[Result]]) -> None:

@@ -21,6 +21,10 @@ class Linear(NamedTuple):
         """(B, D) features -> (B, C) logits."""
         return F.linear(features, self.weight, self.bias)
 
+    @property
+    def device(self) -> torch.device:
+        return self.bias.device
+
     def scaled(self, scale: Tensor) -> 'Linear':
         """Multiply the logit of each class by its (C,) scale."""
         return Linear(scale[:, None] * self.weight, scale * self.bias)

@@ -9,8 +9,19 @@ import torch
 from glmc.cli import nearest
 from glmc.errors import InputError
 from glmc.evaluation.metrics import LongTailEvaluator, Predictions
-from glmc.stage2.classifiers import CLASSIFIERS, EVALUATION_BATCH, Classifier, Linear, Stage1
+from glmc.stage2.classifiers import (
+    CLASSIFIERS,
+    EVALUATION_BATCH,
+    PROBE,
+    PROBE_CLASSIFIERS,
+    Classifier,
+    Linear,
+    Neighbours,
+    Stage1,
+)
 from glmc.stage2.features import Features
+
+STAGE1 = 'stage 1'
 
 
 @dataclass(frozen=True)
@@ -18,30 +29,39 @@ class Result:
     """A classifier of stage 2, or that of stage 1, with its metrics.
 
     Args:
-        name: Key in CLASSIFIERS, or `stage 1`.
-        linear: Weights.
+        name: Key in CLASSIFIERS or PROBE_CLASSIFIERS, or `stage 1`.
+        linear: Weights, or nearest neighbours, which no export can contain.
         metrics: Metrics on the validation images.
         predictions: Predictions on the validation images.
         settings: Hyper-parameters.
         seconds: Duration of the training, including the search.
         heldout: Class mean on held-out training images in percent; None without held-out images.
+        prior: Class prior that the classifier embodies: `train` or `uniform`.
     """
     name: str
-    linear: Linear
+    linear: Linear | Neighbours
     metrics: dict
     predictions: Predictions
     settings: dict
     seconds: float = 0.0
     heldout: float | None = None
+    prior: str = 'uniform'
+
+    @property
+    def is_exportable(self) -> bool:
+        """Whether this is a new linear layer."""
+        return isinstance(self.linear, Linear) and self.name != STAGE1
 
 
-def parse_classifiers(names: str, settings: dict, two_heads: bool = True) -> dict[str, Classifier]:
+def parse_classifiers(
+        names: str, settings: dict, two_heads: bool = True, encoder_only: bool = False) -> dict[str, Classifier]:
     """Create classifiers by name.
 
     Args:
         names: Names in CLASSIFIERS, separated by commas, or `all` for all possible ones.
         settings: NAME.FIELD -> value of a hyper-parameter.
         two_heads: Whether both classifiers of GLMC are available.
+        encoder_only: Whether the model has no trained classifier: a linear probe comes first.
 
     Returns:
         Name -> classifier, in the order of the names.
@@ -49,16 +69,17 @@ def parse_classifiers(names: str, settings: dict, two_heads: bool = True) -> dic
     Raises:
         InputError: If a name, a field or a value is wrong, or a classifier requires both classifiers of GLMC.
     """
-    possible = [name for name, classifier in CLASSIFIERS.items() if two_heads or not classifier.two_heads]
-    classifiers = {}
-    for name in possible if names == 'all' else names.split(','):
-        if name not in CLASSIFIERS:
-            raise InputError(f"--stage2: expected all, or some of {', '.join(CLASSIFIERS)}; found {name!r}"
-                             f'{nearest(name, CLASSIFIERS)}')
+    known = PROBE_CLASSIFIERS if encoder_only else CLASSIFIERS
+    possible = [name for name, classifier in known.items() if two_heads or not classifier.two_heads]
+    first, classifiers = [PROBE] if encoder_only else [], {}
+    for name in possible if names == 'all' else [*first, *names.split(',')]:
+        if name not in {**CLASSIFIERS, **known}:
+            hint = f'; {PROBE} is for models without a trained classifier' if name == PROBE else nearest(name, known)
+            raise InputError(f"--stage2: expected all, or some of {', '.join(known)}; found {name!r}{hint}")
         if name not in possible:
             raise InputError(f'--stage2 {name}: needs both classifiers of GLMC; expected a run of --method glmc, or one of '
                              'its checkpoints as --model (an export has the rebalanced one alone)')
-        classifiers[name] = CLASSIFIERS[name]()
+        classifiers[name] = known[name]()
     for key, value in settings.items():
         name, _, field = key.partition('.')
         if name not in classifiers:
@@ -114,7 +135,7 @@ def stratified_split(
 
 def search(
         classifier: Classifier, stage1: Stage1, train: Features, heldout: Features, seed: int,
-        fixed: Collection[str] = ()) -> tuple[Classifier, float]:
+        fixed: Collection[str] = (), short: bool = False) -> tuple[Classifier, float]:
     """Search the grid of a classifier for the highest class mean on held-out images.
 
     The given values come first; of equal scores the first wins.
@@ -126,14 +147,17 @@ def search(
         heldout: Features to score each candidate on.
         seed: Seed of the training of each candidate.
         fixed: Names of fields to keep.
+        short: Whether to search the short grid.
 
     Returns:
         The classifier with the best hyper-parameters, and its class mean in percent.
     """
-    grid = {name: values for name, values in classifier.grid.items() if name not in fixed}
-    candidates = [classifier, *(replace(classifier, **dict(zip(grid, values, strict=True)))
-                                for values in itertools.product(*grid.values()) if grid)]
-    scores = [measure(fit(each, stage1, train, seed), heldout, stage1.counts)[0]['class_mean'] for each in candidates]
+    grid = classifier.short_grid if short and classifier.short_grid is not None else classifier.grid
+    grid = {name: values for name, values in grid.items() if name not in fixed}
+    candidates = list(dict.fromkeys([classifier, *(replace(classifier, **dict(zip(grid, values, strict=True)))
+                                                   for values in itertools.product(*grid.values()) if grid)]))
+    scores = [measure(linear, heldout, stage1.counts)[0]['class_mean']
+              for linear in classifier.path(candidates, stage1, train, seed)]
     best = int(np.argmax(scores))
     return candidates[best], scores[best]
 
@@ -145,9 +169,9 @@ def fit(classifier: Classifier, stage1: Stage1, features: Features, seed: int) -
 
 @torch.inference_mode()
 def measure(
-        linear: Linear, features: Features, counts: Sequence[int],
+        linear: Linear | Neighbours, features: Features, counts: Sequence[int],
         thresholds: Sequence[int] = (20, 100)) -> tuple[dict, Predictions]:
-    """Evaluate a linear classifier on the plain views.
+    """Evaluate a classifier on the plain views.
 
     Args:
         linear: Classifier.
@@ -158,7 +182,7 @@ def measure(
     Returns:
         Metrics of LongTailEvaluator, and the predictions.
     """
-    device = linear.bias.device
+    device = linear.device
     evaluator = LongTailEvaluator(counts, thresholds, device=device)
     for batch, labels in features.batches(EVALUATION_BATCH):
         evaluator.update(linear(batch.to(device)), labels.to(device))
@@ -166,5 +190,5 @@ def measure(
 
 
 def best_result(results: Sequence[Result]) -> Result:
-    """The classifier of stage 2 with the highest class mean on held-out images, the first one without such images."""
-    return max(results[1:], key=lambda result: result.heldout or 0.0)
+    """The linear classifier of highest class mean on held-out images, the first one without such images."""
+    return max((result for result in results if result.is_exportable), key=lambda result: result.heldout or 0.0)

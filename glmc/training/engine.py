@@ -1,7 +1,7 @@
 """One step, one epoch of training, and evaluation."""
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -28,11 +28,20 @@ class TrainStep(nn.Module):
         task: Model and loss.
         mixer: Views and labels -> input and target of the task.
         normalize: Pixel values -> input of the model.
+        frozen_norms: BatchNorm layers of the model that keep their running statistics.
     """
 
-    def __init__(self, task: TrainingTask, mixer: nn.Module, normalize: nn.Module):
+    def __init__(self, task: TrainingTask, mixer: nn.Module, normalize: nn.Module,
+                 frozen_norms: Sequence[nn.Module] = ()):
         super().__init__()
         self.task, self.mixer, self.normalize = task, mixer, normalize
+        self.frozen_norms = tuple(frozen_norms)  # a tuple: they are registered in the task already
+
+    def train(self, mode: bool = True) -> 'TrainStep':
+        super().train(mode)
+        for norm in self.frozen_norms:
+            norm.eval()
+        return self
 
     def forward(self, views: Tensor, labels: Tensor, params) -> dict[str, Tensor]:
         """Losses of a batch.

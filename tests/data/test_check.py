@@ -1,5 +1,7 @@
 """Images of every kind, and the scan of a set before training."""
+import os
 import re
+import shlex
 import shutil
 import struct
 import sys
@@ -10,11 +12,13 @@ import pytest
 from conftest import TINY, coloured, run_command, write_folders, write_shards
 from PIL import Image
 
-from glmc.cli import run_script
+from glmc.cli import parse_args, run_script
+from glmc.config import finetune_parser, train_parser
 from glmc.data.check import find_problems, main, readable_subset, scan, shorten, suggest
 from glmc.data.datasets import ImageSet
 from glmc.data.profiles import Profile
 from glmc.data.readers import load_source
+from glmc.methods import METHODS
 
 
 def huge_png(path) -> None:
@@ -133,7 +137,50 @@ def test_scan_of_a_good_set(folders, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert 'train: 25 images of 3 classes, 14 … 4 per class (0 many, 0 medium, 3 few), imbalance 3.5' in out
     assert '\nno problems found\n' in out
-    assert 'suggestion: --resample-power 0.2' in out and 'suggestion: --shot-thresholds 6 9' in out
+    assert 'suggestion for --method glmc: --resample-power 0.2' in out and 'suggestion: --shot-thresholds 6 9' in out
+
+
+def last_lines(out: str) -> list[str]:
+    return out[out.index('\nnext: ') + 1:].splitlines()[1:]
+
+
+def test_photos_end_with_the_commands_for_a_pretrained_model(tmp_path, capsys, monkeypatch):
+    root = tmp_path / "Ann's photos; $HOME"
+    for split, start in (('train', 0), ('validation', 100)):
+        for label in range(2):
+            (root / split / f'class{label}').mkdir(parents=True)
+            for number in range(start, start + 3):
+                coloured(label, number, (90, 70)).save(root / split / f'class{label}' / f'{number}.jpg')
+    monkeypatch.setattr('sys.argv', [
+        'check', str(root), '-j', '0', '--shot-thresholds', '1', '2', '--holdout', '0.5', '--lt-split', 'cao'])
+    assert run_script(main) == 0
+    features, training = map(shlex.split, last_lines(capsys.readouterr().out))
+    data = ['--data-dir', str(root), '--holdout', '0.5', '--shot-thresholds', '1', '2']
+    assert features == ['python', 'finetune_glmc.py', '--model', 'resnet50', *data]
+    assert training == ['accelerate', 'launch', 'train_glmc.py', '--model', 'resnet50', '--pretrained', *data]
+    parse_args(train_parser(METHODS), training[3:])
+    parse_args(finetune_parser(), features[2:])
+
+
+@pytest.mark.parametrize('options, command', [
+    (['--data-dir', 'FOLDERS', '--input-key', '.png'],
+     'accelerate launch train_glmc.py --model resnet32_cifar --img-size 32 --augmentation cifar --data-dir FOLDERS '
+     '--input-key .png'),
+    (['--imbalance-factor', '60'], 'accelerate launch train_glmc.py --imbalance-factor 60')])
+def test_small_images_end_with_the_command_from_scratch(options, command, folders, capsys, monkeypatch):
+    words = [word.replace('FOLDERS', str(folders)) for word in options]
+    monkeypatch.setattr('sys.argv', ['check', *words, '--workers', '0'])
+    assert run_script(main) == 0
+    assert last_lines(capsys.readouterr().out) == [command.replace('FOLDERS', str(folders))]
+
+
+def test_no_name_of_a_file_controls_the_terminal(folders, tmp_path):
+    shutil.copytree(folders, tmp_path / 'images')
+    bad = os.path.join(os.fsencode(tmp_path / 'images' / 'train' / 'ant'), b'\xff\x1b[2J.png')
+    with open(bad, 'wb') as file:
+        file.write(b'no image')
+    outcome = run_command(sys.executable, '-m', 'glmc.data.check', tmp_path / 'images', '-j', '0')
+    assert outcome.code == 1 and '\n    ant/\\udcff\\x1b[2J.png: ' in outcome.out, outcome.err
 
 
 def test_scan_names_classes_that_validation_misses(folders, tmp_path, capsys, monkeypatch):
@@ -172,6 +219,10 @@ def test_scan_needs_a_folder_that_exists(tmp_path):
 def test_workers_see_what_one_process_sees(folders):
     images = load_source('', str(folders), 'train')
     assert scan(images) == scan(images, workers=2)
+
+
+def test_defaults_that_suit_are_no_suggestion():
+    assert list(suggest(Profile((1000, 50, 5)))) == []
 
 
 def test_balanced_counts_need_no_rebalancing():

@@ -1,11 +1,18 @@
 """Model card: valid by the Hub's own classes, equal to the metrics, without paths of this machine."""
 import json
+import re
 from copy import deepcopy
 
 import pytest
+from conftest import coloured
 from huggingface_hub import ModelCard
+from timm.data import resolve_input_data_config
 
 from glmc.export.card import METRICS, PLACEHOLDER, dataset_id, dataset_name, model_card
+from glmc.export.export import export_model
+from glmc.export.load import load_trained
+from glmc.models.backbone import create_backbone
+from glmc.predict import predict
 
 SOURCE = dict(method='glmc', profile=dict(class_counts=[300, 60, 5]), recipe=dict(lr=0.1, mix_beta=1.0, img_size=None))
 CONFIG = dict(architecture='resnet18', num_classes=3, glmc=SOURCE, pretrained_cfg=dict(input_size=[3, 32, 32], license=None))
@@ -98,10 +105,29 @@ def test_a_missing_metric_is_not_listed(value):
     assert 'macro F1' not in [result.metric_name for result in card(macro_f1=value).data.eval_results]
 
 
-def test_a_cifar_net_says_what_to_import():
-    config = {**deepcopy(CONFIG), 'architecture': 'resnet32_cifar'}
-    assert '`import glmc` before' in card(config).text
-    assert 'import glmc' not in card().text
+@pytest.mark.parametrize('architecture, own', [('resnet32_cifar', True), ('resnet32ts', False), ('resnet18', False)])
+def test_only_a_net_of_ours_needs_an_import(architecture, own):
+    usage = card({**deepcopy(CONFIG), 'architecture': architecture}).text.split('## Usage')[1]
+    assert usage.lstrip().startswith('```python\nimport glmc' if own else '```python\nimport timm')
+
+
+@pytest.mark.parametrize('model, options', [
+    ('test_resnet', {}), ('test_resnet', dict(in_chans=1)), ('resnet32_cifar', {}), ('test_vit', dict(num_classes=8))])
+def test_the_usage_runs_as_printed_and_predicts_like_the_command(model, options, tmp_path, monkeypatch, capsys):
+    labels = [f'class {c}' for c in range(options.pop('num_classes', 3))]
+    net = create_backbone(model, num_classes=len(labels), **options)
+    export = export_model(tmp_path / 'PATH', net, metrics=RESULT, source=SOURCE, class_names=labels,
+                          data_config=resolve_input_data_config(net, {}))
+    coloured(1, 2, (70, 50)).save(tmp_path / 'photo.jpg')
+    code = re.search(r'## Usage.*?```python\n(.*?)```', (export / 'README.md').read_text(), re.S)[1]
+    assert len(code.splitlines()) <= 13
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, 'README.md', 'exec'), {})
+    printed = [line.split('  ') for line in capsys.readouterr().out.splitlines()]
+    expected = predict(load_trained(str(export)), ['photo.jpg'], workers=0)[0].sort(descending=True)
+    top = min(5, len(labels))
+    assert [name for _, name in printed] == [labels[c] for c in expected.indices[:top]]
+    assert [float(p) for p, _ in printed] == pytest.approx(expected.values[:top].tolist(), abs=6e-4)
 
 
 def test_a_card_without_evaluation():

@@ -73,7 +73,7 @@ def test_cifar_nets_need_the_package(export_of, tmp_path):
     run = export_of('--model', 'resnet32_cifar')
     images = torch.randn(3, 3, 32, 32)
     assert 'Unknown model (resnet32_cifar)' in logits_without_the_package(run, images, tmp_path)
-    assert '`import glmc`' in (run / 'export' / 'README.md').read_text()
+    assert 'import glmc  # adds resnet32_cifar to timm\nimport timm\n' in (run / 'export' / 'README.md').read_text()
     loaded = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True).eval()
     assert torch.equal(loaded(images), trained_model(run)(images))
 

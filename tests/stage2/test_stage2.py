@@ -1,5 +1,6 @@
 """Stage 2: features as the model gives them, classifiers against plain formulas, and the choice among them."""
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from sklearn.neighbors import NearestCentroid
+from conftest import run_command
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from glmc.data.profiles import Profile
 from glmc.data.sources import TrainingData, load_digits_set
@@ -19,13 +22,17 @@ from glmc.stage2.classifiers import (
     CLASSIFIERS,
     CRT,
     LWS,
+    BalancedProbe,
     BalancedSoftmax,
     HeadAverage,
     LabelOverSmoothing,
     Linear,
+    LinearDiscriminant,
+    LinearProbe,
     LogitAdjust,
     MaxNorm,
     NearestClassMean,
+    NearestNeighbours,
     Stage1,
     TauNorm,
     softmax_bce,
@@ -233,9 +240,61 @@ def test_a_classifier_repeats_and_changes_nothing(name):
     start, features = stage1(), clusters()
     before = [tensor.clone() for tensor in (*start.linear, features.views)]
     one, two = (fit(CLASSIFIERS[name](), start, features, seed=3) for _ in range(2))
-    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(one, two, strict=True))
+    assert torch.equal(one(CENTRES), two(CENTRES)) and one(CENTRES).shape == (4, 4) and not one(CENTRES).requires_grad
     assert all(torch.equal(a, b) for a, b in zip(before, (*start.linear, features.views), strict=True))
-    assert one.weight.shape == (4, 8) and one.bias.shape == (4,) and all(tensor.isfinite().all() for tensor in one)
+    assert one(CENTRES).isfinite().all()
+
+
+@pytest.mark.parametrize('shrinkage', [0.0, 0.3])
+def test_discriminant_is_scikit_learns(shrinkage):
+    features, test = clusters(), clusters(seed=5).views[0]
+    x, y = features.views[0].double().numpy(), features.labels.numpy()
+
+    class Shrunk:  # scikit-learn's own shrinkage scales each feature first
+        def fit(self, x):
+            cov = np.cov(x.T, bias=True)
+            self.covariance_ = (1 - shrinkage) * cov + shrinkage * np.trace(cov) / len(cov) * np.eye(len(cov))
+            return self
+    prior = np.bincount(y) / len(y)
+    oracle = LinearDiscriminantAnalysis('lsqr', priors=prior, covariance_estimator=Shrunk()).fit(x, y)
+    expected = oracle.decision_function(test.numpy()) - np.log(prior)
+    found = fit(LinearDiscriminant(shrinkage), stage1(), features, 0)(test).double().numpy()
+    for logits in (found, expected):
+        logits -= logits.mean(1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_discriminant_of_a_singular_covariance_is_finite():
+    features = clusters(num_views=0)
+    constant = Features(F.pad(features.views, (0, 3), value=1.0), features.labels)
+    start = replace(stage1(), linear=Linear(torch.zeros(4, 11), torch.zeros(4)))
+    for shrinkage in (0.0, 0.1):
+        assert fit(LinearDiscriminant(shrinkage), start, constant, 0)(constant.views[0]).isfinite().all()
+
+
+@pytest.mark.parametrize('chunk', [7, 4096])
+def test_neighbours_are_scikit_learns(chunk, monkeypatch):
+    monkeypatch.setattr('glmc.stage2.classifiers.EVALUATION_BATCH', chunk)
+    features, test = clusters(), clusters(seed=5).views[0]
+    oracle = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d) / 0.07), metric='cosine')
+    expected = oracle.fit(features.views[0].numpy(), features.labels.numpy()).predict_proba(test.numpy())
+    found = fit(NearestNeighbours(), stage1(), features, 0)(test).softmax(1).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_probes_have_the_prior_that_they_claim():
+    """Balanced Softmax is cross-entropy on logits + log prior, and its path picks from strong to weak decay."""
+    features, held = clusters(), clusters(seed=4)
+    start = replace(stage1(), linear=Linear(torch.zeros(4, 8), torch.zeros(4)))
+    plain, balanced = (fit(rule(), start, features, 0) for rule in (LinearProbe, BalancedProbe))
+    counts = [torch.bincount(probe(held.views[0]).argmax(1), minlength=4) for probe in (plain, balanced)]
+    assert counts[1][3] > counts[0][3] and (LinearProbe.prior, BalancedProbe.prior) == ('train', 'uniform')
+    chosen, score = search(LinearProbe(), start, features, held, seed=0)
+    candidates = [LinearProbe(), *(LinearProbe(value) for value in LinearProbe.grid['weight_decay'])]
+    scores = [measure(linear, held, COUNTS)[0]['class_mean']
+              for linear in LinearProbe.path(list(dict.fromkeys(candidates)), start, features, 0)]
+    assert len(scores) == 4 and score == max(scores)
+    assert chosen == list(dict.fromkeys(candidates))[int(np.argmax(scores))]
 
 
 @pytest.mark.parametrize('weight, tau', [(1.0, 0.0), (0.0, 1.0), (0.3, 0.5)])
@@ -303,3 +362,34 @@ def test_help_names_every_classifier():
     from glmc.config import finetune_parser
     text = finetune_parser()._option_string_actions['--stage2'].help
     assert all(name in text for name in CLASSIFIERS)
+
+
+MEMORY = '''
+import resource, torch
+from glmc.stage2.classifiers import LinearDiscriminant, NearestNeighbours, Stage1
+from glmc.stage2.features import Features
+from glmc.stage2.probe import Linear
+from glmc.stage2.select import fit, measure
+
+class Generated(Features):
+    """Rows that are computed when they are read."""
+    num_views, width = 1, 1280
+
+    def rows(self, indices, views=0):
+        return self.views[0, indices % 1009] + self.views[0, self.labels[indices]]
+
+labels = torch.arange(400_000) % 100
+features, query = (Generated(torch.rand(1, 1009, 1280), labels[:n]) for n in (400_000, 200))
+stage1 = Stage1(Linear(torch.zeros(100, 1280), torch.zeros(100)), [4000] * 100, [0.01] * 100)
+measure(fit(LinearDiscriminant(), stage1, features, 0), features, stage1.counts)
+measure(fit(NearestNeighbours(), stage1, features, 0), query, stage1.counts)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+'''
+
+
+@pytest.mark.slow
+def test_large_features_are_never_in_memory():
+    """400,000 x 1,280 float32 are 2 GB; reading them by batches takes less, with torch itself."""
+    outcome = run_command(sys.executable, '-c', MEMORY)
+    assert outcome.code == 0, outcome.err
+    assert int(outcome.out) * 1024 < 2e9
