@@ -130,6 +130,7 @@ class FeatureFile:
                 if not self.finished:
                     self.part.unlink()
                 raise
+            os.ftruncate(self.data, self.size)  # a file of another shape may be longer
             self._write(0, self.header)
 
     def _require_writable(self) -> None:
@@ -179,9 +180,11 @@ class FeatureFile:
             self._read_log()
             if self.is_finished() and self.part.exists():
                 with _disk_errors(self.path):
+                    os.close(self.data)  # Windows renames no open file
+                    self.data = None
                     os.replace(self.part, self.path)
-                if os.name == 'posix':
-                    sync(self.path.parent)
+                    if os.name == 'posix':
+                        sync(self.path.parent)
         return self.is_finished()
 
     def views(self) -> 'Tensor | StoredViews':
@@ -189,7 +192,7 @@ class FeatureFile:
         if self.dtype == torch.bfloat16:
             return StoredViews(self.path, self.shape, len(self.header))
         with _disk_errors(self.path):
-            values = np.fromfile(self.path, np.float32, offset=len(self.header))
+            values = np.fromfile(self.path, np.float32, math.prod(self.shape), offset=len(self.header))
         return torch.from_numpy(values.reshape(self.shape))
 
     def _offset(self, view: int, block: int) -> int:
@@ -217,7 +220,7 @@ class FeatureFile:
         self.finished = {block: digest for block, digest in self.finished.items() if digest != 'damaged'}
         try:
             settings = json.loads(first)
-        except ValueError:
+        except (ValueError, RecursionError):
             settings = {}
         return settings if isinstance(settings, dict) else {}
 

@@ -232,32 +232,35 @@ def test_blocks_of_a_dead_run_are_used_by_their_checksum_only(model, tmp_path, s
 
 
 @pytest.mark.parametrize('damage, blocks', [
-    ('row', 1), ('header', 1), ('short', 1), ('empty', 5), ('log lost', 5), ('log garbage', 5), ('log lies', 1)])
+    ('row', 1), ('header', 1), ('short', 1), ('long', 0), ('empty', 5), ('log lost', 5), ('log garbage', 5),
+    ('log lies', 1)])
 def test_damaged_blocks_are_extracted_anew(model, tmp_path, small_blocks, monkeypatch, caplog, damage, blocks):
     expected = extractor(model, cache=tmp_path)(digits())
     (path,), (log,) = tmp_path.glob('*.npy'), tmp_path.glob('*.blocks')
     content = bytearray(path.read_bytes())
     if damage in ('row', 'header'):
         content[{'row': 128 + 7 * 32, 'header': 20}[damage]] ^= 1
-    path.write_bytes({'short': content[:-1], 'empty': b''}.get(damage, content))
+    path.write_bytes({'short': content[:-1], 'long': content + b'ab', 'empty': b''}.get(damage, content))
     if damage == 'log lost':
         log.unlink()
     elif damage == 'log garbage':
-        log.write_bytes(b'[1, 2\xff\n\n9' + bytes(99))
+        log.write_bytes(b'[' * 10 ** 6 + b'\xff\n\n9' + bytes(99))
     elif damage == 'log lies':
         log.write_text(re.sub('(?m)^2 .*', f"2 {'0' * 64}", log.read_text()))
     encoded = count_encoded(monkeypatch)
     for _ in range(2):
         found = extractor(model, cache=tmp_path)(digits())
         assert torch.equal(found.views, expected.views) and np.array_equal(np.load(path), expected.views)
-    assert sum(encoded) == 4 * blocks and f'{blocks} of 5 blocks are damaged or have no checksum' in caplog.text
+    assert sum(encoded) == 4 * blocks
+    assert not blocks or f'{blocks} of 5 blocks are damaged or have no checksum' in caplog.text
 
 
 def test_a_log_of_another_shape_is_not_used(model, tmp_path, small_blocks, monkeypatch):
     extract = extractor(model, cache=tmp_path)
     monkeypatch.setattr(Extractor, 'key', lambda *args: 'same')
-    extract(digits(16))
-    assert torch.equal(extract(digits(20)).views, extractor(model)(digits(20)).views)
+    for number in (16, 20, 12):
+        assert torch.equal(extract(digits(number)).views, extractor(model)(digits(number)).views)
+        assert (tmp_path / 'same.npy').stat().st_size == 128 + 32 * number
 
 
 def test_a_full_disk_is_one_line_before_the_first_image(model, tmp_path, monkeypatch):
