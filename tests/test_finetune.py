@@ -230,7 +230,7 @@ def test_a_model_without_training_counts_is_an_encoder(finetune, finished_run, f
     bare = without_counts(finished_run, tmp_path / 'bare')
     outcome = finetune('--model', bare, '--data-dir', folders, '--report')
     metrics = check_encoder_only(outcome, tmp_path / 'out' / 'result')
-    assert outcome.err.count('only its encoder is used: it records no training images') == 1 and 'x 1 views' in outcome.err
+    assert outcome.err.count('only its encoder is used: it records no training images') == 1 and 'x 1 view ' in outcome.err
     assert 'linear_probe' in (tmp_path / 'out' / 'result' / 'report.html').read_text()
     assert metrics['stage2']['feature_views'] == 0 and metrics['train_counts'] == list(COUNTS.values())
 

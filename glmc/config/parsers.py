@@ -8,9 +8,10 @@ INPUT = ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')  # 
 DEMONSTRATION = dict(model='resnet10t', epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
 # Defaults with pretrained weights, chosen on held-out images (hparams/pretrained.yaml, results/README.md).
 FINE_TUNING = dict(head_init='probe', freeze_bn=True, smoothing=0.1, lr_base=0.02, scale=[0.4, 1.0], epochs=5)
-FINETUNE_HELP = {  # additions for a model without a trained classifier
+FINETUNE_HELP = {  # additions to the help of finetune_glmc.py
     'stage2': '; a linear_probe comes first if the model has no trained classifier for these classes',
-    'feature_views': '; 0 by default with a linear_probe', 'stage2_holdout': '; 0.2 with a linear_probe'}
+    'feature_views': '; 0 by default with a linear_probe', 'stage2_holdout': '; 0.2 with a linear_probe',
+    'workers': '; default: one per core, at most 16'}
 COMMON = frozenset((  # options that `--help` shows; `--help-all` shows all
     'config', 'data_dir', 'dataset', 'train_list', 'val_list', 'val_split', 'holdout', 'imbalance_factor', 'augmentation',
     'model', 'pretrained', 'img_size', 'method', 'stage2', 'batch_size', 'opt', 'lr', 'weight_decay', 'epochs',
@@ -77,7 +78,7 @@ def finetune_parser() -> Parser:
     job_options(group, experiment='stage2-MODEL')
     group.add_argument('--seed', type=count, default=42, help='seed of all random numbers')
     hub_options(group)
-    parser.set_defaults(stage2='all')
+    parser.set_defaults(stage2='all', workers=None)
     for name, text in FINETUNE_HELP.items():
         next(action for action in parser._actions if action.dest == name).help += text
     parser.hide({*names(*DATA, 'augmentation'), *INPUT} - COMMON)

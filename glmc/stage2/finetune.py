@@ -46,7 +46,7 @@ def run_stage2(
         folder: str | Path, names: str, *, model: nn.Module, data: TrainingData, export: dict, metrics: dict,
         accelerator: Accelerator, augmentation: dict, counts: Sequence[int] | None = None,
         conventional: nn.Linear | None = None, stage2_holdout: float | None = None, stage2_kwargs: dict | None = None,
-        feature_views: int = 2, feature_cache: str | Path | None = None, batch_size: int = 64, workers: int = 2,
+        feature_views: int = 2, feature_cache: str | Path | None = None, batch_size: int = 64, workers: int | None = None,
         seed: int = 42, encoder_only: bool = False) -> list[Result]:
     """Train classifiers on the features of a model, print one table, and export them with its encoder.
 
@@ -63,7 +63,7 @@ def run_stage2(
             stage 1, choose the hyper-parameters.
         export: `data_config`, `class_names` and `source` of `export_model`, as of stage 1.
         metrics: Known entries of metrics.json of stage 1.
-        accelerator: Device and precision; the main process does all work.
+        accelerator: Device and precision; all processes extract features, the main process does the rest.
         augmentation: Options of `transforms.view_transform` for the augmented views.
         counts: (C,) images per class that stage 1 was trained on; default: those of `data`.
         conventional: GLMC's conventional classifier, if available.
@@ -73,7 +73,7 @@ def run_stage2(
         feature_views: Augmented views V per training image.
         feature_cache: Folder of the features; default: `folder`/features.
         batch_size: Images per pass through the encoder.
-        workers: Processes of the loader.
+        workers: Processes of the loader; None for one per core, at most 16.
         seed: Seed of views, splits and training.
         encoder_only: Whether the model's classifier is untrained. A linear probe then is stage 1 of the other rules, and
             `stage2_holdout` is 0.2 by default.
@@ -89,8 +89,6 @@ def run_stage2(
     classifiers, layer, split = check_stage2(
         names, model=model, data=data, conventional=conventional, stage2_holdout=stage2_holdout,
         stage2_kwargs=stage2_kwargs, seed=seed, encoder_only=encoder_only)
-    if not accelerator.is_main_process:
-        return []
     if split:
         _logger.info(f'{len(split[1]):,} training images (--stage2-holdout) choose hyper-parameters and the best rule; '
                      f'then all {len(data.train):,} train')
@@ -107,6 +105,8 @@ def run_stage2(
     elif split:
         search_sets = tuple(features.subset(torch.from_numpy(indices)) for indices in split)
     extraction = round(time.perf_counter() - start, 1)
+    if not accelerator.is_main_process:
+        return []
     stage1 = Stage1(
         Linear(layer.weight, layer.bias).detached(), counts, resolve_prior(export['source'].get('prior', 'train'), counts),
         conventional and Linear(conventional.weight, conventional.bias).detached())

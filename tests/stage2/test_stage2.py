@@ -1,8 +1,5 @@
 """Stage 2: features as the model gives them, classifiers against plain formulas, and the choice among them."""
 import math
-import multiprocessing
-import os
-import signal
 import sys
 from dataclasses import replace
 
@@ -15,7 +12,6 @@ from conftest import run_command
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
-from glmc.data.datasets import ImageSet
 from glmc.data.profiles import Profile
 from glmc.data.sources import TrainingData, load_digits_set
 from glmc.errors import InputError
@@ -42,7 +38,7 @@ from glmc.stage2.classifiers import (
     softmax_bce,
     train_linear,
 )
-from glmc.stage2.features import Extractor, Features, open_features, write_features
+from glmc.stage2.features import Features
 from glmc.stage2.finetune import run_stage2
 from glmc.stage2.select import fit, measure, parse_classifiers, search, stratified_split
 
@@ -68,112 +64,10 @@ def stage1(prior: str | list[float] = 'train') -> Stage1:
     return Stage1(linear, COUNTS, resolve_prior(prior, COUNTS), Linear(linear.weight.flip(0), linear.bias + 1))
 
 
-def digits(number: int = 20) -> ImageSet:
-    return load_digits_set('train').subset(np.arange(number))
-
-
-def extractor(model, **kwargs) -> Extractor:
-    return Extractor(model.eval(), data_config=DATA_CONFIG, augmentation=AUGMENTATION, accelerator=Accelerator(),
-                     **{'workers': 0, **kwargs})
-
-
 @pytest.fixture
 def model():
     torch.manual_seed(0)
     return create_backbone('resnet32_cifar', 10, channels=(4, 6, 8), depth=1)
-
-
-# --- features ---
-
-def test_plain_features_are_those_of_the_model_and_give_its_logits(model):
-    images = digits()
-    found = extractor(model, batch_size=7)(images, num_views=2)
-    assert found.views.shape == (3, 20, 8) and found.labels.tolist() == images.labels.tolist()
-    for k in range(len(images)):
-        pixels = torch.from_numpy(np.array(images.image(k).resize((16, 16), 2))).permute(2, 0, 1) / 255
-        pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-        with torch.inference_mode():
-            logits = model(pixels[None].float())[0]
-        torch.testing.assert_close(model.fc(found.views[0][k]), logits, rtol=1e-4, atol=1e-4)
-
-
-def test_augmented_views_differ_and_repeat_with_the_seed(model):
-    one, again = (extractor(model)(digits(), num_views=3) for _ in range(2))
-    other = extractor(model, seed=7)(digits(), num_views=3)
-    assert torch.equal(one.views, again.views)
-    assert torch.equal(one.views[0], other.views[0]) and not torch.equal(one.views[1], other.views[1])
-    assert all(not torch.equal(one.views[a], one.views[b]) for a in range(4) for b in range(a))
-
-
-def test_batches_keep_the_order_of_the_images(model):
-    small, large = (extractor(model, batch_size=size)(digits(), num_views=1).views for size in (3, 20))
-    torch.testing.assert_close(small, large)
-
-
-def test_extraction_does_not_change_the_model(model):
-    model.train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    Extractor(model, data_config=DATA_CONFIG, augmentation=AUGMENTATION, accelerator=Accelerator(), workers=0)(digits(), 1)
-    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_features_are_extracted_once(model, tmp_path, monkeypatch):
-    first = extractor(model, cache=tmp_path)(digits(), num_views=1)
-    monkeypatch.setattr(Extractor, 'extract', lambda *args: pytest.fail('extracted again'))
-    second = extractor(model, cache=tmp_path)(digits(), num_views=1)
-    assert torch.equal(first.views, second.views) and len(list(tmp_path.iterdir())) == 1
-    second.views.zero_()
-    third = extractor(model, cache=tmp_path)(digits(), num_views=1)
-    assert torch.equal(first.views, third.views)  # the file is as it was
-
-
-@pytest.mark.parametrize('change', ['weights', 'statistics', 'images', 'order', 'views', 'seed', 'augmentation', 'size'])
-def test_another_model_or_set_has_other_features(model, change):
-    images, one = digits(), extractor(model)
-    key, other = one.key(images, 1), one
-    if change == 'weights':
-        with torch.no_grad():
-            model.conv1.weight[0, 0, 0, 0] += 1e-3
-        other = extractor(model)
-    elif change == 'statistics':
-        model.bn1.running_mean[0] += 1e-3
-        other = extractor(model)
-    elif change in ('seed', 'augmentation', 'size'):
-        other = extractor(model, **({'seed': 1} if change == 'seed' else {}))
-        other.augmentation = {**AUGMENTATION, 'hflip': 0.0} if change == 'augmentation' else AUGMENTATION
-        other.data_config = {**DATA_CONFIG, 'input_size': (3, 8, 8)} if change == 'size' else DATA_CONFIG
-    images = {'images': digits(19), 'order': images.subset(np.arange(20)[::-1])}.get(change, images)
-    assert other.key(images, 2 if change == 'views' else 1) != key
-
-
-def test_another_classifier_has_the_same_features(model):
-    key = extractor(model).key(digits(), 1)
-    with torch.no_grad():
-        model.fc.weight.zero_()
-    assert extractor(model).key(digits(), 1) == key
-
-
-def killed_while_writing(path) -> None:
-    def fill(values):
-        values[0] = 1
-        os.kill(os.getpid(), signal.SIGKILL)
-    write_features(path, (2, 5, 3), fill)
-
-
-def test_a_half_written_file_is_never_used(tmp_path):
-    path = tmp_path / 'cache' / 'features.npy'
-    process = multiprocessing.get_context('fork').Process(target=killed_while_writing, args=(path,))
-    process.start()
-    process.join()
-    assert process.exitcode < 0 and len(list(path.parent.iterdir())) == 1
-    assert open_features(path, (2, 5, 3)) is None
-    with pytest.raises(RuntimeError, match='decode'):
-        write_features(path, (2, 5, 3), lambda values: (_ for _ in ()).throw(RuntimeError('decode')))
-    assert open_features(path, (2, 5, 3)) is None
-    write_features(path, (2, 5, 3), lambda values: values.fill(7))
-    assert (open_features(path, (2, 5, 3)) == 7).all() and open_features(path, (2, 5, 4)) is None
-    path.write_bytes(path.read_bytes()[:100])
-    assert open_features(path, (2, 5, 3)) is None
 
 
 # --- classifiers ---
