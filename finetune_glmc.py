@@ -8,6 +8,7 @@
     python finetune_glmc.py --model hf-hub:ORG/NAME --data-dir my_images --stage2 maxnorm --push-to-hub ORG/OTHER
 """
 import logging
+import shlex
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -52,7 +53,7 @@ def main() -> None:
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(first, args.amp))
     jobs = {name: prepare(args, explicit, trained, accelerator) for name, trained in models.items()}
     check_kinds(jobs)
-    check_push(args)
+    check_push(args, encoder_only=jobs[args.model[0]]['encoder_only'])
     folder = open_run_folder(args.output, args.experiment, f'stage2-{first.architecture}', resume=False)
     folders = {name: folder / f'{number}-{Path(name).name}' if len(jobs) > 1 else folder
                for number, name in enumerate(jobs, 1)}
@@ -159,13 +160,14 @@ def check_kinds(jobs: dict[str, dict]) -> None:
                          'expected one kind of models')
 
 
-def check_push(args: Options) -> None:
+def check_push(args: Options, encoder_only: bool) -> None:
     """Refuse `--push-to-hub` unless one classifier is trained, or one is chosen on held-out images."""
     if not args.push_to_hub:
         return
     warn_without_token()
     several = args.stage2 == 'all' or ',' in args.stage2
-    if len(args.model) > 1 or (several and args.holdout is None and args.stage2_holdout is None):
+    chooses = encoder_only or args.holdout is not None or args.stage2_holdout is not None
+    if len(args.model) > 1 or (several and not chooses):
         raise InputError(f'--push-to-hub {args.push_to_hub}: expected one --model, and one classifier in --stage2 or '
                          '--stage2-holdout to choose one')
 
@@ -218,10 +220,11 @@ def print_exports(folder: Path, results: list[Result]) -> None:
         best, chosen = max(results, key=lambda result: result.heldout or 0), best_result(results)
         if best is not chosen:
             print(f'{best.name} is the best on held-out images, but not linear: {chosen.name} is exported')
-        print(f'Exported {chosen.name} to {folder}/export\nNext: python -m glmc.predict {folder} IMAGES', flush=True)
+        print(f'Exported {chosen.name} to {folder}/export')
+        print(f'Next: python -m glmc.predict {shlex.quote(str(folder))} IMAGES', flush=True)
     else:
         print(f"Exported to {folder}/NAME/export: {', '.join(result.name for result in exportable)}\n"
-              f'Next: python -m glmc.predict {folder}/{exportable[0].name} IMAGES', flush=True)
+              f"Next: python -m glmc.predict {shlex.quote(f'{folder}/{exportable[0].name}')} IMAGES", flush=True)
 
 
 def try_compare(folder: Path, stage1: Path, results: list[Result]) -> None:

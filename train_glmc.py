@@ -16,6 +16,7 @@ from pathlib import Path
 
 from glmc.cli import Options, parse_args, pick, run_script
 from glmc.config import train_parser
+from glmc.data.check import readable_subset
 from glmc.errors import RunError
 from glmc.evaluation.metrics import Predictions
 from glmc.evaluation.text import shot_table
@@ -73,14 +74,15 @@ def default_name(args: Options) -> str:
 
 def start_heads(setup: Setup, folder: RunFolder) -> None:
     """Fit the classifiers to the features of the encoder before its training (`--head-init`)."""
-    args, data = setup.args, setup.readable_data()
-    cache, model = Path(args.feature_cache or folder.path / 'features'), setup.task.get_eval_model()
-    features = setup.accelerator.is_main_process and Extractor(
-        model, data_config=setup.data_config, augmentation=setup.augmentation, accelerator=setup.accelerator, cache=cache,
-        **pick(args, ('batch_size', 'workers', 'seed')))(data.train)
-    init_heads(setup.task, features, data.profile.counts, setup.description()['export']['source']['prior'],
+    args, images, cache = setup.args, setup.data.train, Path(setup.args.feature_cache or folder.path / 'features')
+    if setup.bad_images is not None:
+        images, _ = readable_subset(images, args.workers)
+    features = Extractor(
+        setup.task.get_eval_model(), data_config=setup.data_config, augmentation=setup.augmentation, cache=cache,
+        accelerator=setup.accelerator, **pick(args, ('batch_size', 'workers', 'seed')))(images)
+    init_heads(setup.task, features, setup.data.profile.counts, setup.description()['export']['source']['prior'],
                kind=setup.head_init, seed=args.seed, accelerator=setup.accelerator)
-    if not args.feature_cache and setup.accelerator.is_main_process:
+    if not args.feature_cache and setup.accelerator.is_local_main_process:
         shutil.rmtree(cache, ignore_errors=True)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +21,8 @@ from glmc.config import (
     FINE_TUNING,
     TRAIN_NEEDS,
     Need,
+    as_words,
     augmentation_options,
-    flag,
     has_data,
     is_pretrained,
     names,
@@ -83,8 +84,9 @@ class Setup:
                          'Train on your own with --data-dir, --dataset or --train-list.')
         if is_pretrained(args):
             others = set().union(*(row.options for row in METHODS.values())) - self.method.options
-            chosen = ' '.join(f'{flag(name)} {getattr(args, name)}' for name in FINE_TUNING if name not in explicit | others)
-            _logger.info(f'Pretrained weights, so the defaults are those of hparams/pretrained.yaml: {chosen}')
+            words = (as_words(name, getattr(args, name)) for name in FINE_TUNING if name not in explicit | others)
+            _logger.info('Pretrained weights, so the defaults are those of hparams/pretrained.yaml: '
+                         f"{' '.join(chain.from_iterable(words))}")
         unused = unused_method_options(args.method, explicit)
         needs = (Need(tuple(unused), f'with --method {args.method}', lambda options: False), *TRAIN_NEEDS)
         for warning in unused_options(args, explicit, needs, processes=self.accelerator.num_processes):
@@ -146,7 +148,7 @@ class Setup:
             model = model.to(memory_format=torch.channels_last)
         self.task = self.method.task(model, counts, **pick(args, self.method.task_options))
         self.mixer = self.method.mixer(counts, **pick(args, self.method.mixer_options))
-        frozen = sum(p.numel() for name, p in backbone.named_parameters() if not p.requires_grad) if args.freeze else 0
+        frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad) if args.freeze else 0
         _logger.info(f'Model: {args.model}, {self.num_parameters / 1e6:.2f} M parameters'
                      f"{f' ({frozen / 1e6:.2f} M frozen)' if frozen else ''}, "
                      f"input {'x'.join(map(str, self.data_config['input_size']))}, method {args.method}")

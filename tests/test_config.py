@@ -289,6 +289,7 @@ UNUSED = {  # command line -> its only warning; one line or more for each row of
     '--dist-bn broadcast': '--dist-bn has no effect with one process',
     '--hub-private': '--hub-private has no effect without --push-to-hub',
     '--feature-views 3': '--feature-views has no effect without --stage2',
+    '--feature-cache x': '--feature-cache has no effect without --stage2 and with --head-init random',
     '--data-dir images --class-counts c.txt': '--class-counts has no effect with a data set that has an index',
     '--dataset wds/x --data-dir images --on-bad-image skip':
         '--on-bad-image has no effect with a data set without an index',
@@ -309,7 +310,7 @@ USED = [  # command lines of which each option has an effect
     '--model-ema --model-ema-decay 0.9 --model-ema-warmup', '--push-to-hub a/b --hub-private --hub-revision x',
     '--stage2 ncm --feature-views 3 --feature-cache x', '--dataset wds/x --data-dir images --class-counts c.txt',
     '--train-list a.txt --on-bad-image skip', '--partner batch --resample-power 1', '--alpha-power 3 --weight-decay 0',
-    '--hub-license mit']
+    '--hub-license mit', '--feature-cache x --head-init probe', '--feature-cache x --pretrained']
 
 
 def warnings(*argv: str, processes: int = 1) -> list[str]:

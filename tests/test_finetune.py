@@ -232,7 +232,8 @@ def test_a_model_without_training_counts_is_an_encoder(finetune, finished_run, f
     metrics = check_encoder_only(outcome, tmp_path / 'out' / 'result')
     assert outcome.err.count('only its encoder is used: it records no training images') == 1 and 'x 1 view ' in outcome.err
     assert 'linear_probe' in (tmp_path / 'out' / 'result' / 'report.html').read_text()
-    assert metrics['stage2']['feature_views'] == 0 and metrics['train_counts'] == list(COUNTS.values())
+    assert metrics['stage2']['feature_views'] == 0 and metrics['stage2']['feature_precision'] == 'float32'
+    assert metrics['train_counts'] == list(COUNTS.values())
 
 
 def test_an_export_with_other_classes_is_an_encoder(finetune, finished_run, places, tmp_path):
@@ -346,6 +347,15 @@ def test_the_chosen_one_is_pushed(finetune, finished_run, folders, tmp_path, mon
     best = max(('ncm', 'tau_norm', 'crt'), key=lambda name: metrics_of(result / name)['stage2']['heldout_class_mean'])
     assert metrics_of(result)['stage2']['name'] == best
     assert pushed == [(result / 'export', 'ORG/NAME', True, None)]
+
+
+def test_the_default_choice_of_an_encoder_is_pushed(finetune, finished_run, folders, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr('finetune_glmc.try_push', lambda *words: pushed.append(words))
+    outcome = finetune('--model', without_counts(finished_run, tmp_path / 'bare'), '--data-dir', folders, '--stage2',
+                       'ncm,logit_adjust', '--push-to-hub', 'ORG/NAME')
+    assert outcome.code == 0, outcome.err
+    assert pushed == [(tmp_path / 'out' / 'result' / 'export', 'ORG/NAME', False, None)]
 
 
 def check_run(run) -> None:

@@ -93,7 +93,9 @@ NEEDS = (
     Need(('model_ema_decay', 'model_ema_warmup'), 'without --model-ema', lambda o: o.model_ema),
     Need(('sync_bn', 'dist_bn'), 'with one process', lambda o: o.processes > 1),
     Need(('hub_private', 'hub_revision'), 'without --push-to-hub', lambda o: o.push_to_hub),
-    Need(('feature_views', 'stage2_holdout', 'stage2_kwargs', 'feature_cache'), 'without --stage2', lambda o: o.stage2),
+    Need(('feature_views', 'stage2_holdout', 'stage2_kwargs'), 'without --stage2', lambda o: o.stage2),
+    Need(('feature_cache',), 'without --stage2 and with --head-init random',
+         lambda o: o.stage2 or getattr(o, 'head_init', 'random') != 'random'),
 )
 TRAIN_NEEDS = (
     *NEEDS,
@@ -163,3 +165,11 @@ def refuse_conflicts(options: Options, **facts) -> None:
 def flag(name: str) -> str:
     """Return the flag of an option."""
     return f"--{name.replace('_', '-')}"
+
+
+def as_words(name: str, value) -> list[str]:
+    """Return the words of a command line that give an option its value."""
+    if isinstance(value, bool):
+        return [flag(name if value else f'no_{name}')]
+    values = value if isinstance(value, list) else [value]
+    return [flag(name), *(f'{each:g}' if isinstance(each, float) else str(each) for each in values)]

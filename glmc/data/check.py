@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from glmc.cli import Options, Parser, pick, run_script
-from glmc.config import DATA, add_groups, flag, has_data, names
+from glmc.config import DATA, add_groups, as_words, has_data, names
 from glmc.data.datasets import ImageSet
 from glmc.data.profiles import Profile, pluralize
 from glmc.data.sources import TrainingData, load_training_data
@@ -208,8 +208,7 @@ def next_commands(args: Options, results: Sequence[ScanResult]) -> Iterable[str]
     for name in names(*DATA):
         value = getattr(args, name)
         if value != parser.get_default(name):
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            words += [flag(name), *(f'{value:g}' if isinstance(value, float) else str(value) for value in values)]
+            words += as_words(name, value)
     data, train = shlex.join(words), 'accelerate launch train_glmc.py'
     sides = [result.side for result in results if not result.error]
     if has_data(args) and sides and np.median(sides) >= PHOTO_SIDE:

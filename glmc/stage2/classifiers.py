@@ -13,10 +13,9 @@ from glmc.losses.classification import LogitAdjustedLoss, effective_number_weigh
 from glmc.models.classifier import cap_norms, norm_radius
 from glmc.models.cosine import fold_cosine
 from glmc.stage2.features import Features
-from glmc.stage2.probe import Linear, linear_probe
+from glmc.stage2.probe import READ, Linear, class_means, linear_probe
 
 _logger = logging.getLogger(__name__)
-EVALUATION_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,10 @@ class Classifier:
     short_grid: ClassVar[dict | None] = None  # the same for a probe of a pretrained encoder; None for `grid`
     prior: ClassVar[str] = 'uniform'  # class prior that the classifier embodies
     two_heads: ClassVar[bool] = False  # whether `Stage1.conventional` is required
+
+    def class_prior(self, stage1: Stage1) -> str | list[float]:
+        """Class prior that the result of `fit` embodies: `train`, `uniform`, or C probabilities."""
+        return self.prior
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
         """Compute a new linear layer; the same for the same state of the generator. Changes none of its arguments.
@@ -202,6 +205,12 @@ class LogitAdjust(Classifier):
     tau: float | None = None
     grid: ClassVar[dict] = dict(tau=tuple(k / 10 for k in range(-5, 21)))
 
+    def class_prior(self, stage1: Stage1) -> str | list[float]:
+        if self.tau is None:
+            return 'uniform'
+        prior = prior_adjustment(stage1.prior).double() - prior_adjustment(stage1.counts, self.tau).double()
+        return prior.softmax(0).tolist()
+
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
         weight, bias = stage1.linear
         if self.tau is not None:
@@ -281,13 +290,8 @@ class NearestClassMean(Classifier):
     scale: float = 30.0
 
     def fit(self, stage1: Stage1, features: Features, generator: torch.Generator) -> Linear:
-        device = stage1.linear.bias.device
-        sums, norms = torch.zeros_like(stage1.linear.weight), torch.zeros((), device=device)
-        for batch, labels in features.batches(EVALUATION_BATCH):
-            batch = batch.to(device)
-            sums.index_add_(0, labels.to(device), F.normalize(batch))
-            norms += batch.norm(dim=1).sum()
-        return Linear(*fold_cosine(sums, self.scale, norms / len(features)))
+        means, norm = (tensor.to(stage1.linear.device) for tensor in class_means(features, len(stage1.counts)))
+        return Linear(*fold_cosine(means, self.scale, norm))
 
 
 @dataclass(frozen=True)
@@ -348,11 +352,11 @@ class Moments(NamedTuple):
     def of(cls, features: Features, num_classes: int) -> 'Moments':
         """Sum the plain views over two passes in float64; the covariance is that within the classes, divided by N."""
         sums = torch.zeros(num_classes, features.width, dtype=torch.float64)
-        for batch, labels in features.batches(EVALUATION_BATCH):
+        for batch, labels in features.batches(READ):
             sums.index_add_(0, labels, batch.double())
         means = sums / torch.tensor(features.counts(num_classes)).clamp(min=1)[:, None]
         covariance = torch.zeros(features.width, features.width, dtype=torch.float64)
-        for batch, labels in features.batches(EVALUATION_BATCH):
+        for batch, labels in features.batches(READ):
             centred = batch.double() - means[labels]
             covariance.addmm_(centred.T, centred)
         return cls(means, covariance / len(features))
@@ -403,7 +407,7 @@ class Neighbours(NamedTuple):
         query = F.normalize(features)
         best = query.new_full((len(query), 0), 0)
         classes = torch.zeros(len(query), 0, dtype=torch.int64, device=query.device)
-        for batch, labels in self.features.batches(EVALUATION_BATCH):
+        for batch, labels in self.features.batches(READ):
             similarity = query @ F.normalize(batch.to(query.device)).T
             best, classes = torch.cat((best, similarity), 1), torch.cat(
                 (classes, labels.to(query.device).expand(len(query), -1)), 1)

@@ -22,7 +22,7 @@ from glmc.export.export import export_model
 from glmc.models.classifier import linear_classifier, set_classifier
 from glmc.run_folder import provenance, write_tables
 from glmc.stage2.classifiers import PROBE, Classifier, Linear, Stage1
-from glmc.stage2.features import Extractor
+from glmc.stage2.features import Extractor, Features
 from glmc.stage2.select import (
     STAGE1,
     Result,
@@ -110,32 +110,55 @@ def run_stage2(
     stage1 = Stage1(
         Linear(layer.weight, layer.bias).detached(), counts, resolve_prior(export['source'].get('prior', 'train'), counts),
         conventional and Linear(conventional.weight, conventional.bias).detached())
+    results = _fit_classifiers(classifiers, stage1, features, validation, search_sets, thresholds, stage2_kwargs or {}, seed,
+                               encoder_only)
+    chosen = best_result(results) if search_sets and any(result.is_exportable for result in results) else None
+    print(f'\nStage 2 on {len(validation):,} images, features in {extraction} s:\n{results_table([results])}', flush=True)
+    metadata = dict(feature_views=feature_views, feature_seconds=extraction, feature_precision=extract.chosen)
+    for result in results:
+        if result.name != STAGE1:
+            _write_classifier(folder, result, results[0], chosen, model, export, metrics, metadata)
+    write_results(folder / TABLE, {metrics.get('weights', metrics['method']): results})
+    return results
+
+
+def _fit_classifiers(
+        classifiers: dict[str, Classifier], stage1: Stage1, features: Features, validation: Features,
+        search_sets: tuple[Features, Features] | None, thresholds: Sequence[int], settings: dict, seed: int,
+        encoder_only: bool) -> list[Result]:
+    """Choose the hyper-parameters of each classifier, fit it and measure it; a linear probe is stage 1 of the next ones.
+
+    Args:
+        classifiers: Name -> classifier, a linear probe first.
+        stage1: Classifier of the first stage.
+        features: Features of the training images.
+        validation: Features of the images to evaluate on.
+        search_sets: Features to train candidates on and features to score them on; None for no search.
+        thresholds: (few, many) of the shot groups.
+        settings: NAME.FIELD -> value of hyper-parameters that no search changes.
+        seed: Seed of the training.
+        encoder_only: Whether `stage1` is untrained and the short grids are searched.
+    """
     search_stage1, results = stage1, []
     if not encoder_only:
-        results.append(Result(STAGE1, stage1.linear, *measure(stage1.linear, validation, counts, thresholds), {}))
+        results.append(Result(STAGE1, stage1.linear, *measure(stage1.linear, validation, stage1.counts, thresholds), {}))
     for name, classifier in classifiers.items():
         start, score = time.perf_counter(), None
         if search_sets:
-            fixed = [key.partition('.')[2] for key in stage2_kwargs or () if key.startswith(f'{name}.')]
+            fixed = [key.partition('.')[2] for key in settings if key.startswith(f'{name}.')]
             classifier, score = search(classifier, search_stage1, *search_sets, seed, fixed, short=encoder_only)
         linear = fit(classifier, stage1, features, seed)
+        prior = classifier.class_prior(stage1)
         if name == PROBE:
             stage1 = search_stage1 = replace(stage1, linear=linear)
             if search_sets:  # a probe that has not seen the held-out images
                 search_stage1 = replace(stage1, linear=fit(classifier, stage1, search_sets[0], seed))
         seconds = time.perf_counter() - start
-        settings = ', '.join(f'{key} {value}' for key, value in asdict(classifier).items())
-        _logger.info(f'{name}: {seconds:.1f} s{settings and ", " + settings}'
+        fields = ', '.join(f'{key} {value}' for key, value in asdict(classifier).items())
+        _logger.info(f'{name}: {seconds:.1f} s{fields and ", " + fields}'
                      + ('' if score is None else f', class mean {score:.2f} on held-out images'))
-        results.append(Result(name, linear, *measure(linear, validation, counts, thresholds), asdict(classifier), seconds,
-                              score, classifier.prior))
-    chosen = best_result(results) if search_sets and any(result.is_exportable for result in results) else None
-    print(f'\nStage 2 on {len(validation):,} images, features in {extraction} s:\n{results_table([results])}', flush=True)
-    metadata = dict(feature_views=feature_views, feature_seconds=extraction)
-    for result in results:
-        if result.name != STAGE1:
-            _write_classifier(folder, result, results[0], chosen, model, export, metrics, metadata)
-    write_results(folder / TABLE, {metrics.get('weights', metrics['method']): results})
+        measured = measure(linear, validation, stage1.counts, thresholds)
+        results.append(Result(name, linear, *measured, asdict(classifier), seconds, score, prior))
     return results
 
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from timm.task import TrainingTask
@@ -14,21 +13,11 @@ from torch import Tensor
 from glmc.evaluation.priors import prior_shift, resolve_prior
 from glmc.models.cosine import fold_cosine
 from glmc.stage2.features import Features
-from glmc.stage2.probe import READ, linear_probe
+from glmc.stage2.probe import class_means, linear_probe
 from glmc.tasks.base import HeadFits
 
 _logger = logging.getLogger(__name__)
 SCALE = 30.0  # of the cosine to a class mean
-
-
-def class_means(features: Features, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Compute the (C, D) means of the normalised plain features of each class, and the mean norm before, a scalar."""
-    sums, norms = torch.zeros(num_classes, features.width), torch.zeros(())
-    for batch, labels in features.batches(READ):
-        sums.index_add_(0, labels, F.normalize(batch))
-        norms += batch.norm(dim=1).sum()
-    counts = torch.bincount(features.labels, minlength=num_classes).clamp(min=1)
-    return sums / counts[:, None], norms / len(features)
 
 
 def head_fits(features: Features, counts: Sequence[int], kind: str, seed: int) -> HeadFits:
@@ -55,13 +44,13 @@ def head_fits(features: Features, counts: Sequence[int], kind: str, seed: int) -
 
 
 def init_heads(
-        task: TrainingTask, features: Features | None, counts: Sequence[int], prior: str | Sequence[float], *, kind: str,
+        task: TrainingTask, features: Features, counts: Sequence[int], prior: str | Sequence[float], *, kind: str,
         seed: int, accelerator: Accelerator) -> None:
     """Start the classifiers of a task, and of the average of its weights; all processes must call this together.
 
     Args:
         task: Task of the run.
-        features: Features of the training images; only the main process needs them.
+        features: Features of the training images; the main process fits.
         counts: (C,) training images per class.
         prior: Class prior that the exported classifier embodies.
         kind: See `head_fits`.

@@ -72,6 +72,16 @@ class Standardizer(NamedTuple):
         return Linear(weight, linear.bias + linear.weight @ self.mean)
 
 
+def class_means(features: Features, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Compute the (C, D) means of the normalised plain features of each class, and the mean norm before, a scalar."""
+    sums, norms = torch.zeros(num_classes, features.width), torch.zeros(())
+    for batch, labels in features.batches(READ):
+        sums.index_add_(0, labels, F.normalize(batch))
+        norms += batch.norm(dim=1).sum()
+    counts = torch.bincount(features.labels, minlength=num_classes).clamp(min=1)
+    return sums / counts[:, None], norms / len(features)
+
+
 def linear_probe(
         features: Features, num_classes: int, adjustment: Tensor | None = None, *, weight_decay: float = 5e-4,
         lr: float = 1.0, epochs: int | None = None, generator: torch.Generator, device: torch.device | str = 'cpu',

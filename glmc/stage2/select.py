@@ -11,7 +11,6 @@ from glmc.errors import InputError
 from glmc.evaluation.metrics import LongTailEvaluator, Predictions
 from glmc.stage2.classifiers import (
     CLASSIFIERS,
-    EVALUATION_BATCH,
     PROBE,
     PROBE_CLASSIFIERS,
     Classifier,
@@ -20,6 +19,7 @@ from glmc.stage2.classifiers import (
     Stage1,
 )
 from glmc.stage2.features import Features
+from glmc.stage2.probe import READ
 
 STAGE1 = 'stage 1'
 
@@ -36,7 +36,7 @@ class Result:
         settings: Hyper-parameters.
         seconds: Duration of the training, including the search.
         heldout: Class mean on held-out training images in percent; None without held-out images.
-        prior: Class prior that the classifier embodies: `train` or `uniform`.
+        prior: Class prior that the classifier embodies: `train`, `uniform` or C probabilities.
     """
     name: str
     linear: Linear | Neighbours
@@ -45,7 +45,7 @@ class Result:
     settings: dict
     seconds: float = 0.0
     heldout: float | None = None
-    prior: str = 'uniform'
+    prior: str | list[float] = 'uniform'
 
     @property
     def is_exportable(self) -> bool:
@@ -184,7 +184,7 @@ def measure(
     """
     device = linear.device
     evaluator = LongTailEvaluator(counts, thresholds, device=device)
-    for batch, labels in features.batches(EVALUATION_BATCH):
+    for batch, labels in features.batches(READ):
         evaluator.update(linear(batch.to(device)), labels.to(device))
     return evaluator.compute(), evaluator.predictions()
 

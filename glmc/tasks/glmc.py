@@ -106,7 +106,7 @@ class CosineGLMCTask(FoldedTask, GLMCTask):
 
     def init_heads(self, fits: HeadFits, prior: str | Sequence[float]) -> None:
         """Start both cosine classifiers from the class means (LIFT; arXiv 2309.10019)."""
-        module = unwrap_model(self.get_trainable_module())
+        module, means = unwrap_model(self.get_trainable_module()), fits.class_means()
         for head in (module.classifier, module.rebalancer):
-            head.init_from(fits.class_means())
+            head.init_from(means)
         module.fold()

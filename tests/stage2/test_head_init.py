@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
-from conftest import TINY, free_port, launch_train, run_train
+from conftest import TINY, free_port, launch_train, run_train, write_folders
 from timm.utils import unwrap_model
 
 from glmc.cli import parse_args, pick
@@ -15,9 +15,11 @@ from glmc.config import FINE_TUNING, train_parser
 from glmc.methods import METHODS
 from glmc.models.backbone import create_backbone
 from glmc.stage2.features import Features
-from glmc.stage2.head_init import class_means, init_heads
+from glmc.stage2.head_init import init_heads
+from glmc.stage2.probe import class_means
 
 COUNTS = [120, 40, 8]
+COUNTS_OF_FILES = {'ant': 14, 'bee': 7, 'cat': 4}
 
 
 def features() -> Features:
@@ -86,7 +88,8 @@ def test_pretrained_weights_bring_the_defaults_of_fine_tuning(folders, weights, 
     assert parse_args(train_parser(METHODS), ['--data-dir', 'images'])[0].head_init == 'random'
     done = run_train(*TINY, '--data-dir', folders, '--initial-checkpoint', weights, '--output', tmp_path, '--method', 'ce')
     assert done.code == 0, done.err
-    assert 'hparams/pretrained.yaml: --head-init probe --freeze-bn True --smoothing 0.1' in done.err
+    chosen = '--head-init probe --freeze-bn --smoothing 0.1 --scale 0.4 1\n'  # TINY has the rate and the epochs
+    assert f'hparams/pretrained.yaml: {chosen}' in done.err.replace(' --lr-base 0.02', '')
     assert 'Classifiers start from probe' in done.err and not list(tmp_path.glob('*/features'))
 
 
@@ -109,3 +112,26 @@ def test_two_processes_start_alike(folders, weights, tmp_path):
                                                                 str(free_port())))
     assert done.code == 0, done.err
     assert 'Classifiers start from probe' in done.err
+
+
+def test_unreadable_images_are_ignored_as_in_training(weights, tmp_path):
+    write_folders(tmp_path / 'data' / 'train', COUNTS_OF_FILES)
+    write_folders(tmp_path / 'data' / 'validation', dict.fromkeys(COUNTS_OF_FILES, 2), start=100)
+    (tmp_path / 'data' / 'train' / 'ant' / '0.png').write_bytes(b'no image')
+    common = ('--data-dir', tmp_path / 'data', '--initial-checkpoint', weights, '--output', tmp_path, '--no-freeze-bn')
+    done = run_train(*TINY, *common, '--on-bad-image', 'skip')
+    assert done.code == 0, done.err
+    assert f'Extracting features: {sum(COUNTS_OF_FILES.values()) - 1} images' in done.err
+    done = run_train(*TINY, *common)
+    assert done.code == 2 and '0.png' in done.err.splitlines()[-1]
+
+
+def test_a_model_without_a_linear_classifier_starts_at_random_by_default(folders, tmp_path):
+    torch.save(timm.create_model('dla46_c', num_classes=3).state_dict(), tmp_path / 'w.pth')
+    options = ('--data-dir', folders, '--output', tmp_path, '--model', 'dla46_c', '--method', 'ce', '--initial-checkpoint',
+               tmp_path / 'w.pth', '--no-freeze-bn')
+    done = run_train(*TINY, *options)
+    assert done.code == 0, done.err
+    assert 'The classifiers start at random: --model dla46_c: expected a classifier that is one linear layer' in done.err
+    done = run_train(*TINY, *options, '--head-init', 'probe')
+    assert done.code == 2 and 'expected a classifier that is one linear layer' in done.err

@@ -164,6 +164,15 @@ def test_logit_adjustment_removes_the_prior_of_stage_1(prior, tau):
     assert torch.equal(found.weight, expected.weight) and torch.equal(found.bias, expected.bias)
 
 
+@pytest.mark.parametrize('prior, tau, expected', [
+    ('train', None, 'uniform'), ('train', 1.0, [1, 1, 1, 1]), ('train', 0.0, COUNTS),
+    ('uniform', 0.5, [n ** -0.5 for n in COUNTS]),
+    ('train', 1.4, [n ** -0.4 for n in COUNTS])])
+def test_logit_adjustment_states_the_prior_that_it_leaves(prior, tau, expected):
+    found = LogitAdjust(tau).class_prior(stage1(prior))
+    assert found == (expected if tau is None else pytest.approx(np.array(expected) / sum(expected), rel=1e-4))
+
+
 def test_logit_adjustment_by_default_handles_a_prior_between_the_two():
     """A stage 1 trained with half the logit adjustment has such a prior; an explicit τ refers to the training prior."""
     half = [n ** 0.5 for n in COUNTS]
@@ -274,7 +283,7 @@ def test_discriminant_of_a_singular_covariance_is_finite():
 
 @pytest.mark.parametrize('chunk', [7, 4096])
 def test_neighbours_are_scikit_learns(chunk, monkeypatch):
-    monkeypatch.setattr('glmc.stage2.classifiers.EVALUATION_BATCH', chunk)
+    monkeypatch.setattr('glmc.stage2.classifiers.READ', chunk)
     features, test = clusters(), clusters(seed=5).views[0]
     oracle = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d) / 0.07), metric='cosine')
     expected = oracle.fit(features.views[0].numpy(), features.labels.numpy()).predict_proba(test.numpy())
