@@ -6,7 +6,7 @@ OBSOLETE = {'aug_views': 'both', 'mix_lambda': 'shared'}  # removed options -> t
 INPUT = ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')  # options of create_model and the data config
 # Defaults for the embedded digits, which are used if no data is given.
 DEMONSTRATION = dict(model='resnet10t', epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
-# Defaults with pretrained weights, chosen on held-out images (hparams/pretrained.yaml, results/README.md).
+# Defaults with pretrained weights (hparams/pretrained.yaml), compared on held-out images (results/pretrained-choices.csv).
 FINE_TUNING = dict(head_init='probe', freeze_bn=True, smoothing=0.1, lr_base=0.02, scale=[0.4, 1.0], epochs=5)
 FINETUNE_HELP = {  # additions to the help of finetune_glmc.py
     'stage2': '; a linear_probe comes first if the model has no trained classifier for these classes',
