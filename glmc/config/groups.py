@@ -222,7 +222,7 @@ def input_group(parser: Parser) -> None:
 def _method(parser: Parser) -> None:
     group = parser.add_argument_group('method')
     add = group.add_argument
-    add('--method', default='glmc', metavar='NAME', help='training method')
+    add('--method', metavar='NAME', help='training method; default: glmc, balanced_softmax with pretrained weights')
     add('--resample-power', type=finite, default=0.0, metavar='Q',
         help='q: the second image of a pair is sampled with P ∝ n^-q; 0: uniform over images, 1: uniform over classes; '
         'default: 0, 1 for ce_resample and cmo, 2 for bbn')

@@ -8,7 +8,8 @@ INPUT = ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')  # 
 DEMONSTRATION = dict(model='resnet10t', epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
 # Defaults with pretrained weights (hparams/pretrained.yaml), compared on held-out images (results/pretrained-choices.csv).
 FINE_TUNING = dict(
-    head_init='probe', freeze_bn=True, smoothing=0.1, lr_base=0.02, sched_on_updates=True, scale=[0.4, 1.0], epochs=5)
+    method='balanced_softmax', head_init='probe', freeze_bn=True, smoothing=0.1, lr_base=0.02, sched_on_updates=True,
+    scale=[0.4, 1.0], epochs=5)
 FINETUNE_HELP = {  # additions to the help of finetune_glmc.py
     'stage2': '; a linear_probe comes first if the model has no trained classifier for these classes',
     'feature_views': '; 0 by default with a linear_probe', 'stage2_holdout': '; 0.2 with a linear_probe',
@@ -40,10 +41,10 @@ def train_parser(methods: dict) -> Parser:
     method.full_help = f"{method.help}. " + '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
     method.help += f": {', '.join(methods)}; see docs/methods.md"
     parser.obsolete = OBSOLETE
-    parser.resolve = _resolve_balanced
+    parser.resolve = _resolve_method
     parser.presets = lambda options: {
         **(FINE_TUNING if is_pretrained(options) else {}), **methods[options.method].defaults,
-        **({} if has_data(options) else DEMONSTRATION)}
+        **({} if has_data(options) else DEMONSTRATION), 'method': options.method}
     parser.hide({*names(*GROUPS)} - COMMON)
     return parser
 
@@ -58,10 +59,11 @@ def is_pretrained(options: Options) -> bool:
     return bool(options.pretrained or options.initial_checkpoint)
 
 
-def _resolve_balanced(options: Options) -> None:
-    """Replace `--balanced` by the method that it is an alias of."""
-    if options.balanced and options.method == 'glmc':
+def _resolve_method(options: Options) -> None:
+    """Replace `--balanced` by the method that it is an alias of, and a missing method by the default."""
+    if options.balanced and options.method in (None, 'glmc'):
         options.method = 'glmc_balanced'
+    options.method = options.method or (FINE_TUNING['method'] if is_pretrained(options) else 'glmc')
 
 
 def finetune_parser() -> Parser:
