@@ -361,6 +361,9 @@ REFUSED = {  # command line -> start of the error
     '--sam-rho 0.05': '--sam-rho 0.05: not with the loss scaling of float16',
     '--swa-start 0 --model-ema': '--swa-start 0: one average of the weights at a time, expected no --model-ema',
     '--torchcompile max-autotune --grad-accum-steps 2': '--torchcompile max-autotune: its CUDA graphs overwrite the losses',
+    '--lora-rank 4': '--lora-rank 4: adapts pretrained weights, expected --pretrained or --initial-checkpoint',
+    '--lora-rank 4 --pretrained --freeze stem.*': '--lora-rank 4: freezes all but the adapters and the classifier',
+    '--lora-rank 4 --pretrained --sync-bn': '--sync-bn: not with --lora-rank, which freezes BatchNorm',
     '--sync-bn --freeze-bn': '--sync-bn: the statistics of BatchNorm are frozen, expected --no-freeze-bn',
     '--sync-bn': '--sync-bn: needs GPUs, found 2 processes on the CPU',
 }
