@@ -36,7 +36,7 @@ def add_adapters(backbone: nn.Module, rank: int, targets: Sequence[str] | None =
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise InputError(f'--lora-rank {rank}: needs the library peft: pip install peft') from error
+        raise InputError(f'--lora-rank {rank}: needs pip install peft: {first_line(error)}') from error
     classifier = [parameter for part in classifier_parts(backbone) for parameter in part.parameters()]
     trainable = [parameter.requires_grad for parameter in classifier]
     names = choose_layers(backbone, rank, targets)
@@ -44,6 +44,8 @@ def add_adapters(backbone: nn.Module, rank: int, targets: Sequence[str] | None =
                         target_modules='|'.join(map(re.escape, names)))  # a regular expression: no other layer matches
     backbone.requires_grad_(False)
     inject_adapter_in_model(config, backbone)
+    for layer in adapters(backbone).values():
+        layer.cast_input_dtype_enabled = False  # autocast casts, without a detour over float32
     for parameter, requires_grad in zip(classifier, trainable, strict=True):
         parameter.requires_grad_(requires_grad)
     return backbone

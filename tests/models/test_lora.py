@@ -131,7 +131,7 @@ def test_a_rank_that_is_not_low_is_refused():
 
 def test_without_peft_one_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, 'peft', None)
-    with pytest.raises(InputError, match=r'^--lora-rank 4: needs the library peft: pip install peft$'):
+    with pytest.raises(InputError, match='^--lora-rank 4: needs pip install peft: '):
         adapted('test_vit')
 
 
