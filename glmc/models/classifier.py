@@ -83,17 +83,17 @@ def float32_classifier(model: nn.Module):
     Args:
         model: A timm model, or a wrapper with `get_classifier`.
     """
-    parts = classifier_parts(model)
+    heads = classifier_heads(model)
     try:
-        for part in parts:
-            part.forward = _without_autocast(part.forward)
+        for head in heads:
+            head.forward = _without_autocast(head.forward)
         yield
     finally:
-        for part in parts:
-            vars(part).pop('forward', None)
+        for head in heads:
+            vars(head).pop('forward', None)
 
 
-def classifier_parts(model: nn.Module) -> list[nn.Module]:
+def classifier_heads(model: nn.Module) -> list[nn.Module]:
     """The classifier of a model as a list; some have several heads.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import nn
 
 from glmc.cli import nearest
 from glmc.errors import InputError, first_line
-from glmc.models.classifier import classifier_parts
+from glmc.models.classifier import classifier_heads
 
 LAYERS = (nn.Linear, nn.Conv2d)
 
@@ -31,14 +31,13 @@ def add_adapters(backbone: nn.Module, rank: int, targets: Sequence[str] | None =
         The backbone.
 
     Raises:
-        InputError: If peft is missing, a target is unknown or cannot have an adapter, or no layer is left.
+        InputError: If peft is missing, a target is unknown or cannot have an adapter, or no layer fits.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise InputError(f'--lora-rank {rank}: needs pip install peft: {first_line(error)}') from error
-    classifier = [parameter for part in classifier_parts(backbone) for parameter in part.parameters()]
-    trainable = [parameter.requires_grad for parameter in classifier]
+    classifier = [parameter for head in classifier_heads(backbone) for parameter in head.parameters()]
     names = choose_layers(backbone, rank, targets)
     config = LoraConfig(r=rank, lora_alpha=rank, use_rslora=True, init_lora_weights='gaussian',
                         target_modules='|'.join(map(re.escape, names)))  # a regular expression: no other layer matches
@@ -46,8 +45,8 @@ def add_adapters(backbone: nn.Module, rank: int, targets: Sequence[str] | None =
     inject_adapter_in_model(config, backbone)
     for layer in adapters(backbone).values():
         layer.cast_input_dtype_enabled = False  # autocast casts, without a detour over float32
-    for parameter, requires_grad in zip(classifier, trainable, strict=True):
-        parameter.requires_grad_(requires_grad)
+    for parameter in classifier:
+        parameter.requires_grad_(True)
     return backbone
 
 
@@ -56,11 +55,11 @@ def choose_layers(backbone: nn.Module, rank: int, targets: Sequence[str] | None)
     obstacles = find_obstacles(backbone, rank)
     fitting = [name for name, obstacle in obstacles.items() if obstacle is None]
     if targets is None:
-        first = backbone.pretrained_cfg.get('first_conv') or ()
-        chosen = [name for name in fitting if name not in ((first,) if isinstance(first, str) else first)]
+        first = backbone.pretrained_cfg.get('first_conv') or ()  # a name, or several
+        chosen = [name for name in fitting if name != first and name not in tuple(first)]
         if not chosen:
-            raise InputError(f'--lora-rank {rank}: the model has no layer that this fits, expected a lower rank, or a model '
-                             'with linear layers or convolutions of one group')
+            raise InputError(f'--lora-rank {rank}: the model has no layer of a higher rank, expected a lower one, or a '
+                             'model with linear layers or convolutions of one group')
         return chosen
     chosen = set()
     for target in targets:
@@ -84,26 +83,26 @@ def is_target(name: str, target: str) -> bool:
 def find_obstacles(backbone: nn.Module, rank: int) -> dict[str, str | None]:
     """Name of each linear layer and convolution -> words that say why it cannot have an adapter of rank r, or None."""
     layers = {name: module for name, module in backbone.named_modules() if isinstance(module, LAYERS)}
-    classifier = {module for part in classifier_parts(backbone) for module in part.modules()}
+    classifier = {module for head in classifier_heads(backbone) for module in head.modules()}
     called = called_modules(backbone, layers.values())
 
     def obstacle(layer: nn.Module) -> str | None:
         full_rank = min(len(layer.weight), layer.weight[0].numel())
         if layer in classifier:
-            return 'is the classifier, which is trained without an adapter'
+            return 'is the classifier, which is trained without an adapter, expected another layer'
         if type(layer) not in LAYERS:
             return f'is a {type(layer).__name__}, expected a plain linear layer or convolution'
         if isinstance(layer, nn.Conv2d) and (layer.groups, layer.dilation, layer.padding_mode) != (1, (1, 1), 'zeros'):
-            return 'is a convolution with groups, dilation or padding of its own, which an adapter cannot imitate'
+            return 'is a convolution with groups, dilation or a padding mode, expected one without'
         if layer not in called:
-            return 'is never called by the model, which reads its weights elsewhere'
+            return 'is never called, since the model reads its weights directly, expected a layer that it calls'
         return None if rank < full_rank else f'has rank {full_rank}, expected a lower --lora-rank than that, found {rank}'
     return {name: obstacle(layer) for name, layer in layers.items()}
 
 
 @torch.no_grad()
 def called_modules(backbone: nn.Module, modules) -> set[nn.Module]:
-    """Those of the modules that a forward pass calls; the others, if used at all, have their weights read directly."""
+    """Modules that a forward pass calls; a model may read the weights of the others directly."""
     called, was_training = set(), backbone.training
     hooks = [module.register_forward_hook(lambda module, args, output: called.add(module)) for module in modules]
     size = get_model_input_config(backbone)['input_size']

@@ -1,4 +1,5 @@
 """Low-rank adapters: where they go, what they train, and that merging changes no number."""
+import json
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from glmc.export import export_checkpoint
 from glmc.export.load import load_trained
 from glmc.methods import METHODS
 from glmc.models.backbone import create_backbone
-from glmc.models.classifier import classifier_parts
+from glmc.models.classifier import classifier_heads
 from glmc.models.lora import LAYERS, adapters, add_adapters, merge_adapters
 from glmc.training.checkpoint import load_checkpoint
 from glmc.training.engine import TrainStep
@@ -38,7 +39,7 @@ def adapted(name: str, rank: int = 4, targets=None, noise: float = 0.1) -> nn.Mo
     model = create_backbone(name, len(COUNTS), **NETS.get(name, {}), lora=dict(rank=rank, targets=targets))
     for layer in adapters(model).values():
         nn.init.normal_(layer.lora_B['default'].weight, std=noise)
-    for head in classifier_parts(model):
+    for head in classifier_heads(model):
         nn.init.normal_(head.weight, std=head.in_features ** -0.5)
     return model.eval()
 
@@ -64,7 +65,7 @@ def test_a_merged_model_is_a_plain_one_with_the_same_logits(name):
 @pytest.mark.parametrize('name', NETS)
 def test_adapters_are_beside_every_layer_they_fit(name):
     model, plain = adapted(name), create_backbone(name, len(COUNTS), **NETS[name])
-    heads = classifier_parts(plain)
+    heads = classifier_heads(plain)
     without = {layer: module for layer, module in plain.named_modules()
                if isinstance(module, LAYERS) and layer not in adapters(model)}
     first = without.pop(plain.pretrained_cfg['first_conv'])
@@ -110,7 +111,7 @@ REFUSED = {
                         'proj, qkv, fc1, fc2; did you mean qkv?'),
     'fc': ('test_resnet', '--lora-targets fc: fc is the classifier, which is trained without an adapter'),
     'conv_dw': ('test_efficientnet', '--lora-targets conv_dw: blocks.3.0.conv_dw is a convolution with groups'),
-    'qkv': ('beit_base_patch16_224', '--lora-targets qkv: blocks.0.attn.qkv is never called by the model'),
+    'qkv': ('beit_base_patch16_224', '--lora-targets qkv: blocks.0.attn.qkv is never called'),
     'conv1': ('resnetv2_50x1_bit', '--lora-targets conv1: stages.0.blocks.0.conv1 is a StdConv2d, expected a plain')}
 
 
@@ -125,7 +126,7 @@ def test_targets_that_cannot_have_an_adapter_are_refused(target):
 def test_a_rank_that_is_not_low_is_refused():
     with pytest.raises(InputError, match='--lora-targets fc1: blocks.0.mlp.fc1 has rank 64, expected a lower --lora-rank'):
         adapted('test_vit', 64, ['fc1'])
-    with pytest.raises(InputError, match='--lora-rank 5000: the model has no layer that this fits'):
+    with pytest.raises(InputError, match='--lora-rank 5000: the model has no layer of a higher rank'):
         adapted('test_vit', 5000)
 
 
@@ -215,6 +216,8 @@ def test_a_run_exports_a_plain_model_and_resumes(lora_run, weights, tmp_path):
     assert exported.keys() == start.keys()
     changed = {name for name in start if not torch.equal(exported[name], start[name])}
     assert changed == {name for name in start if name.endswith('weight') and start[name].ndim == 2} | {'head.bias'}
+    metrics = json.loads((run / 'export' / 'metrics.json').read_text())
+    assert metrics['parameters'] == sum(value.numel() for value in start.values())
     again = load_file(export_checkpoint(run / 'checkpoints' / 'epoch-0001.safetensors', tmp_path / 'again')
                       / 'model.safetensors')
     assert all(torch.equal(again[name], exported[name]) for name in exported)
