@@ -55,8 +55,9 @@ def choose_layers(backbone: nn.Module, rank: int, targets: Sequence[str] | None)
     obstacles = find_obstacles(backbone, rank)
     fitting = [name for name, obstacle in obstacles.items() if obstacle is None]
     if targets is None:
-        first = backbone.pretrained_cfg.get('first_conv') or ()  # a name, or several
-        chosen = [name for name in fitting if name != first and name not in tuple(first)]
+        first = backbone.pretrained_cfg.get('first_conv')
+        first = first if isinstance(first, (list, tuple)) else (first,)
+        chosen = [name for name in fitting if name not in first]
         if not chosen:
             raise InputError(f'--lora-rank {rank}: the model has no layer of a higher rank, expected a lower one, or a '
                              'model with linear layers or convolutions of one group')
