@@ -24,6 +24,7 @@ from glmc.export.export import export_model
 from glmc.export.hub import try_push, warn_without_token
 from glmc.files import disk_is_full
 from glmc.methods import METHODS
+from glmc.models.lora import merge_adapters
 from glmc.report.pictures import mixed_views
 from glmc.report.report import ReportInputs, classifier_norms, try_report
 from glmc.report.trackers import finish_trackers, log_pictures, log_row, require_trackers, start_trackers
@@ -77,8 +78,9 @@ def start_heads(setup: Setup, folder: RunFolder) -> None:
     args, images, cache = setup.args, setup.data.train, Path(setup.args.feature_cache or folder.path / 'features')
     if setup.bad_images is not None:
         images, _ = readable_subset(images, args.workers)
+    encoder = merge_adapters(setup.task.get_eval_model())  # which gives the features of the pretrained weights
     features = Extractor(
-        setup.task.get_eval_model(), data_config=setup.data_config, augmentation=setup.augmentation, cache=cache,
+        encoder, data_config=setup.data_config, augmentation=setup.augmentation, cache=cache,
         accelerator=setup.accelerator, **pick(args, ('batch_size', 'workers', 'seed')))(images)
     init_heads(setup.task, features, setup.data.profile.counts, setup.description()['export']['source']['prior'],
                kind=setup.head_init, seed=args.seed, accelerator=setup.accelerator)

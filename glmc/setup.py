@@ -40,6 +40,7 @@ from glmc.methods import METHODS, unused_method_options
 from glmc.models.backbone import create_backbone
 from glmc.models.classifier import linear_classifier
 from glmc.models.freeze import freeze, frozen_norms
+from glmc.models.lora import adapters, merge_adapters
 from glmc.run_folder import provenance
 from glmc.training.engine import TrainStep, evaluate, train_one_epoch
 from glmc.training.launch import device_name
@@ -50,7 +51,7 @@ from glmc.training.state import Position, TrainingState
 _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
           'warmup_epochs', 'imbalance_factor', 'head_init')  # on the model card, with the options of the method
-LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0)  # on the card, too, unless off
+LEVERS = dict(lora_rank=0, sam_rho=0.0, swa_start=None, aa=None, reprob=0.0)  # on the card, too, unless off
 SGD = ('sgd', 'momentum', 'nesterov')  # in the names of timm's optimizers that --lr-base fits
 
 
@@ -126,6 +127,8 @@ class Setup:
         self.model_options = dict(
             name=args.model, num_classes=len(counts), img_size=args.img_size, in_chans=args.in_chans, drop_rate=args.drop,
             drop_path_rate=args.drop_path, global_pool=args.gp, **args.model_kwargs)
+        if args.lora_rank:
+            self.model_options['lora'] = dict(rank=args.lora_rank, targets=args.lora_targets)
         backbone = create_backbone(
             **self.model_options, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
         self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if args.pretrained else None
@@ -140,15 +143,19 @@ class Setup:
         except ValueError as error:
             raise InputError(f'--mean, --std: {error}') from error
         model = self.method.module(backbone, **pick(args, self.method.module_options))
-        self.num_parameters = sum(p.numel() for p in backbone.parameters())
-        self.frozen_norms = frozen_norms(backbone, args.freeze_bn)
+        adapted = adapters(backbone)
+        in_adapters = sum(p.numel() for layer in adapted.values() for p in layer.parameters() if p.requires_grad)
+        self.num_parameters = sum(p.numel() for p in backbone.parameters()) - in_adapters  # those of the export
+        self.frozen_norms = frozen_norms(backbone, args.freeze_bn or bool(adapted))
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.task = self.method.task(model, counts, **pick(args, self.method.task_options))
         self.mixer = self.method.mixer(counts, **pick(args, self.method.mixer_options))
-        frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad) if args.freeze else 0
+        frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad) if args.freeze or adapted else 0
+        if adapted:
+            _logger.info(f'LoRA: adapters of rank {args.lora_rank} beside {len(adapted)} layers, {in_adapters:,} parameters')
         _logger.info(f'Model: {args.model}, {self.num_parameters / 1e6:.2f} M parameters'
                      f"{f' ({frozen / 1e6:.2f} M frozen)' if frozen else ''}, "
                      f"input {'x'.join(map(str, self.data_config['input_size']))}, method {args.method}")
@@ -248,8 +255,8 @@ class Setup:
 
     @property
     def eval_model(self) -> torch.nn.Module:
-        """The backbone that is evaluated and exported: of the average of the weights, if there is one."""
-        return self.task.get_eval_model(ema=self.task.has_ema())
+        """The backbone that is evaluated and exported: of the average of the weights, if there is one, without adapters."""
+        return merge_adapters(self.task.get_eval_model(ema=self.task.has_ema()))
 
     @property
     def conventional(self) -> torch.nn.Linear | None:
@@ -262,7 +269,7 @@ class Setup:
         Running statistics of all processes become equal.
         """
         self.state.equalize_statistics(self.args.dist_bn == 'reduce')
-        model = self.eval_model if average else self.task.get_eval_model()
+        model = self.eval_model if average else merge_adapters(self.task.get_eval_model())
         return evaluate(self.accelerator, model, loader, self.evaluator, between=between)
 
     def readable_data(self) -> TrainingData:

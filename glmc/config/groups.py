@@ -195,6 +195,12 @@ def _model(parser: Parser) -> None:
     add('--freeze-bn', action=argparse.BooleanOptionalAction, default=False,
         help='keep the running statistics of BatchNorm, which small batches of new images spoil; default: with pretrained '
         'weights')
+    add('--lora-rank', type=count, default=0, metavar='R',
+        help='rank of trained adapters beside the frozen pretrained weights (LoRA, by the library peft), merged in the '
+        'export, e.g. 8; 0: off')
+    add('--lora-targets', nargs='+', metavar='NAME',
+        help='layers with an adapter, e.g. qkv proj or blocks.1?.*; default: all linear layers, and all convolutions of one '
+        'group but the first')
     add('--drop', type=fraction, metavar='PCT', help='dropout rate before the classifier')
     add('--drop-path', type=fraction, metavar='PCT', help='stochastic depth rate')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
