@@ -132,8 +132,8 @@ def finish(setup: Setup, checkpoints: Checkpoints, folder: RunFolder) -> None:
             raise
         raise RunError(f'{folder.path}/export: no space left; with space, the same command with --resume auto '
                        'exports') from error
-    print(f"\n{args.method} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n{shot_table(metrics)}\n"
-          f'Exported to {exported}', flush=True)
+    print(f"\n{args.method} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n"
+          f'{shot_table(metrics, data.class_names)}\nExported to {exported}', flush=True)
     if args.stage2:
         run_stage2(folder.path / 'stage2', args.stage2, model=setup.eval_model, data=setup.readable_data(),
                    conventional=setup.conventional, export=export, metrics=metrics, accelerator=accelerator,
@@ -144,7 +144,7 @@ def finish(setup: Setup, checkpoints: Checkpoints, folder: RunFolder) -> None:
 def share(setup: Setup, folder: RunFolder, exported: Path, metrics: dict, predictions: Predictions) -> None:
     """Write tables and report, close the trackers, push to the Hub; none of them can fail the run."""
     args = setup.args
-    write_tables(folder.path, metrics, setup.data.class_names, predictions)
+    write_tables(folder.path, metrics, setup.data.class_names, predictions, setup.data.validation or setup.data.holdout)
     if args.report:
         try_report(folder.path, metrics, lambda: report_inputs(setup, folder, predictions), exported)
     finish_trackers(setup.accelerator)

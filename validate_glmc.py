@@ -42,7 +42,7 @@ from glmc.evaluation.priors import (
     ranked_counts,
     resolve_shift,
 )
-from glmc.evaluation.text import detail_table, shot_table
+from glmc.evaluation.text import detail_table, shot_legend, shot_table
 from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
 from glmc.report.compare import write_comparison
 from glmc.report.report import ReportInputs, classifier_norms, try_report
@@ -208,11 +208,12 @@ def write_results(
     try:
         folder.mkdir(parents=True)
         (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-        write_tables(folder, metrics, class_names, predictions)
+        write_tables(folder, metrics, class_names, predictions, images)
     except OSError as error:
         raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
-    print(f"{args.model} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n{shot_table(metrics)}\n"
-          f'{detail_table(metrics)}\nWritten to {folder}', flush=True)
+    print(f"{args.model} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n"
+          f'{shot_table(metrics, class_names)}\n{detail_table(metrics)}\n{shot_legend(metrics["shot_thresholds"])}\n'
+          f'Written to {folder}', flush=True)
     if args.report:
         norms = classifier_norms(classifier=trained.model.get_classifier())
         try_report(folder, metrics, lambda: ReportInputs(class_names, predictions, images, norms))

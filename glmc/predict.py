@@ -49,12 +49,12 @@ from glmc.evaluation.priors import AdjustedModel, resolve_shift
 from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
 from glmc.files import atomic_write
 from glmc.models.classifier import float32_classifier
+from glmc.run_folder import spreadsheet_safe
 from glmc.training.launch import create_accelerator, is_main_process
 
 _logger = logging.getLogger('glmc.predict')
 STDOUT = '-'  # --output
 LISTED_CLASSES = 10  # classes in the summary
-FORMULA = ('=', '+', '-', '@', '\t', '\r')  # first characters of cells that spreadsheets execute
 ADJUSTMENT_NEEDS = (
     Need(('source_prior', 'class_counts'), 'without --target-prior', lambda o: o.target_prior),
     Need(('target_imbalance',), 'without --target-prior forward or backward',
@@ -303,7 +303,7 @@ def write_predictions(
         threshold: Probability below which the label is empty; None for no threshold and no column `uncertain`.
     """
     k, tally = min(topk, len(names)), Tally()
-    labels = [f"'{name}" if name.startswith(FORMULA) else name for name in names]
+    labels = list(map(spreadsheet_safe, names))
     shown = printable if file.isatty() else str  # a terminal would obey control characters
     writer = csv.writer(file)
     ranks = [f'{column}_{rank}' for rank in range(2, k + 1) for column in ('label', 'probability')]
@@ -315,7 +315,7 @@ def write_predictions(
             values, classes = (part[:, :k].tolist() for part in probabilities.sort(descending=True, stable=True))
             for error, p, top in zip(errors, values, classes, strict=True):
                 name = next(remaining)
-                path = f'.{os.sep}{name}' if name.startswith(FORMULA) else name
+                path = spreadsheet_safe(name, f'.{os.sep}')
                 cells = [cell for value, c in zip(p, top, strict=True) for cell in (labels[c], f'{value:.6f}')]
                 below = threshold is not None and p[0] < threshold
                 if error:

@@ -32,6 +32,7 @@ from glmc.config import (
 from glmc.data.check import readable_subset
 from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import create_eval_loader, create_train_loader
+from glmc.data.profiles import classes_without_images
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
@@ -110,6 +111,11 @@ class Setup:
             self.data = replace(self.data, validation=self._readable('validation'), holdout=self._readable('holdout'))
         profile = self.data.profile
         _logger.info(f'Training set: {profile.summary()}, fingerprint {str(profile.fingerprint)[:16]}')
+        for name in ('validation', 'holdout'):
+            images = getattr(self.data, name)
+            missing = isinstance(images, ImageSet) and classes_without_images(images.counts(), self.data.class_names)
+            if missing:
+                _logger.warning(f'{name}: {missing}')
 
     def _readable(self, name: str):
         """Images of an evaluation set that can be decoded, found by one pass over the set."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from glmc.cli import Options, Parser, pick, run_script
 from glmc.config import DATA, add_groups, as_words, has_data, names
 from glmc.data.datasets import ImageSet
-from glmc.data.profiles import Profile, pluralize
+from glmc.data.profiles import Profile, classes_without_images, pluralize
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import ImageError, InputError, printable
 
@@ -137,9 +137,9 @@ def describe(data: TrainingData, sets: dict[str, ImageSet]) -> Iterable[str]:
             continue
         counts = images.counts()
         yield f"{name}: {pluralize(len(images), 'image')}, {counts.max():,} … {counts.min():,} per class"
-        missing = [str(data.class_names[c]) for c in np.flatnonzero(counts == 0)]
+        missing = classes_without_images(counts, data.class_names)
         if missing:
-            yield f"{name}: {pluralize(len(missing), 'class')} without images, not evaluated: {', '.join(shorten(missing))}"
+            yield f'{name}: {missing}'
 
 
 def describe_images(results: dict[str, list[ScanResult]]) -> Iterable[str]:
