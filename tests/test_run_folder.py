@@ -30,6 +30,7 @@ def test_hostile_names_are_exact_and_no_formula(tmp_path):
 
 def test_a_set_without_an_index_has_positions_for_files(tmp_path):
     predictions = Predictions(np.array([1, 0]), np.array([1, 1]), np.array([0.5, 0.25]))
-    metrics = dict(train_counts=[9, 8], per_class_images=[1, 1], per_class_accuracy=[0.0, 100.0], per_class_predictions=[0, 2])
+    metrics = dict(train_counts=[9, 8], per_class_images=[1, 1], per_class_accuracy=[0.0, 100.0],
+                   per_class_predictions=[0, 2])
     write_tables(tmp_path, metrics, None, predictions)
     assert read(tmp_path / 'predictions.csv')[1:] == [['0', '1', '1', '0.500000'], ['1', '0', '1', '0.250000']]

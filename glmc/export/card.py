@@ -2,12 +2,15 @@
 import json
 import math
 import re
-from pathlib import Path
+import shlex
+from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from glmc.data.profiles import SHOT_NAMES
 
+PATH_OPTIONS = ('--data-dir', '--train-list', '--val-list', '--class-map', '--class-counts', '--output', '--feature-cache',
+                '--initial-checkpoint', '--checkpoint')
 PLACEHOLDER = 'local-dir:PATH'  # replaced by the repository in an upload
 METRICS = {  # key of metrics.json -> (metric type of the Hub, name)
     'top1': ('accuracy', 'top-1 accuracy'), 'top5': ('accuracy', 'top-5 accuracy'),
@@ -75,6 +78,42 @@ def card_data(metrics: dict, config: dict) -> ModelCardData:
 def dataset_name(data: str | None) -> str:
     """Return the last part of a data set's name or path, which hides the folders of this machine."""
     return re.sub(r'[\s<>|`\x00-\x1f]+', ' ', Path(data or 'unknown').name).strip() or 'unknown'
+
+
+def public_command(command: str) -> str:
+    """Return a command that others can run: without `--resume` and the folders of this machine."""
+    words, shown, skip = shell_words(command), [], False
+    for number, word in enumerate(words):
+        option, equals, value = word.partition('=') if word.startswith('-') else ('', '', word)
+        if skip or option == '--resume' and equals:
+            skip = False
+        elif word == '--resume':
+            skip = number + 1 < len(words)
+        elif number == 0 or (option if equals else words[number - 1]) in PATH_OPTIONS:
+            shown.append(f'{option}{equals}{_last_part(value)}')
+        else:
+            shown.append(f'{option}{equals}{_without_folders(value)}')
+    return shlex.join(shown)
+
+
+def shell_words(command: str) -> list[str]:
+    """Split a command into words without control characters."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote that nothing closes
+        words = command.split()
+    return [re.sub(r'[\s\x00-\x1f]+', ' ', word) for word in words]
+
+
+def _last_part(path: str) -> str:
+    """Return the last part of a path, of any system."""
+    return PureWindowsPath(path).name or 'unknown'
+
+
+def _without_folders(value: str) -> str:
+    """Return the value with the last part of a path that is absolute or starts at home or in an outer folder."""
+    scheme, place = re.fullmatch(r'((?:local-dir:|hf-hub:|\w+/(?=[/~.]))?)(.*)', value).groups()
+    return scheme + _last_part(place) if re.match(r'[/\\~]|\.\.?[/\\]|[A-Za-z]:[/\\]', place) else value
 
 
 def dataset_id(data: str | None) -> str | None:
