@@ -32,7 +32,7 @@ from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
 from glmc.export.hub import try_push, warn_without_token
 from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
-from glmc.report.compare import write_comparison
+from glmc.report.compare import read_results, write_comparison
 from glmc.report.report import report_errors_as_warnings
 from glmc.run_folder import open_run_folder
 from glmc.stage2.finetune import CHOICE, OPTIONS, TABLE, check_stage2, results_table, run_stage2, write_results
@@ -231,7 +231,8 @@ def try_compare(folder: Path, stage1: Path, results: list[Result]) -> None:
     """Write one report of both stages; a failure is only a warning."""
     before = [stage1] if any((stage1 / name / 'metrics.json').is_file() for name in ('.', 'export')) else []
     with report_errors_as_warnings():
-        write_comparison(folder, [*before, *(folder / result.name for result in results if result.name != STAGE1)])
+        after = (folder / result.name for result in results if result.name != STAGE1)
+        write_comparison(folder, read_results([*before, *after]))
 
 
 if __name__ == '__main__':

@@ -44,7 +44,7 @@ from glmc.evaluation.priors import (
 )
 from glmc.evaluation.text import detail_table, shot_legend, shot_table
 from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
-from glmc.report.compare import write_comparison
+from glmc.report.compare import comparison_table, read_results, write_comparison
 from glmc.report.report import ReportInputs, classifier_norms, try_report
 from glmc.run_folder import open_run_folder, provenance, write_tables
 from glmc.training.engine import evaluate
@@ -223,7 +223,9 @@ def compare(args: Options, explicit: set[str]) -> None:
     """Write one report of several folders of results."""
     setup_logging(main_process=True)
     folder = results_folder(args, 'compare')
-    print(write_comparison(folder, [Path(name) for name in args.compare]))
+    results = read_results([Path(name) for name in args.compare])
+    path = write_comparison(folder, results)
+    print(f'{comparison_table(results)}\nWritten to {path}')
     others = explicit - {'compare', 'output', 'experiment', 'debug'}
     warn_unused(args, explicit, [Need(tuple(others), 'with --compare', lambda options: False)])
 

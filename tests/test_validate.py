@@ -224,6 +224,7 @@ def test_an_option_without_effect_is_warned_about(validate, finished_run, folder
 
 def test_options_of_an_evaluation_are_warned_about_with_compare(validate, finished_run):
     outcome, _ = validate('--compare', finished_run, '--flip-tta')
+    assert outcome.out.split()[:2] == ['result', 'top-1'] and outcome.out.splitlines()[1].startswith('first ')
     assert outcome.code == 0, outcome.err
     assert outcome.err.splitlines() == [f'--{name} has no effect with --compare' for name in ('flip-tta', 'workers')]
 

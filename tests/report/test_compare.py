@@ -23,7 +23,7 @@ def test_comparison_draws_both(tmp_path):
 
 
 def two_results(tmp_path, names=()) -> list:
-    """Folders of two results of four classes: class 0 wins 50 points, class 1 loses 25, class 2 stays, class 3 is unmeasured."""
+    """Folders of two results: class 0 wins 50 points, class 1 loses 25, class 2 is equal, class 3 is not measured."""
     metrics, _ = evaluated(4, 50)
     for label, accuracy in (('first', [25, 75, 50, None]), ('second', [75, 50, 50, None])):
         (tmp_path / label).mkdir()
@@ -39,10 +39,10 @@ def test_gains_and_losses_are_marked_by_class(tmp_path):
     text = write_comparison(tmp_path / 'both', results).read_text(encoding='utf-8')
     table = text[text.index('<summary>All 4 classes'):]
     rows = re.findall(r'<tr><td>(.*?)</td>.*?<td>([^/]*?(?:</span>)?)</td></tr>', table)
-    assert [name for name, _ in rows[:4]] == ['&lt;ant&gt;', 'cat', 'bee', '=dog']
+    assert [name for name, _ in rows[:4]] == ['&lt;ant&gt;', 'cat', 'bee', '&#x27;=dog']
     assert [cell for _, cell in rows[:4]] == [
         '<span class="gain">+50.0</span>', '0.0', '<span class="loss">\u221225.0</span>', '–']
-    assert 'better in second: 1 class, worse: 1 class, equal: 1 class' in text
+    assert 'Classes better in second: 1 class, worse: 1 class, equal: 1 class, against first.' in text
     assert '&lt;ant&gt;: 75.0 %' in text  # under the pointer
 
 
@@ -85,8 +85,8 @@ def test_each_of_many_results_is_drawn_and_labelled(tmp_path):
     for k, folder in enumerate(folders):
         folder.mkdir(parents=True)
         (folder / 'metrics.json').write_text(json.dumps(evaluated(6, 100, seed=k)[0]))
-    text = write_comparison(tmp_path / 'all', [*folders, folders[0]]).read_text(encoding='utf-8')
-    heads = re.findall(r'<th>([^<]*)</th>', text.split('Models and runs')[0])
+    text = write_comparison(tmp_path / 'all', read_results([*folders, folders[0]])).read_text(encoding='utf-8')
+    heads = re.findall(r'<th>([^<]*)</th>', text.split('</table>')[0])
     assert len(set(heads)) == 12 and heads[0] == 'metric'
     assert heads[1] == '0/run (1)' and heads[10] == '9/run' and heads[11] == '0/run (11)'
     assert text.count(', ECE ') == 11, 'one line each in the reliability diagram'
@@ -104,4 +104,11 @@ def test_results_of_other_classes_are_not_compared(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'metrics.json').write_text(json.dumps(evaluated(num_classes, 50)[0]))
     with pytest.raises(InputError, match='b: has other training counts than .*a, expected the same classes'):
-        write_comparison(tmp_path / 'both', read_results([tmp_path / 'a', tmp_path / 'b']))
+        read_results([tmp_path / 'a', tmp_path / 'b'])
+
+
+def test_results_of_other_class_names_are_not_compared(tmp_path):
+    folders = two_results(tmp_path, list('abcd'))
+    write_tables(folders[1], read_results(folders[:1])['first'], list('acbd'))
+    with pytest.raises(InputError, match='second: has other class names than .*first, expected the same classes'):
+        read_results(folders)
