@@ -12,6 +12,7 @@ from glmc.report.pictures import display_name
 
 FEW_TESTS = 5  # fewer evaluated images than this make an accuracy uncertain
 GAP = 10  # points of accuracy between two shot groups, and percent of calibration error, that call for action
+SURE = 0.8  # a lower confidence of a mistake does not suggest a wrong label
 LARGER = 5  # times as many training images as a class make another class frequent
 
 
@@ -69,9 +70,9 @@ def class_results(
 
 
 def suspected_labels(predictions: Predictions) -> np.ndarray:
-    """(N,) bool, True for a mistake that is at least as confident as the correct images of the predicted class on average.
+    """(N,) bool, True for a mistake of at least SURE that is as confident as the predicted class's correct images on average.
 
-    This is the threshold of confident learning (Northcutt et al., arXiv 1911.00068), on the predicted class only.
+    The average is the threshold of confident learning (Northcutt et al., arXiv 1911.00068), here on the predicted class only.
     """
     labels, predicted, confidence = predictions
     right = labels == predicted
@@ -80,7 +81,7 @@ def suspected_labels(predictions: Predictions) -> np.ndarray:
     size = int(max(labels.max(), predicted.max())) + 1
     number = np.bincount(labels[right], minlength=size)
     mean = np.bincount(labels[right], confidence[right], size) / np.maximum(number, 1)
-    return ~right & (number[predicted] > 0) & (confidence >= mean[predicted])
+    return ~right & (number[predicted] > 0) & (confidence >= np.maximum(mean[predicted], SURE))
 
 
 def failing(results: Sequence[ClassResult], class_mean: float | None, limit: int = 12) -> list[ClassResult]:
