@@ -190,6 +190,8 @@ def export_options(args: Options, trained: TrainedModel, data: TrainingData) -> 
     source = {'profile': data.profile.as_dict(), **trained.metadata}
     if args.hub_license != 'unknown':
         source['license'] = args.hub_license
+    if args.dataset_name:
+        source['dataset_name'] = args.dataset_name
     return dict(data_config=trained.data_config, class_names=list(map(str, data.class_names)), source=source)
 
 

@@ -103,7 +103,7 @@ def test_classes_without_test_images_are_named_and_not_counted(train, folders, t
     assert metrics['shot_classes'] == {'many': 0, 'medium': 0, 'few': 1}
     assert missing in (run / 'report.html').read_text()
     card = (run / 'export' / 'README.md').read_text()
-    assert missing in card and '| few-shot | at most 20 | 1 |' in card
+    assert '2 classes without images, not evaluated: `bee`, `cat`.' in card and '| few-shot | at most 20 | 1 |' in card
 
 
 def test_args_are_accepted_back(finished_run, script, tmp_path):
