@@ -53,10 +53,9 @@ def main() -> None:
 
 
 def benchmark_parser() -> Parser:
-    """Parser with the options of train_glmc.py, which its help does not list, and those of the benchmark."""
+    """Parser with the options of train_glmc.py, which only `--help-all` lists, and those of the benchmark."""
     parser = train_parser(METHODS)
-    for action in parser._actions:
-        action.help = action.help if action.dest == 'help' else argparse.SUPPRESS
+    parser.hidden = frozenset(action.dest for action in parser._actions if action.dest not in ('help', argparse.SUPPRESS))
     parser.prog, parser.description = 'benchmark_glmc.py', __doc__
     parser.usage = 'benchmark_glmc.py [options of the benchmark] [options of train_glmc.py]'
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -11,6 +11,7 @@ At SIGTERM, SIGUSR1 or Ctrl-C the run finishes the step, saves a checkpoint and 
 import logging
 import shutil
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -59,9 +60,10 @@ def main() -> None:
         start_heads(setup, folder)
     with checkpoints.stoppable(before_exit=partial(finish_trackers, accelerator)):
         for epoch in range(position.epoch, setup.num_epochs):
+            start = time.perf_counter()
             train_metrics = setup.train_epoch(epoch, **checkpoints.begin_epoch())
             metrics = evaluate(setup, checkpoints, epoch)
-            log_epoch(setup, folder, epoch, train_metrics, metrics)
+            log_epoch(setup, folder, epoch, train_metrics, metrics, time.perf_counter() - start)
             checkpoints.end_epoch(metrics)
     finish(setup, checkpoints, folder)
 
@@ -100,12 +102,14 @@ def evaluate(setup: Setup, checkpoints: Checkpoints, epoch: int) -> dict | None:
     return metrics
 
 
-def log_epoch(setup: Setup, folder: RunFolder, epoch: int, train_metrics: dict, metrics: dict | None) -> None:
+def log_epoch(
+        setup: Setup, folder: RunFolder, epoch: int, train_metrics: dict, metrics: dict | None, seconds: float) -> None:
     """Log an epoch to summary.csv, the trackers and standard error."""
     alpha = getattr(setup.task, 'alpha', None)
     row = summary_row(epoch, train_metrics, metrics, None if alpha is None else alpha.item(),
                       folder.count_bad(setup.bad_images))
-    folder.log_epoch(row, train_metrics, metrics, setup.num_epochs, trackers=partial(log_row, setup.accelerator))
+    folder.log_epoch(row, train_metrics, metrics, setup.num_epochs, trackers=partial(log_row, setup.accelerator),
+                     seconds=seconds)
 
 
 def finish(setup: Setup, checkpoints: Checkpoints, folder: RunFolder) -> None:

@@ -22,13 +22,12 @@ from typing import TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glmc.cli import Options, Parser, parse_args, run_script
+from glmc.cli import Options, Parser, Progress, parse_args, run_script
 from glmc.config import (
     PRECISIONS,
     Need,
@@ -310,7 +309,7 @@ def write_predictions(
     uncertain = [] if threshold is None else ['uncertain']
     writer.writerow(['file', 'label', 'probability', *ranks, *uncertain, 'error'])
     remaining = iter(files)
-    with tqdm(total=len(files), unit=' images', leave=False, disable=not sys.stderr.isatty()) as bar:
+    with Progress(len(files), name='prediction') as progress:
         for probabilities, errors in batches:
             values, classes = (part[:, :k].tolist() for part in probabilities.sort(descending=True, stable=True))
             for error, p, top in zip(errors, values, classes, strict=True):
@@ -328,7 +327,7 @@ def write_predictions(
                     tally.classes[top[0]] += 1
                 doubt = [labels[top[0]] if below and not error else ''] * len(uncertain)
                 writer.writerow(map(shown, [path, *cells, *doubt, error]))
-            bar.update(len(errors))
+            progress.update(len(errors))
     return tally
 
 

@@ -17,10 +17,11 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from glmc.cli import duration
 from glmc.data.datasets import BadImages, ImageSet
 from glmc.errors import InputError
 from glmc.evaluation.metrics import Predictions, confused_pairs
-from glmc.evaluation.text import shot_line
+from glmc.evaluation.text import shot_legend, shot_line
 from glmc.files import atomic_write, disk_is_full
 
 try:
@@ -43,6 +44,7 @@ class RunFolder:
 
     def __init__(self, path: Path, accelerator: Accelerator):
         self.path, self.accelerator, self.num_bad = path, accelerator, 0
+        self.seconds, self.explained = [], False  # seconds of each epoch; whether the log explains the shot groups
 
     @classmethod
     def choose(
@@ -73,14 +75,18 @@ class RunFolder:
         self.accelerator.wait_for_everyone()
 
     def log_epoch(
-            self, row: dict, train: dict, metrics: dict | None, num_epochs: int, trackers: Callable[[dict], None]) -> None:
+            self, row: dict, train: dict, metrics: dict | None, num_epochs: int, trackers: Callable[[dict], None],
+            seconds: float) -> None:
         """Write an epoch to summary.csv and the trackers, unless the disk is full, and log one line.
+
+        The time left is that of as many epochs of the mean duration so far. The first line with an evaluation explains it.
 
         Args:
             row: Result of `summary_row`.
             train, metrics: Metrics of the training and, if there was one, of the evaluation.
             num_epochs: Epochs of the run.
             trackers: Called with the row.
+            seconds: Duration of training and evaluation; a resumed epoch counts as a whole one by its images per second.
         """
         try:
             if self.accelerator.is_main_process:
@@ -90,10 +96,16 @@ class RunFolder:
             if not disk_is_full(error):
                 raise
             _logger.warning(f"{SUMMARY}: epoch {row['epoch']} not written: {error}")
+        if metrics and not self.explained:
+            self.explained = True
+            _logger.info(f"In brackets: many- / medium- / few-shot classes. {shot_legend(metrics['shot_thresholds'])}")
+        self.seconds.append(max(seconds, train['images'] / max(train['images_per_second'], 1e-9)))
+        left = sum(self.seconds) / len(self.seconds) * (num_epochs - row['epoch'] - 1)
         evaluation = f'{shot_line(metrics)}, ' if metrics else ''
         skipped = f"{train['skipped_steps']} steps skipped, " if train['skipped_steps'] else ''
         _logger.info(f"Epoch {row['epoch'] + 1}/{num_epochs}: loss {train['loss']:.3f}, {evaluation}{skipped}"
-                     f"{train['images']:,} images at {train['images_per_second']:.0f}/s")
+                     f"{train['images']:,} images at {train['images_per_second']:.0f}/s, "
+                     f"{duration(self.seconds[-1])} per epoch{f', {duration(left)} left' if left else ''}")
 
     def count_bad(self, bad_images: BadImages | None) -> int:
         """Number of training images that could not be decoded; all processes must call this together.

@@ -313,6 +313,7 @@ class Setup:
             prior=self.method.class_prior(self.data.profile.counts, pick(args, self.method.options)),
             recipe={**pick(args, RECIPE), **pick(args, sorted(self.method.options)), **levers},
             license=None if args.hub_license == 'unknown' else args.hub_license,
-            dataset_name=args.dataset_name, base_model=self.base_model, other_weights=bool(args.initial_checkpoint) or ':' in args.model)
+            dataset_name=args.dataset_name,
+            base_model=self.base_model, other_weights=bool(args.initial_checkpoint) or ':' in args.model)
         export = dict(data_config=self.data_config, class_names=list(self.data.class_names), source=source)
         return dict(model=model, training=training, export=export)

@@ -81,6 +81,15 @@ def test_predictions_are_beside_the_table_of_classes(finished_run):
     assert all(row['file'].startswith(f"{row['label']}/") and 0 < float(row['probability']) <= 1 for row in rows)
 
 
+def test_epoch_lines_have_a_legend_the_duration_and_the_time_left(finished_run):
+    messages = (finished_run.parent / 'stderr.txt').read_text()
+    legend = ('In brackets: many- / medium- / few-shot classes. Training images per class: many-shot: more than 100, '
+              'medium-shot: 21 to 100, few-shot: at most 20\n')
+    assert messages.count(legend) == 1 and messages.index(legend) < messages.index('Epoch 1/2')
+    assert re.search(r'Epoch 1/2: .* 25 images at \d+/s, \d+(\.\d)? s per epoch, \d+(\.\d)? s left\n', messages)
+    assert re.search(r'Epoch 2/2: .* \d+(\.\d)? s per epoch\n', messages)
+
+
 def test_messages(finished_run):
     messages = (finished_run.parent / 'stderr.txt').read_text()
     assert 'Training set: 25 images of 3 classes, 14 … 4 per class (0 many, 0 medium, 3 few), fingerprint' in messages

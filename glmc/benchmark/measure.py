@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from glmc.benchmark.plain import PILImages, PlainLoop, pil_transform, timm_loader
+from glmc.cli import Progress
 from glmc.config import PRECISIONS
 from glmc.data.datasets import ImageSet
 from glmc.data.loaders import image_mode
@@ -102,12 +103,14 @@ class Benchmark:
         skipped, flops = self.skipped(), self.step_flops()
         seconds = {name: [] for name in PARTS if name not in skipped}
         peaks, rates = dict.fromkeys(seconds, 0), []
-        for _ in range(rounds):
-            for name, turns in seconds.items():
-                turn, peak = self._turn(name, steps)
-                turns.append(turn)
-                peaks[name] = max(peaks[name], peak)
-            rates.append(self.matmul_rate())
+        with Progress(rounds * len(seconds), 'turns', 'benchmark') as progress:
+            for _ in range(rounds):
+                for name, turns in seconds.items():
+                    turn, peak = self._turn(name, steps)
+                    turns.append(turn)
+                    peaks[name] = max(peaks[name], peak)
+                    progress.update()
+                rates.append(self.matmul_rate())
         rate = statistics.median(rates)
         rows = {name: self._row(name, seconds, flops, rate) | {'peak_memory': peaks[name] or None} for name in seconds}
         return {'rows': rows, 'step_gflop': flops / 1e9, 'matmul_tflops': rate / 1e12, 'bottleneck': bottleneck(rows),

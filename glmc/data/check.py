@@ -7,6 +7,7 @@ The scan takes the data options of train_glmc.py, decodes every image once and c
 image cannot be decoded, is in two sets or has two labels.
 """
 import hashlib
+import logging
 import shlex
 import sys
 from collections import Counter, defaultdict
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from glmc.cli import Options, Parser, pick, run_script
+from glmc.cli import Options, Parser, Progress, pick, run_script
 from glmc.config import DATA, add_groups, as_words, has_data, names
 from glmc.data.datasets import ImageSet
 from glmc.data.profiles import Profile, classes_without_images, pluralize
@@ -87,7 +88,12 @@ def scan(images: ImageSet, workers: int = 0) -> list[ScanResult]:
     Returns:
         N results in the order of the set.
     """
-    return list(DataLoader(_ScanDataset(images), batch_size=None, num_workers=workers))
+    results = []
+    with Progress(len(images), name='data check') as progress:
+        for result in DataLoader(_ScanDataset(images), batch_size=None, num_workers=workers):
+            results.append(result)
+            progress.update()
+    return results
 
 
 def readable_subset(images: ImageSet, workers: int = 0) -> tuple[ImageSet, list[str]]:
@@ -99,6 +105,8 @@ def readable_subset(images: ImageSet, workers: int = 0) -> tuple[ImageSet, list[
 
 def main() -> None:
     args = check_parser().parse_args()
+    logging.basicConfig(format='%(message)s')
+    logging.getLogger('glmc').setLevel(logging.INFO)
     args.data_dir = args.data_dir or args.folder
     data = load_training_data(**pick(args, names(*DATA)))
     sets = {name: images for name, images in (('train', data.train), ('holdout', data.holdout),

@@ -72,7 +72,7 @@ def class_results(
 def suspected_labels(predictions: Predictions) -> np.ndarray:
     """(N,) bool, True for a mistake that is as confident as correct images of the predicted class on average, and SURE.
 
-    The average is the threshold of confident learning (Northcutt et al., arXiv 1911.00068), here on the predicted class only.
+    The average is the threshold of confident learning (Northcutt et al., arXiv 1911.00068) on the predicted class.
     """
     labels, predicted, confidence = predictions
     right = labels == predicted

@@ -151,4 +151,6 @@ def test_help_names_the_script_and_lists_its_own_options(in_process):
     code, out, _ = in_process('--help')
     assert code == 0 and out.startswith('usage: benchmark_glmc.py [') and '\nMeasure speed and memory' in out
     assert 'python train_glmc.py --help' in out and '--rounds N' in out
-    assert '--batch-size' not in out and len(out.splitlines()) < 50
+    assert '--batch-size' not in out and '--help-all ' in out and len(out.splitlines()) < 50
+    _, full, _ = in_process('--help-all')
+    assert full.startswith('usage: benchmark_glmc.py [') and '--batch-size' in full and '--rounds N' in full

@@ -15,7 +15,8 @@ from glmc.models.backbone import create_backbone
 from glmc.predict import predict
 
 SOURCE = dict(method='glmc', profile=dict(class_counts=[300, 60, 5]), recipe=dict(lr=0.1, mix_beta=1.0, img_size=None))
-CONFIG = dict(architecture='resnet18', num_classes=3, label_names=['owl', 'crow', 'tit'], glmc=SOURCE, pretrained_cfg=dict(input_size=[3, 32, 32], license=None))
+CONFIG = dict(architecture='resnet18', num_classes=3, label_names=['owl', 'crow', 'tit'],
+              glmc=SOURCE, pretrained_cfg=dict(input_size=[3, 32, 32], license=None))
 RESULT = dict(
     model='resnet18', method='glmc', data='/home/someone/private/birds', evaluated_on='validation', num_classes=3,
     num_images=30, train_images=365, fingerprint='f' * 64, seed=1, processes=1, precision='no', seconds=12.3, device='cpu',
@@ -121,7 +122,8 @@ def test_the_licence_is_the_users_and_the_origin_is_named():
 
 def test_the_training_section_lists_data_recipe_and_command():
     text = card().text
-    for item in ('365 images, 300 to 5 per class (imbalance 60), fingerprint', '`' + 'f' * 64 + '`', '`lr`: 0.1', '`mix_beta`: 1.0',
+    for item in ('365 images, 300 to 5 per class (imbalance 60), fingerprint',
+                 '`' + 'f' * 64 + '`', '`lr`: 0.1', '`mix_beta`: 1.0',
                  'seed 1, 1 process, mixed precision: no, 12 s on cpu', 'train_glmc.py --data-dir birds', PLACEHOLDER,
                  '## Limitations'):
         assert item in text
