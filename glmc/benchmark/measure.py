@@ -124,11 +124,12 @@ class Benchmark:
             before = 0 if name in ('run', 'step', 'input') else torch.cuda.memory_allocated(self.device)
         work = getattr(self, name)()
         work(3 if name == 'step' else 2 * self.args.workers + 2)
-        seconds = self._time(work, steps) / steps
+        duration = self.seconds(work, steps) / steps
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == 'cuda' else 0
-        return seconds, peak - before
+        return duration, peak - before
 
-    def _time(self, work: Callable[[int], None], n: int) -> float:
+    def seconds(self, work: Callable[[int], None], n: int) -> float:
+        """Duration of n steps of a part."""
         self._synchronize()
         start = time.perf_counter()
         work(n)
@@ -160,7 +161,7 @@ class Benchmark:
         dtype = getattr(torch, PRECISIONS[self.setup.accelerator.mixed_precision])
         a, b = torch.randn(2, size, size, device=self.device).to(dtype)
         a @ b
-        return 2 * size ** 3 * repeats / self._time(lambda n: [a @ b for _ in range(n)], repeats)
+        return 2 * size ** 3 * repeats / self.seconds(lambda n: [a @ b for _ in range(n)], repeats)
 
     # --- results ---
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from glmc.cli import Options, Parser, Progress, pick, run_script
 from glmc.config import DATA, add_groups, as_words, has_data, names
+from glmc.data.advice import advise, measure
 from glmc.data.datasets import ImageSet
 from glmc.data.profiles import Profile, classes_without_images, pluralize
 from glmc.data.sources import TrainingData, load_training_data
@@ -26,7 +27,6 @@ from glmc.errors import ImageError, InputError, printable
 
 ORIENTATION = 0x112  # EXIF
 MAX_LISTED = 10  # findings of each kind
-PHOTO_SIDE = 64  # median shorter side, in pixels, from which images profit from weights pretrained on photos
 NOTES = {  # attribute of ScanResult -> the images and how training and evaluation handle them
     'rotated': 'with an EXIF rotation, which is ignored, as in timm',
     'animated': 'with several frames, of which the first is used',
@@ -117,7 +117,7 @@ def main() -> None:
     results = {name: scan(images, args.workers) for name, images in sets.items()}
     problems = list(find_problems(sets, results))
     lines = [*describe(data, sets), '', *describe_images(results), '', *(problems or ['no problems found']), '',
-             *suggest(data.profile), *next_commands(args, results['train'])]
+             *final_advice(args, data.profile, results['train'])]
     print('\n'.join(map(printable, lines)))
     if problems:
         sys.exit(1)
@@ -133,6 +133,8 @@ def check_parser() -> Parser:
     parser.add_argument('folder', nargs='?', metavar='DIR', help='the same as --data-dir DIR')
     add_groups(parser, *DATA)
     parser.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='processes that decode')
+    parser.add_argument('--measure', action='store_true',
+        help='train three steps of the advised model to estimate time and memory')
     return parser
 
 
@@ -191,25 +193,12 @@ def shorten(items: Sequence[str]) -> list[str]:
     return [*items[:MAX_LISTED], *([f'{more:,} more'] if more > 0 else [])]
 
 
-def suggest(profile: Profile) -> Iterable[str]:
-    """Lines on options whose defaults do not suit this profile."""
-    counts = np.array(profile.counts)
-    imbalance = counts.max() / counts.min()
-    if imbalance < 1.5:
-        yield 'suggestion: --balanced, the classes have about the same number of images'
-        return
-    if imbalance < 100:
-        yield 'suggestion for --method glmc: --resample-power 0.2 (published for an imbalance below 100)'
-    if not all(len(classes) for classes in profile.groups().values()) and len(counts) >= 3:
-        few, many = (int(t) for t in np.quantile(counts, (1 / 3, 2 / 3)))
-        yield f'suggestion: --shot-thresholds {few} {many} (thirds of the classes), since a shot group is empty'
-
-
-def next_commands(args: Options, results: Sequence[ScanResult]) -> Iterable[str]:
-    """A heading and the commands to run next, with the data options of this command.
+def final_advice(args: Options, profile: Profile, results: Sequence[ScanResult]) -> Iterable[str]:
+    """Lines of advice, and the commands to run next, with the data options of this command.
 
     Args:
         args: Options of `check_parser`.
+        profile: Profile of the training images.
         results: Results of the training set.
     """
     parser, words = check_parser(), []
@@ -217,16 +206,21 @@ def next_commands(args: Options, results: Sequence[ScanResult]) -> Iterable[str]
         value = getattr(args, name)
         if value != parser.get_default(name):
             words += as_words(name, value)
-    data, train = shlex.join(words), 'accelerate launch train_glmc.py'
-    sides = [result.side for result in results if not result.error]
-    if has_data(args) and sides and np.median(sides) >= PHOTO_SIDE:
-        yield 'next: classifiers on the features of a pretrained model, then training of the whole model:'
-        yield f'python finetune_glmc.py --model resnet50 {data}'
-        yield f'{train} --model resnet50 --pretrained {data}'
+    advice = advise(profile, [result.side for result in results if not result.error], default_data=not has_data(args))
+    if args.shot_thresholds == parser.get_default('shot_thresholds'):
+        words += advice.data
+    yield from ('advice:', *(f'    {line}' for line in advice.lines))
+    if args.measure:
+        yield f'    {measure(advice, words, profile.num_images)}'
     else:
-        small = '--model resnet32_cifar --img-size 32 --augmentation cifar' if has_data(args) else ''
-        yield 'next: training from scratch, since the images are small:'
-        yield ' '.join(filter(None, (train, small, data)))
+        yield '    time and memory: --measure trains three steps'
+    train = shlex.join(['accelerate', 'launch', 'train_glmc.py', *advice.training, *words])
+    if advice.photos:
+        yield 'next: classifiers on the features of a pretrained model, then training of the whole model:'
+        yield shlex.join(['python', 'finetune_glmc.py', '--model', 'resnet50', *words])
+    else:
+        yield 'next: training from scratch:'
+    yield train
 
 
 if __name__ == '__main__':
