@@ -14,9 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate import Accelerator
-
-from glmc.cli import Options, parse_args, pick, run_script
+from glmc.cli import Options, parse_args, pick, run_script, show_help
 from glmc.config import (
     DATA,
     DEMONSTRATION,
@@ -28,6 +26,12 @@ from glmc.config import (
     names,
     unused_options,
 )
+
+if __name__ == '__main__':
+    show_help(finetune_parser)  # before the imports that take seconds
+# isort: split
+from accelerate import Accelerator
+
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
 from glmc.export.hub import try_push, warn_without_token

@@ -15,8 +15,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-from glmc.cli import Options, parse_args, pick, run_script
-from glmc.config import train_parser
+from glmc.cli import Options, parse_args, pick, run_script, show_help
+from glmc.config import method_rows, train_parser
+
+if __name__ == '__main__':
+    show_help(lambda: train_parser(method_rows()))  # before the imports that take seconds
+# isort: split
 from glmc.data.check import readable_subset
 from glmc.errors import RunError
 from glmc.evaluation.metrics import Predictions

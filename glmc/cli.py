@@ -1,5 +1,6 @@
 """Strict options: defaults < YAML file < command line. Each mistake is one line that says what to do."""
 import argparse
+import ast
 import difflib
 import logging
 import math
@@ -8,16 +9,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
-from timm.utils.misc import ParseKwargs as TimmParseKwargs
 from tqdm import tqdm
 
 from glmc.errors import ImageError, InputError, RunError, printable
 
 _logger = logging.getLogger(__name__)
 Options = argparse.Namespace  # parsed options, by name
+HELP = frozenset(('-h', '--help', '--help-all'))
 LOG_SECONDS = 30  # between two lines of a progress in a log file
 
 
@@ -97,14 +99,34 @@ class HelpAll(argparse.Action):
         parser.exit()
 
 
-class ParseKwargs(TimmParseKwargs):
-    """timm's KEY=VALUE options; any other word is an error."""
+class ParseKwargs(argparse.Action):
+    """KEY=VALUE options as in timm: a value is a Python literal, or else text."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        for value in values:
-            if value and '=' not in value:
+        pairs = {}
+        for value in filter(None, values):
+            key, equals, text = value.partition('=')
+            if not equals:
                 parser.error(f'{option_string}: expected KEY=VALUE, found {value!r}')
-        super().__call__(parser, namespace, values, option_string)
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+def show_help(create_parser: Callable[[], Parser]) -> None:
+    """Print the help and exit if the command line asks for it.
+
+    The scripts call this before the imports of torch, timm and accelerate, which take seconds.
+
+    Args:
+        create_parser: Function that creates the parser.
+    """
+    if HELP.isdisjoint(sys.argv[1:]):
+        return
+    with suppress(InputError):  # of an earlier option; the script reports it
+        create_parser().parse_args()
 
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:

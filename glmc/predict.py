@@ -20,6 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from glmc.cli import Options, Progress, parse_args, run_script, show_help
+from glmc.config import PRECISIONS, Need, predict_parser, unused_options
+
+if __name__ == '__main__':
+    show_help(predict_parser)  # before the imports that take seconds
+# isort: split
 import torch
 from accelerate import Accelerator
 from PIL import Image, UnidentifiedImageError
@@ -27,18 +33,6 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glmc.cli import Options, Parser, Progress, parse_args, run_script
-from glmc.config import (
-    PRECISIONS,
-    Need,
-    add_config,
-    adjustment_options,
-    count,
-    fraction,
-    positive_int,
-    precision_options,
-    unused_options,
-)
 from glmc.data.datasets import to_mode
 from glmc.data.loaders import create_normalize, data_loader, eval_transform, image_mode, prefetched
 from glmc.data.profiles import pluralize
@@ -197,36 +191,6 @@ def main() -> None:
     report(args, tally, names, time.perf_counter() - start)
     if len(tally.failed) == len(found.files):
         raise RunError(f'{printable(args.files[0])}: no image can be read; see column error')
-
-
-def predict_parser() -> Parser:
-    parser = Parser(
-        prog='python -m glmc.predict', usage='%(prog)s MODEL FOLDER_OR_FILES … [options]',
-        description='Predict the classes of images with a trained model, as a CSV: file, label, probability, then the next '
-        'classes.',
-        epilog='exit code: 0, also if some images cannot be read; 1 if none can be predicted; 2 for wrong input')
-    add_config(parser)
-    add = parser.add_argument
-    add('model', metavar='MODEL', help='run folder, export folder, checkpoint, hf-hub:ORG/NAME, or timm architecture')
-    add('files', nargs='+', metavar='FOLDER_OR_FILES', help='images, and folders that are searched with their subfolders')
-    add = parser.add_argument_group('output').add_argument
-    add('--output', default='predictions.csv', metavar='FILE', help='CSV to write or replace; - for standard output')
-    add('--topk', type=positive_int, default=5, metavar='K', help='classes per image, at most all')
-    add('--threshold', type=fraction, metavar='P',
-        help='empty the label of images whose probability is below P; a column `uncertain` names the class')
-    group = parser.add_argument_group('prediction')
-    adjustment_options(group)
-    add = group.add_argument
-    add('--class-counts', metavar='FILE', help="training images per class, for --target-prior: JSON list, metrics.json of a "
-        "run, or one number per line; default: the export's")
-    add('--img-size', type=positive_int, metavar='N', help="side of the input in pixels; default: the model's")
-    group = parser.add_argument_group('running')
-    add = group.add_argument
-    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per step')
-    add('-j', '--workers', type=count, default=2, metavar='N', help='loader processes')
-    precision_options(group, "the launcher's, else that of the training")
-    add('--debug', action='store_true', help='show the traceback of an error')
-    return parser
 
 
 def logit_shift(args: Options, trained: TrainedModel) -> Tensor | None:

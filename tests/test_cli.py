@@ -1,11 +1,58 @@
-"""Progress of a loop: a moving line on a terminal, rare lines in a log."""
+"""Help without slow imports, KEY=VALUE options, and progress: a moving line on a terminal, rare lines in a log."""
 import io
 import logging
+import re
+import sys
 
 import pytest
+from conftest import ROOT, run_command
 
 from glmc import cli
-from glmc.cli import Progress, duration
+from glmc.cli import ParseKwargs, Parser, Progress, duration
+from glmc.config import benchmark_parser, method_rows, train_parser
+from glmc.errors import InputError
+from glmc.methods import METHODS
+
+COMMANDS = {
+    'train_glmc.py': ['train_glmc.py'], 'finetune_glmc.py': ['finetune_glmc.py'], 'validate_glmc.py': ['validate_glmc.py'],
+    'benchmark_glmc.py': ['benchmark_glmc.py'], 'python -m glmc.predict': ['-m', 'glmc.predict'],
+    'python -m glmc.data.check': ['-m', 'glmc.data.check']}
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_names_its_command_and_imports_nothing_slow(name):
+    outcome = run_command(sys.executable, '-X', 'importtime', *COMMANDS[name], '--help', cwd=ROOT)
+    assert outcome.code == 0 and outcome.out.startswith(f'usage: {name} ')
+    imported = set(re.findall(r'\| +(\w+)$', outcome.err, re.M))
+    assert 'argparse' in imported and not imported & {'torch', 'timm', 'torchvision', 'accelerate', 'matplotlib'}
+
+
+def test_help_after_a_wrong_option_is_its_error():
+    outcome = run_command(sys.executable, 'train_glmc.py', '--epochs', 'x', '--help')
+    assert outcome.code == 2 and re.fullmatch('error: --epochs: .*\n', outcome.err)
+
+
+@pytest.mark.parametrize('parser', [train_parser, lambda rows: benchmark_parser(rows, 'speed')])
+def test_the_help_is_that_of_the_table_of_methods(parser, capsys):
+    shown = []
+    for rows in (METHODS, method_rows()):
+        for word in ('--help', '--help-all'):
+            with pytest.raises(SystemExit):
+                parser(rows).parse_args([word])
+            shown.append(capsys.readouterr().out)
+    assert shown[:2] == shown[2:] and METHODS['glmc'].summary in ' '.join(shown[3].split())
+    assert {name: (row.summary, row.aliases) for name, row in method_rows().items()} == {
+        name: (row.summary, row.aliases) for name, row in METHODS.items()}
+
+
+def test_key_value_options_are_literals_or_text():
+    parser = Parser()
+    parser.add_argument('--kwargs', nargs='*', default={}, action=ParseKwargs)
+    words = ['a=1', 'b=1e-3', 'c=(1, 2)', 'd=True', 'e=x.y', 'f=u=v', 'g=', 'h=3a', '']
+    assert parser.parse_args(['--kwargs', *words]).kwargs == dict(
+        a=1, b=1e-3, c=(1, 2), d=True, e='x.y', f='u=v', g='', h='3a')
+    with pytest.raises(InputError, match="--kwargs: expected KEY=VALUE, found 'x'"):
+        parser.parse_args(['--kwargs', 'x'])
 
 
 class Terminal(io.StringIO):

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from glmc.benchmark.plain import PILImages, PlainLoop, pil_transform, timm_loader
 from glmc.cli import Progress
-from glmc.config import PRECISIONS
+from glmc.config import PARTS, PRECISIONS
 from glmc.data.datasets import ImageSet
 from glmc.data.loaders import image_mode
 from glmc.data.resident import ResidentTrainLoader
@@ -21,7 +21,6 @@ from glmc.setup import Setup
 from glmc.training.engine import step_generator
 from glmc.training.launch import device_name
 
-PARTS = ('plain', 'run', 'step', 'input', 'timm')  # methods of Benchmark
 SPEED_COLUMNS = (
     'images_per_second', 'views_per_second', 'views_per_second_per_core', 'ms_per_step', 'ms_min', 'ms_max',
     'ratio_to_plain', 'tflops', 'matmul_share', 'peak_memory')

@@ -15,6 +15,7 @@ fraction = number(float, 0, 1)
 below_one = number(float, 0, 1 - 1e-9, open_low=True)
 positive_fraction = number(float, 0, 1, open_low=True)
 finite = number(float, float('-inf'))
+TARGETS = ('uniform', 'forward', 'backward')  # class distributions of a test set
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
 PRECISIONS = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}  # Accelerate's names -> torch's
 

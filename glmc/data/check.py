@@ -14,11 +14,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from glmc.cli import Options, Progress, pick, run_script, show_help
+from glmc.config import DATA, as_words, check_parser, has_data, names
+
+if __name__ == '__main__':
+    show_help(check_parser)  # before the imports that take seconds
+# isort: split
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from glmc.cli import Options, Parser, Progress, pick, run_script
-from glmc.config import DATA, add_groups, as_words, has_data, names
 from glmc.data.advice import advise, measure
 from glmc.data.datasets import ImageSet
 from glmc.data.profiles import Profile, classes_without_images, pluralize
@@ -121,21 +125,6 @@ def main() -> None:
     print('\n'.join(map(printable, lines)))
     if problems:
         sys.exit(1)
-
-
-def check_parser() -> Parser:
-    parser = Parser(
-        prog='python -m glmc.data.check', usage='%(prog)s [DIR] [options]',
-        description='Scan an image set before training: decode every image once, list unreadable and duplicate images, and '
-        'suggest options. No file is changed.',
-        epilog='exit code: 0 without problems, 1 if an image cannot be decoded, is in two sets or has two labels, 2 for '
-        'wrong options')
-    parser.add_argument('folder', nargs='?', metavar='DIR', help='the same as --data-dir DIR')
-    add_groups(parser, *DATA)
-    parser.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='processes that decode')
-    parser.add_argument('--measure', action='store_true',
-        help='train three steps of the advised model to estimate time and memory')
-    return parser
 
 
 def describe(data: TrainingData, sets: dict[str, ImageSet]) -> Iterable[str]:

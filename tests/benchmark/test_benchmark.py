@@ -12,6 +12,7 @@ import benchmark_glmc
 from glmc.benchmark import agreement
 from glmc.benchmark.measure import ShortLoader, bottleneck, consume, endless
 from glmc.benchmark.plain import plain_loss
+from glmc.config import PARTS
 from glmc.losses.glmc import class_weights
 from glmc.mixing import GLMCMixer, Mixture
 from glmc.models.backbone import create_backbone
@@ -77,7 +78,7 @@ def in_process(script, monkeypatch, capsys):
 
 def test_a_loss_out_of_tolerance_is_exit_code_1(in_process, monkeypatch):
     monkeypatch.setattr(agreement, 'class_weights', lambda counts, power: torch.ones(len(counts)))
-    code, out, _ = in_process(*TINY, '--compare-loss', '--skip', *benchmark_glmc.PARTS)
+    code, out, _ = in_process(*TINY, '--compare-loss', '--skip', *PARTS)
     assert code == 1 and 'plain and run DO NOT AGREE' in out
 
 
