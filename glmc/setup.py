@@ -32,6 +32,7 @@ from glmc.config import (
 from glmc.data.check import readable_subset
 from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import create_eval_loader, create_train_loader
+from glmc.data.profiles import classes_without_images
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
@@ -111,6 +112,11 @@ class Setup:
             self.data = replace(self.data, validation=self._readable('validation'), holdout=self._readable('holdout'))
         profile = self.data.profile
         _logger.info(f'Training set: {profile.summary()}, fingerprint {str(profile.fingerprint)[:16]}')
+        for name in ('validation', 'holdout'):
+            images = getattr(self.data, name)
+            missing = isinstance(images, ImageSet) and classes_without_images(images.counts(), self.data.class_names)
+            if missing:
+                _logger.warning(f'{name}: {missing}')
 
     def _readable(self, name: str):
         """Images of an evaluation set that can be decoded, found by one pass over the set."""
@@ -314,6 +320,7 @@ class Setup:
             prior=self.method.class_prior(self.data.profile.counts, pick(args, self.method.options)),
             recipe={**pick(args, RECIPE), **pick(args, sorted(self.method.options)), **levers},
             license=None if args.hub_license == 'unknown' else args.hub_license,
+            dataset_name=args.dataset_name,
             base_model=self.base_model, other_weights=bool(args.initial_checkpoint) or ':' in args.model)
         export = dict(data_config=self.data_config, class_names=list(self.data.class_names), source=source)
         return dict(model=model, training=training, export=export)

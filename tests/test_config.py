@@ -233,7 +233,7 @@ def test_not_training_are_the_options_that_do_not_change_the_training():
         'class_counts', 'input_key', 'target_key', 'num_classes', 'workers', 'resident', 'channels_last', 'torchcompile',
         'grad_checkpointing', 'seed', 'output', 'experiment', 'resume', 'debug', 'val_interval', 'log_interval',
         'checkpoint_interval', 'checkpoint_hist', 'report', 'report_to', 'push_to_hub', 'hub_private', 'hub_revision',
-        'hub_license', 'stage2', 'feature_views', 'stage2_holdout', 'stage2_kwargs', 'feature_cache'}
+        'hub_license', 'dataset_name', 'stage2', 'feature_views', 'stage2_holdout', 'stage2_kwargs', 'feature_cache'}
 
 
 # --- options without effect ---

@@ -15,6 +15,7 @@ fraction = number(float, 0, 1)
 below_one = number(float, 0, 1 - 1e-9, open_low=True)
 positive_fraction = number(float, 0, 1, open_low=True)
 finite = number(float, float('-inf'))
+TARGETS = ('uniform', 'forward', 'backward')  # class distributions of a test set
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
 PRECISIONS = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}  # Accelerate's names -> torch's
 
@@ -368,7 +369,10 @@ def hub_options(group) -> None:
         help='upload the export at the end; the token is that of HF_TOKEN or of a login')
     add('--hub-private', action='store_true', help='create a new repository as private')
     add('--hub-revision', metavar='NAME', help='branch to upload to')
-    add('--hub-license', default='unknown', metavar='ID', help='licence on the model card, e.g. apache-2.0')
+    add('--hub-license', default='unknown', metavar='ID',
+        help='licence on the model card, e.g. apache-2.0; unknown: none is named')
+    add('--dataset-name', metavar='NAME',
+        help='name of the data set on the model card; ORG/NAME links it on the Hub; default: the last part of its path')
 GROUPS = {  # title of an argument group -> function that adds it, in pipeline order
     'data': data_group, 'training data': training_data_group, 'long tail': long_tail_group, 'augmentation': _augmentation,
     'random erasing': _erasing, 'model': _model, 'model input': input_group, 'method': _method,

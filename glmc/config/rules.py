@@ -2,8 +2,6 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from timm.optim import get_optimizer_info
-
 from glmc.cli import Options
 from glmc.config.groups import GROUPS, actions, names
 from glmc.errors import InputError
@@ -48,6 +46,7 @@ def _iterable(options: Options) -> bool:
 
 def _optimizer_has(options: Options, argument: str) -> bool:
     """Whether timm's optimizer has `momentum`, `eps` or `betas`; an unknown optimizer is an error elsewhere."""
+    from timm.optim import get_optimizer_info  # late: a help does without
     try:
         return getattr(get_optimizer_info(options.opt.lower().split('_')[-1]), f'has_{argument}')
     except ValueError:

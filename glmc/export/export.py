@@ -34,7 +34,7 @@ def export_model(
         class_names: C names.
         metrics: Content of metrics.json.
         source: `glmc` entry of config.json: `method`, `profile`, `prior` ('train', 'uniform' or C weights), `precision`,
-            `recipe`, `license`, `base_model`.
+            `recipe`, `license`, `dataset_name`, `base_model`.
 
     Returns:
         The folder.

@@ -167,7 +167,7 @@ def _is_prior(value) -> bool:
 
 METADATA_CHECKS = {
     'method': _is_text, 'precision': _is_text, 'license': _is_text, 'base_model': _is_text, 'prior': _is_prior,
-    'recipe': lambda value: isinstance(value, dict)}
+    'dataset_name': _is_text, 'recipe': lambda value: isinstance(value, dict)}
 PROFILE_CHECKS = {'class_counts': _is_counts, 'shot_thresholds': _is_thresholds, 'fingerprint': _is_text}
 
 
