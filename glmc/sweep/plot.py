@@ -14,7 +14,7 @@ from statistics import mean
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from glmc.cli import Parser, run_script
 from glmc.errors import InputError
@@ -47,12 +47,14 @@ def plot_runs(runs: Sequence[dict[str, str]]) -> Figure:
         ValueError: If a cell is not a number, or there is no run.
     """
     sets = list(dict.fromkeys(run.get('data', '') for run in runs))
-    colours = dict(zip(dict.fromkeys(run['method'] for run in runs), cycle(SERIES), strict=False))
+    styles = ({'color': colour, 'marker': marker} for marker in 'os^D' for colour in SERIES)
+    styles = dict(zip(dict.fromkeys(run['method'] for run in runs), cycle(styles), strict=False))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(sets), 4.2), layout='constrained', facecolor='white')
         for axes, name in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
-            plot_lines(axes, budgets([run for run in runs if run.get('data', '') == name]), colours)
+            plot_lines(axes, budgets([run for run in runs if run.get('data', '') == name]), styles)
             axes.set(title=name, xscale='log', xlabel='minutes', ylabel='class mean, %')
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
             axes.xaxis.set_minor_formatter(NullFormatter())
         handles = {label: handle for axes in figure.axes
@@ -71,10 +73,10 @@ def budgets(runs: Sequence[dict[str, str]]) -> dict[str, list[tuple[float, float
             for method, by_budget in groups.items()}
 
 
-def plot_lines(axes: Axes, lines: dict[str, list[tuple[float, float]]], colours: dict[str, str]) -> None:
-    """Plot the points of each method, joined by a line."""
+def plot_lines(axes: Axes, lines: dict[str, list[tuple[float, float]]], styles: dict[str, dict[str, str]]) -> None:
+    """Plot the points of each method in its style, joined by a line."""
     for method, points in lines.items():
-        axes.plot(*zip(*points, strict=True), color=colours[method], marker='o', markersize=5, label=method)
+        axes.plot(*zip(*points, strict=True), **styles[method], markersize=5, label=method)
 
 
 if __name__ == '__main__':
