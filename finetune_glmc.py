@@ -31,7 +31,7 @@ from glmc.config import (
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
 from glmc.export.hub import try_push, warn_without_token
-from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
+from glmc.export.load import TrainedModel, check_model, load_trained, trained_precision, training_counts
 from glmc.report.compare import write_comparison
 from glmc.report.report import report_errors_as_warnings
 from glmc.run_folder import open_run_folder
@@ -82,6 +82,7 @@ def prepare(args: Options, explicit: set[str], trained: TrainedModel, accelerato
         _logger.warning(warning)
     choice = dict(conventional=trained.conventional, encoder_only=encoder_only)
     check_stage2(args.stage2, model=trained.model, data=data, **choice, **pick(args, CHOICE))
+    check_model(trained)
     args.feature_cache = args.feature_cache or Path(args.output) / 'features'
     choice['conventional'] = trained.conventional and trained.conventional.to(accelerator.device)
     return dict(

@@ -43,7 +43,7 @@ from glmc.evaluation.priors import (
     resolve_shift,
 )
 from glmc.evaluation.text import detail_table, shot_table
-from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
+from glmc.export.load import TrainedModel, check_model, load_trained, trained_precision, training_counts
 from glmc.report.compare import write_comparison
 from glmc.report.report import ReportInputs, classifier_norms, try_report
 from glmc.run_folder import open_run_folder, provenance, write_tables
@@ -78,6 +78,7 @@ def validate(args: Options, explicit: set[str]) -> None:
     trained = load_trained(
         args.model, checkpoint=args.checkpoint, data_options=pick(args, DATA_CONFIG), num_classes=args.num_classes,
         img_size=args.img_size, in_chans=args.in_chans, global_pool=args.gp, **args.model_kwargs)
+    check_model(trained)
     folder = results_folder(args, f'validate-{trained.architecture}')
     counts = training_counts(trained, args.class_counts)
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))

@@ -31,7 +31,7 @@ from glmc.config import (
 )
 from glmc.data.check import readable_subset
 from glmc.data.datasets import BadImages, ImageSet
-from glmc.data.loaders import create_eval_loader, create_train_loader
+from glmc.data.loaders import create_eval_loader, create_normalize, create_train_loader
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
@@ -46,6 +46,7 @@ from glmc.training.launch import device_name
 from glmc.training.optim import averaging_epoch, create_optimizer, equal_weights, scaled_learning_rate
 from glmc.training.sam import sam_batch
 from glmc.training.state import Position, TrainingState
+from glmc.training.trial import failed_step, require_updates
 
 _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
@@ -67,11 +68,16 @@ class Setup:
 
     def __init__(self, args: Options, explicit: set[str], accelerator: Accelerator):
         self.args, self.explicit, self.method, self.accelerator = args, explicit, METHODS[args.method], accelerator
+        self.global_batch = args.batch_size * accelerator.num_processes
+        self.lr = args.lr or scaled_learning_rate(
+            args.opt, self.global_batch * args.grad_accum_steps, args.lr_base, args.lr_base_size, args.lr_base_scale)
         self._announce()
         self._refuse()
         set_seed(args.seed)
         self._build_data()
         self._build_task()
+        self._try_step()
+        self._omit_unreadable()
         self._build_loaders()
         self._build_optimizer()
         set_seed(args.seed, device_specific=True)  # drop-out differs from process to process
@@ -104,12 +110,29 @@ class Setup:
         args = self.args
         with self.accelerator.local_main_process_first() if args.dataset_download else nullcontext():
             self.data = load_training_data(**pick(args, (*names(*DATA), 'seed', 'batch_size')))
-        self.bad_images = None
-        if args.on_bad_image == 'skip' and isinstance(self.data.train, ImageSet):
-            self.bad_images = BadImages(self.data.train)
-            self.data = replace(self.data, validation=self._readable('validation'), holdout=self._readable('holdout'))
         profile = self.data.profile
         _logger.info(f'Training set: {profile.summary()}, fingerprint {str(profile.fingerprint)[:16]}')
+
+    def _try_step(self) -> None:
+        """Refuse options that cannot train, by a step on zeros before any image is read."""
+        args, accelerator, size = self.args, self.accelerator, self.data_config['input_size']
+        require_updates(self._create_optimizer, args.opt, accelerator.device)
+        step = TrainStep(self.task, self.mixer, create_normalize(self.data_config, 'cpu'), self.frozen_norms)
+        images = 2 if self.method.paired and args.partner == 'sampler' else 1
+        error = failed_step(step, accelerator, args.batch_size, images, len(self.method.views), size)
+        if error is None:
+            return
+        if args.batch_size == 1 and 'more than 1 value per channel' in error:
+            raise InputError('--batch-size 1: BatchNorm has no variance of one value, expected 2 or more images per '
+                             'process, --freeze-bn, or a larger --img-size')
+        raise InputError(f'--model {args.model}: cannot train by {args.method} on images of {size[1]}x{size[2]}: {error}')
+
+    def _omit_unreadable(self) -> None:
+        """With `--on-bad-image skip`, omit evaluation images that cannot be decoded."""
+        self.bad_images = None
+        if self.args.on_bad_image == 'skip' and isinstance(self.data.train, ImageSet):
+            self.bad_images = BadImages(self.data.train)
+            self.data = replace(self.data, validation=self._readable('validation'), holdout=self._readable('holdout'))
 
     def _readable(self, name: str):
         """Images of an evaluation set that can be decoded, found by one pass over the set."""
@@ -204,15 +227,10 @@ class Setup:
                              device=self.accelerator.device)
 
     def _build_optimizer(self) -> None:
-        args, processes = self.args, self.accelerator.num_processes
-        self.global_batch = args.batch_size * processes
-        batch = self.global_batch * args.grad_accum_steps
-        lr = args.lr or scaled_learning_rate(args.opt, batch, args.lr_base, args.lr_base_size, args.lr_base_scale)
+        args, processes, batch = self.args, self.accelerator.num_processes, self.global_batch * self.args.grad_accum_steps
         _logger.info(f'Global batch: {batch} images ({args.batch_size} x {processes} processes x {args.grad_accum_steps} '
-                     f"steps); learning rate {lr:g}{'' if args.lr else ' by the rule of --lr-base'}")
-        fused = self.accelerator.scaler is None  # see engine.skips_on_device for why not with a loss scaler
-        optimizer = create_optimizer(self.task.get_trainable_module(), lr=lr, fused=fused, **pick(args, (
-            'opt', 'weight_decay', 'momentum', 'filter_bias_and_bn', 'layer_decay', 'opt_eps', 'opt_betas', 'opt_kwargs')))
+                     f"steps); learning rate {self.lr:g}{'' if args.lr else ' by the rule of --lr-base'}")
+        optimizer = self._create_optimizer(self.task.get_trainable_module(), layer_decay=args.layer_decay)
         self.updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
         self.scheduler, self.num_epochs = create_scheduler_v2(
             optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
@@ -226,6 +244,11 @@ class Setup:
         if self.swa_epoch is not None:
             self.task.setup_ema(**equal_weights(self.swa_epoch * self.updates_per_epoch))
         self.state = TrainingState(self.accelerator, self.task, self.optimizer)
+
+    def _create_optimizer(self, model: torch.nn.Module, layer_decay: float | None = None) -> torch.optim.Optimizer:
+        fused = self.accelerator.scaler is None  # see engine.skips_on_device for why not with a loss scaler
+        return create_optimizer(model, lr=self.lr, fused=fused, layer_decay=layer_decay, **pick(self.args, (
+            'opt', 'weight_decay', 'momentum', 'filter_bias_and_bn', 'opt_eps', 'opt_betas', 'opt_kwargs')))
 
     def set_schedule(self, position: Position) -> None:
         """Set the learning rate of the next step."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from timm.data import resolve_input_data_config
 from timm.models._hub import download_from_hf
-from torch import nn
+from torch import Tensor, nn
 
 from glmc.config import PRECISIONS
 from glmc.data.lists import read_class_counts
@@ -202,6 +202,22 @@ def _with_data_config(trained: TrainedModel, data_options: dict) -> TrainedModel
     except (ValueError, AssertionError) as error:
         raise InputError(f'--model {trained.name}: {first_line(error)}') from error
     return replace(trained, model=trained.model.eval(), data_config=data_config)
+
+
+@torch.inference_mode()
+def check_model(trained: TrainedModel) -> None:
+    """Raise an InputError unless the model maps a black image of its input size to (1, C) logits."""
+    channels, height, width = size = trained.data_config['input_size']
+    if channels not in (1, 3):
+        raise InputError(f'--model {trained.name}: found an input of {channels} channels, expected 1 or 3')
+    device = next(trained.model.parameters()).device
+    try:
+        logits = trained.model.eval()(torch.zeros(1, *size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f'--model {trained.name}, --img-size: cannot take an image of {height}x{width}: '
+                         f'{first_line(error)}') from error
+    if not trained.num_classes or not isinstance(logits, Tensor) or logits.shape != (1, trained.num_classes):
+        raise InputError(f'--model {trained.name}: expected a classifier, found a model without one')
 
 
 def training_counts(trained: TrainedModel, class_counts: str | None = None) -> list[int]:
