@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -236,10 +237,11 @@ def read_summary(folder: Path) -> list[dict[str, float | None]]:
 
 
 def provenance() -> dict:
-    """Command, versions and commit of this run."""
+    """Command, versions and commit of this run; on a CPU the command sets the threads, which change the last digits."""
+    threads = [] if torch.cuda.is_available() else [f'OMP_NUM_THREADS={torch.get_num_threads()}']
     packages = ('torch', 'torchvision', 'timm', 'accelerate', 'numpy')
     return {
-        'command': shlex.join(sys.argv),
+        'command': shlex.join([*threads, *sys.argv]),
         'versions': {'python': platform.python_version(), **{name: _version(name) for name in packages}},
         'commit': _commit(),
     }

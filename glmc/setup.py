@@ -42,7 +42,7 @@ from glmc.models.classifier import linear_classifier
 from glmc.models.freeze import freeze, frozen_norms
 from glmc.run_folder import provenance
 from glmc.training.engine import TrainStep, evaluate, train_one_epoch
-from glmc.training.launch import device_name
+from glmc.training.launch import device_name, launcher_accumulation
 from glmc.training.optim import averaging_epoch, create_optimizer, equal_weights, scaled_learning_rate
 from glmc.training.sam import sam_batch
 from glmc.training.state import Position, TrainingState
@@ -68,6 +68,7 @@ class Setup:
 
     def __init__(self, args: Options, explicit: set[str], accelerator: Accelerator):
         self.args, self.explicit, self.method, self.accelerator = args, explicit, METHODS[args.method], accelerator
+        self._follow_launcher()
         self.global_batch = args.batch_size * accelerator.num_processes
         self.lr = args.lr or scaled_learning_rate(
             args.opt, self.global_batch * args.grad_accum_steps, args.lr_base, args.lr_base_size, args.lr_base_scale)
@@ -81,6 +82,17 @@ class Setup:
         self._build_loaders()
         self._build_optimizer()
         set_seed(args.seed, device_specific=True)  # drop-out differs from process to process
+
+    def _follow_launcher(self) -> None:
+        """Take the steps per update from the launcher, if it sets them."""
+        args, steps = self.args, launcher_accumulation()
+        if steps is None or steps == args.grad_accum_steps:
+            return
+        if 'grad_accum_steps' in self.explicit:
+            raise InputError(f'--grad-accum-steps {args.grad_accum_steps}: the launcher asks for {steps} gradient '
+                             'accumulation steps, expected one of both, or the same number')
+        _logger.info(f'--grad-accum-steps {steps}, as the launcher asks')
+        args.grad_accum_steps = steps
 
     def _announce(self) -> None:
         """Announce the demonstration and the defaults of fine-tuning, and warn about options without effect."""
