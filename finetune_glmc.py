@@ -7,6 +7,9 @@
     python finetune_glmc.py --model output/seed0 output/seed1 output/seed2 --data-dir my_images
     python finetune_glmc.py --model hf-hub:ORG/NAME --data-dir my_images --stage2 maxnorm --push-to-hub ORG/OTHER
 """
+import glmc  # noqa: F401, first: Ctrl-C during the imports is one line
+
+# isort: split
 import logging
 import shlex
 import sys

@@ -8,6 +8,9 @@
 At SIGTERM, SIGUSR1 or Ctrl-C the run finishes the step, saves a checkpoint and exits with code 75; the same command with
 --resume auto continues it.
 """
+import glmc  # noqa: F401, first: Ctrl-C during the imports is one line
+
+# isort: split
 import logging
 import shutil
 import sys
@@ -17,7 +20,7 @@ from pathlib import Path
 from glmc.cli import Options, parse_args, pick, run_script
 from glmc.config import train_parser
 from glmc.data.check import readable_subset
-from glmc.errors import RunError
+from glmc.errors import RunError, printable
 from glmc.evaluation.metrics import Predictions
 from glmc.evaluation.text import shot_table
 from glmc.export.export import export_model
@@ -67,8 +70,9 @@ def main() -> None:
 
 
 def default_name(args: Options) -> str:
-    """Name of the run's folder without --experiment: data, model and method."""
+    """Name of the run's folder without --experiment: data, model and method, in UTF-8."""
     data = Path(args.train_list or args.data_dir or args.dataset or 'digits').name.split('.')[0]
+    data = data.encode('utf-8', 'replace').decode().replace('?', '_')
     return f"{data}-{args.model.split('/')[-1].replace(':', '-')}-{args.method}"
 
 
@@ -155,7 +159,7 @@ def share(setup: Setup, folder: RunFolder, exported: Path, metrics: dict, predic
 def report_inputs(setup: Setup, folder: RunFolder, predictions: Predictions) -> ReportInputs:
     """Predictions, pictures, norms and history for the report; the pictures go to the trackers, too."""
     data, last = setup.data, setup.num_epochs - 1
-    names = list(map(str, data.class_names))
+    names = [printable(str(name)) for name in data.class_names]
     views = mixed_views(setup.train_loader, setup.mixer, names, setup.args.seed, last)
     log_pictures(setup.accelerator, 'mixed_views', views, last)
     norms = classifier_norms(c=setup.conventional, cb=setup.eval_model.get_classifier())

@@ -6,6 +6,9 @@
     python validate_glmc.py --model resnet50 --class-counts counts.json --dataset torch/imagenet --data-dir data
     python validate_glmc.py --compare output/RUN-A output/RUN-B
 """
+import glmc  # noqa: F401, first: Ctrl-C during the imports is one line
+
+# isort: split
 import json
 import logging
 import os
@@ -34,7 +37,7 @@ from glmc.config import (
 from glmc.data.loaders import create_eval_loader
 from glmc.data.profiles import long_tail_indices
 from glmc.data.sources import load_evaluation_data
-from glmc.errors import InputError
+from glmc.errors import InputError, printable
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.evaluation.priors import (
     TARGETS,
@@ -44,6 +47,7 @@ from glmc.evaluation.priors import (
 )
 from glmc.evaluation.text import detail_table, shot_table
 from glmc.export.load import TrainedModel, check_model, load_trained, trained_precision, training_counts
+from glmc.files import ESCAPED
 from glmc.report.compare import write_comparison
 from glmc.report.report import ReportInputs, classifier_norms, try_report
 from glmc.run_folder import open_run_folder, provenance, write_tables
@@ -208,7 +212,7 @@ def write_results(
     class_names = trained.class_names or getattr(images, 'class_names', None)
     try:
         folder.mkdir(parents=True)
-        (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', **ESCAPED)
         write_tables(folder, metrics, class_names, predictions)
     except OSError as error:
         raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
@@ -216,7 +220,8 @@ def write_results(
           f'{detail_table(metrics)}\nWritten to {folder}', flush=True)
     if args.report:
         norms = classifier_norms(classifier=trained.model.get_classifier())
-        try_report(folder, metrics, lambda: ReportInputs(class_names, predictions, images, norms))
+        shown = class_names and [printable(str(name)) for name in class_names]
+        try_report(folder, metrics, lambda: ReportInputs(shown, predictions, images, norms))
 
 
 def compare(args: Options, explicit: set[str]) -> None:

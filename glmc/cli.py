@@ -242,6 +242,9 @@ def run_script(main: Callable[[], None], main_process: bool = True, debug: bool 
     Returns:
         Exit code: 0, 1 for a run that failed, 2 for wrong input, 130 for an interrupt.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # a terminal may lack a character of a name
     try:
         main()
     except BaseException as error:

@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from glmc.data.datasets import BadImages
-from glmc.errors import InputError
+from glmc.errors import InputError, printable
 from glmc.evaluation.metrics import Predictions, confused_pairs
 from glmc.evaluation.text import shot_line
-from glmc.files import atomic_write, disk_is_full
+from glmc.files import NAMES, atomic_write, disk_is_full
 
 try:
     import fcntl
@@ -120,9 +120,14 @@ def open_run_folder(output: str, experiment: str | None, default_name: str, resu
         resume: Continue in the newest such folder.
 
     Raises:
-        InputError: If the experiment exists and is not to be resumed.
+        InputError: If the experiment exists and is not to be resumed, or the path is not UTF-8.
     """
     parent = Path(output)
+    try:
+        f'{output}{experiment}{default_name}'.encode()
+    except UnicodeEncodeError as error:  # safetensors opens no such path
+        path = printable(str(parent / (experiment or default_name)))
+        raise InputError(f'--output: {path} is not UTF-8, expected another --output or --experiment') from error
     if experiment:
         folder = parent / experiment
         if folder.exists() and not resume:
@@ -221,7 +226,7 @@ def write_tables(
 
 
 def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence]) -> None:
-    with open(path, 'w', newline='', encoding='utf-8') as file:
+    with open(path, 'w', newline='', **NAMES) as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from glmc.data.profiles import SHOT_NAMES
+from glmc.files import ESCAPED
 
 PLACEHOLDER = 'local-dir:PATH'  # replaced by the repository in an upload
 METRICS = {  # key of metrics.json -> (metric type of the Hub, name)
@@ -27,7 +28,7 @@ def write_card(folder: Path) -> Path:
     metrics = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
     card = model_card(metrics, config, has_report=(folder / 'report.html').is_file(),
                       has_plots=(folder / 'plots' / 'accuracy.png').is_file())
-    (folder / 'README.md').write_text(card, encoding='utf-8')
+    (folder / 'README.md').write_text(card, **ESCAPED)
     return folder / 'README.md'
 
 

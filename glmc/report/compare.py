@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from glmc.errors import InputError
+from glmc.files import ESCAPED
 from glmc.report.figures import create_figures, render_figures
 from glmc.report.html import html_document, section, table
 from glmc.report.pictures import display_name
@@ -36,7 +37,7 @@ def write_comparison(folder: Path, results: Sequence[Path]) -> Path:
         parts = [section('All metrics, %', table(('metric', *labels), metric_rows(metrics))), figures,
                  section('Models and runs', table(('', *labels), metadata_rows(COMPARED, metrics, max_length=24)))]
         text = html_document(' · '.join(labels), f'{len(results)} results, {len(counts):,} classes', parts)
-        (folder / 'report.html').write_text(text, encoding='utf-8')
+        (folder / 'report.html').write_text(text, **ESCAPED)
     except OSError as error:
         raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
     return folder / 'report.html'

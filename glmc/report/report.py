@@ -13,6 +13,7 @@ from torch import nn
 from glmc.data.datasets import ImageSet
 from glmc.evaluation.metrics import Predictions, confused_pairs
 from glmc.export.card import write_card
+from glmc.files import ESCAPED
 from glmc.report.figures import create_figures, render_figures, save_pictures
 from glmc.report.html import bar, columns, html_document, picture_section, section, table, tiles
 from glmc.report.pictures import Picture, display_name, worst_mistakes
@@ -131,7 +132,7 @@ def _write_html(
                 section('Model and run', table(('', ''), metadata_rows(METADATA, [metrics]))))]
     title = ' · '.join(filter(None, (metrics['model'], metrics.get('method'))))
     subtitle = f"Evaluated on {metrics['num_images']:,} images of {metrics['evaluated_on']}, {len(names):,} classes"
-    (folder / 'report.html').write_text(html_document(title, subtitle, parts), encoding='utf-8')
+    (folder / 'report.html').write_text(html_document(title, subtitle, parts), **ESCAPED)
 
 
 def _class_tables(metrics: dict, predictions: Predictions | None, names: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from glmc.errors import InputError
 from glmc.evaluation.priors import resolve_prior
 from glmc.evaluation.text import aligned, mean_std
 from glmc.export.export import export_model
+from glmc.files import ESCAPED, NAMES
 from glmc.models.classifier import linear_classifier, set_classifier
 from glmc.run_folder import provenance, write_tables
 from glmc.stage2.classifiers import PROBE, Classifier, Linear, Stage1
@@ -209,7 +210,7 @@ def _write_classifier(
         'seconds': round(metrics.get('seconds', 0) + metadata['feature_seconds'] + seconds, 1)}
     own = folder / result.name
     own.mkdir(parents=True, exist_ok=True)
-    (own / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    (own / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', **ESCAPED)
     for place in (own, *([folder] if result is chosen else [])):
         write_tables(place, metrics, export['class_names'], result.predictions)
     if not result.is_exportable or chosen not in (None, result):
@@ -250,7 +251,7 @@ def write_results(path: Path, runs: dict[str, Sequence[Result]]) -> None:
         runs: User's name of the stage-1 model -> results.
     """
     run = provenance()
-    with open(path, 'w', newline='', encoding='utf-8') as file:
+    with open(path, 'w', newline='', **NAMES) as file:
         writer = csv.writer(file)
         writer.writerow(('model', 'classifier', *METRICS, 'heldout_class_mean', 'seconds', 'settings', 'commit', 'command'))
         for name, results in runs.items():

@@ -436,3 +436,12 @@ def test_first_readable_takes_the_next_of_the_class():
     assert bad.names() == ['a', 'd', 'e']
     with pytest.raises(InputError):
         bad.first_readable(1, use({1, 3}))
+
+
+@pytest.mark.parametrize('words', [('train_glmc.py',), ('validate_glmc.py',), ('-m', 'glmc.predict')])
+def test_ctrl_c_during_the_imports_is_one_line(words, tmp_path):
+    (tmp_path / 'timm').mkdir()
+    (tmp_path / 'timm' / '__init__.py').write_text('raise KeyboardInterrupt')  # where a user's Ctrl-C arrives
+    words = [ROOT / word if word.endswith('.py') else word for word in words]
+    outcome = run_command(sys.executable, *words, PYTHONPATH=f'{tmp_path}:{ROOT}', cwd=tmp_path)
+    assert outcome == (130, '', 'interrupted\n')
