@@ -36,6 +36,7 @@ from glmc.config import (
     adjustment_options,
     count,
     fraction,
+    input_size_options,
     positive_int,
     precision_options,
     unused_options,
@@ -161,7 +162,8 @@ def main() -> None:
     args, explicit = parse_args(predict_parser())
     found = find_images(args.files)
     check_output(args.output, found.files)
-    trained = load_trained(args.model, data_options={'img_size': args.img_size}, num_classes=None, img_size=args.img_size)
+    trained = load_trained(args.model, data_options={'img_size': args.img_size}, num_classes=None, img_size=args.img_size,
+                           in_chans=getattr(args, 'in_chans', None))
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
     if accelerator.num_processes > 1:
         raise InputError(f'glmc.predict: found {accelerator.num_processes} processes, expected one')
@@ -204,7 +206,7 @@ def predict_parser() -> Parser:
     add = group.add_argument
     add('--class-counts', metavar='FILE', help="training images per class, for --target-prior: JSON list, metrics.json of a "
         "run, or one number per line; default: the export's")
-    add('--img-size', type=positive_int, metavar='N', help="side of the input in pixels; default: the model's")
+    input_size_options(group)
     group = parser.add_argument_group('running')
     add = group.add_argument
     add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per step')

@@ -198,7 +198,8 @@ def flags_of(text: str) -> set[str]:
 
 def test_help_shows_the_common_options_and_counts_the_others():
     parser = train_parser(METHODS)
-    text, options = parser.format_help(), {action.dest for action in parser._actions if action.dest in vars(parse()[0])}
+    text = parser.format_help()
+    options = {action.dest for action in parser._actions if action.dest in {*vars(parse()[0]), 'input_size'}}
     assert flags_of(text) == {flag(name) for name in COMMON} | {'--help', '--help-all'} and len(COMMON) <= 27
     assert text.endswith(f'… {len(options - COMMON)} more options: --help-all\n')
     assert 'ce, mixup' in text and METHODS['ldam_drw'].summary.split()[0] not in text and 'default: 0.0005' in text

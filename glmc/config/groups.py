@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from glmc.cli import Options, ParseKwargs, Parser, number, pick
+from glmc.cli import ImageSize, InputSize, Options, ParseKwargs, Parser, number, pick
 
 positive_int = number(int, 1)
 count = number(int, 0)
@@ -200,11 +200,20 @@ def _model(parser: Parser) -> None:
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
 
 
+def input_size_options(group) -> None:
+    """Options of the size of the model input."""
+    add = group.add_argument
+    add('--img-size', action=ImageSize, type=positive_int, nargs='+', metavar=('N', 'W'),
+        help="side of the input in pixels, or height and width; default: the model's")
+    add('--input-size', action=InputSize, type=positive_int, nargs=3, metavar=('C', 'H', 'W'), default=argparse.SUPPRESS,
+        help='channels, height and width of the input; same as --in-chans C --img-size H W')
+
+
 def input_group(parser: Parser) -> None:
     """Options of the model input and of the model's shape."""
     group = parser.add_argument_group('model input')
     add = group.add_argument
-    add('--img-size', type=positive_int, metavar='N', help="side of the input in pixels; default: the model's")
+    input_size_options(group)
     add('--in-chans', type=int, choices=(1, 3), help="image channels, 1 or 3; default: the model's")
     add('--gp', metavar='POOL', help='global pooling: avg, max, avgmax, …')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',

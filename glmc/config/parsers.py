@@ -88,7 +88,7 @@ def finetune_parser() -> Parser:
 def _input_options(group) -> None:
     """Add the options of `model input` that set the size and the preprocessing of the images."""
     for action in actions('model input'):
-        if action.dest in INPUT:
+        if action.dest in (*INPUT, 'input_size'):
             group._add_action(action)
 
 

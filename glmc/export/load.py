@@ -187,11 +187,11 @@ def _check_options(trained: TrainedModel, **options) -> None:
                              f"{fixed['num_classes']} classes and {fixed['in_chans']} channels")
 
 
-def _set_input_size(trained: TrainedModel, img_size: int | None) -> None:
+def _set_input_size(trained: TrainedModel, img_size: int | list[int] | None) -> None:
     """Resize the position embedding of a model with a fixed input size, such as a vision transformer."""
     if img_size and hasattr(trained.model, 'set_input_size'):
         try:
-            trained.model.set_input_size((img_size, img_size))
+            trained.model.set_input_size((img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f'--img-size {img_size}: {trained.name} cannot take it: {first_line(error)}') from error
 
