@@ -170,7 +170,7 @@ def check_push(args: Options, encoder_only: bool) -> None:
         return
     warn_without_token()
     several = args.stage2 == 'all' or ',' in args.stage2
-    chooses = encoder_only or args.holdout is not None or args.stage2_holdout is not None
+    chooses = encoder_only or args.holdout is not None or args.select_split or args.stage2_holdout is not None
     if len(args.model) > 1 or (several and not chooses):
         raise InputError(f'--push-to-hub {args.push_to_hub}: expected one --model, and one classifier in --stage2 or '
                          '--stage2-holdout to choose one')
@@ -183,7 +183,7 @@ def describe(args: Options, trained: TrainedModel, data: TrainingData, accelerat
         'data': args.train_list or args.dataset or args.data_dir or 'digits', 'num_classes': trained.num_classes,
         'parameters': sum(p.numel() for p in trained.model.parameters()),
         'epochs': trained.metadata.get('recipe', {}).get('epochs'),
-        'evaluated_on': 'holdout' if data.validation is None else args.val_list or args.val_split,
+        'evaluated_on': args.select_split or 'holdout' if data.validation is None else args.val_list or args.val_split,
         'fingerprint': data.profile.fingerprint, 'train_images': data.profile.num_images, 'seed': args.seed,
         'processes': 1, 'precision': accelerator.mixed_precision, 'device': device_name(accelerator.device),
     }

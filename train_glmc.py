@@ -62,6 +62,8 @@ def main() -> None:
         start_heads(setup, folder)
     with checkpoints.stoppable(before_exit=partial(finish_trackers, accelerator)):
         for epoch in range(position.epoch, setup.num_epochs):
+            if checkpoints.out_of_patience():
+                break
             train_metrics = setup.train_epoch(epoch, **checkpoints.begin_epoch())
             metrics = evaluate(setup, checkpoints, epoch)
             log_epoch(setup, folder, epoch, train_metrics, metrics)

@@ -316,7 +316,7 @@ class Setup:
             evaluated_on: Name of the evaluated set, if not that of `epoch_loader`.
         """
         args, profile = self.args, self.data.profile
-        own = 'holdout' if self.data.holdout else args.val_list or args.val_split
+        own = args.select_split or 'holdout' if self.data.holdout else args.val_list or args.val_split
         return {
             'model': args.model, 'method': args.method, 'data': self.data_name(), 'num_classes': len(self.data.class_names),
             'parameters': self.num_parameters, 'epoch': epoch, 'epochs': self.num_epochs,

@@ -130,6 +130,8 @@ def training_data_group(parser: Parser) -> None:
     add('--holdout', type=positive, default=None, metavar='N',
         help='set training images of each class aside (a number, taken before --imbalance-factor, or a fraction); evaluate '
         'each epoch on them, keep the best epoch by class mean, and use the validation split once, at the end')
+    add('--select-split', metavar='NAME',
+        help='of three splits, the one that takes the place of --holdout, e.g. --select-split val --val-split test')
 
 
 def long_tail_group(parser: Parser) -> None:
@@ -306,6 +308,8 @@ def _schedule(parser: Parser) -> None:
         help='epochs between the drops of step (default: 90), or of the decay phase of wsd and rsqrt')
     add('--decay-milestones', type=positive_int, nargs='+', default=[90, 180, 270], metavar='N',
         help='epochs at which multistep drops the learning rate')
+    add('--patience', type=positive_int, metavar='N',
+        help='stop after N evaluations without a better class mean on the images of --holdout or --select-split')
     add('--decay-rate', type=positive, default=0.1, help='factor of step and multistep; power of poly')
 
 

@@ -116,6 +116,8 @@ CONFLICTS = (
     Conflict('torchcompile', 'its CUDA graphs overwrite the losses of an earlier step, expected --grad-accum-steps 1 or '
              '--torchcompile default, found {grad_accum_steps} steps',
              lambda o: o.torchcompile in ('reduce-overhead', 'max-autotune') and o.grad_accum_steps > 1),
+    Conflict('patience', 'no images choose the epoch, expected --holdout or --select-split',
+             lambda o: o.patience is not None and o.holdout is None and o.select_split is None),
     Conflict('sync_bn', 'the statistics of BatchNorm are frozen, expected --no-freeze-bn',
              lambda o: o.sync_bn and o.freeze_bn),
     Conflict('sync_bn', 'needs GPUs, found {processes} processes on the CPU',

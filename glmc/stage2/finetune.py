@@ -180,7 +180,7 @@ def check_stage2(
     if not isinstance(data.train, ImageSet):
         raise InputError(f'--stage2 {names}: needs a training set with an index')
     if stage2_holdout is not None and _has_unseen_holdout(data):
-        _logger.warning('--stage2-holdout has no effect with --holdout, whose images choose')
+        _logger.warning('--stage2-holdout has no effect with --holdout or --select-split, whose images choose')
     elif stage2_holdout is None and encoder_only and not _has_unseen_holdout(data) and max(data.profile.counts) > 1:
         split = stratified_split(data.train.labels, HOLDOUT, data.train.class_names, seed)
     elif stage2_holdout is not None:
