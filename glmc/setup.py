@@ -34,7 +34,7 @@ from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import create_eval_loader, create_normalize, create_train_loader
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
 from glmc.data.sources import TrainingData, load_training_data
-from glmc.errors import InputError
+from glmc.errors import InputError, first_line
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.methods import METHODS, unused_method_options
 from glmc.models.backbone import create_backbone
@@ -113,10 +113,12 @@ class Setup:
             _logger.warning(f'--opt {args.opt}: the default --lr-base is for SGD; set --lr for this optimizer')
 
     def _refuse(self) -> None:
-        """Refuse options that exclude each other."""
+        """Refuse options that exclude each other, and warn about those that defeat each other."""
         accelerator = self.accelerator
-        refuse_conflicts(self.args, processes=accelerator.num_processes, device=accelerator.device.type,
-                         precision=accelerator.mixed_precision)
+        for warning in refuse_conflicts(
+                self.args, processes=accelerator.num_processes, device=accelerator.device.type, peak_lr=self.lr,
+                precision=accelerator.mixed_precision, method_options=self.method.options):
+            _logger.warning(warning)
 
     def _build_data(self) -> None:
         args = self.args
@@ -163,7 +165,8 @@ class Setup:
             drop_path_rate=args.drop_path, global_pool=args.gp, **args.model_kwargs)
         backbone = create_backbone(
             **self.model_options, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
-        self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if args.pretrained else None
+        pretrained = args.pretrained and not args.initial_checkpoint  # which counts
+        self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if pretrained else None
         self.head_init = self._possible_head_init(backbone)
         if args.freeze:
             freeze(backbone, args.freeze)
@@ -244,8 +247,11 @@ class Setup:
                      f"steps); learning rate {self.lr:g}{'' if args.lr else ' by the rule of --lr-base'}")
         optimizer = self._create_optimizer(self.task.get_trainable_module(), layer_decay=args.layer_decay)
         self.updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
-        self.scheduler, self.num_epochs = create_scheduler_v2(
-            optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
+        try:
+            self.scheduler, self.num_epochs = create_scheduler_v2(
+                optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
+        except ValueError as error:
+            raise InputError(f'--sched {args.sched}: {first_line(error)}') from error
         self.swa_epoch = averaging_epoch(args.swa_start, self.num_epochs)
         train_step = TrainStep(self.task, self.mixer, self.train_loader.normalize, self.frozen_norms)
         if args.torchcompile:
