@@ -12,6 +12,7 @@ import glmc  # noqa: F401, first: Ctrl-C during the imports is one line
 
 # isort: split
 import logging
+import shlex
 import shutil
 import sys
 from functools import partial
@@ -152,7 +153,10 @@ def share(setup: Setup, folder: RunFolder, exported: Path, metrics: dict, predic
     args = setup.args
     write_tables(folder.path, metrics, setup.data.class_names, predictions)
     if args.report:
-        try_report(folder.path, metrics, lambda: report_inputs(setup, folder, predictions), exported)
+        report = try_report(folder.path, metrics, lambda: report_inputs(setup, folder, predictions), exported)
+        if report is not None:
+            print(f'Report: {report}')
+    print(f'Next: python -m glmc.predict {shlex.quote(str(folder.path))} IMAGES', flush=True)
     finish_trackers(setup.accelerator)
     if args.push_to_hub:
         try_push(exported, args.push_to_hub, args.hub_private, args.hub_revision)

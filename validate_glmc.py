@@ -221,7 +221,9 @@ def write_results(
     if args.report:
         norms = classifier_norms(classifier=trained.model.get_classifier())
         shown = class_names and [printable(str(name)) for name in class_names]
-        try_report(folder, metrics, lambda: ReportInputs(shown, predictions, images, norms))
+        report = try_report(folder, metrics, lambda: ReportInputs(shown, predictions, images, norms))
+        if report is not None:
+            print(f'Report: {report}', flush=True)
 
 
 def compare(args: Options, explicit: set[str]) -> None:

@@ -90,6 +90,14 @@ def test_the_numbers_are_those_of_the_training_run_and_of_a_timm_loop(validate, 
     assert f'{table}\n{following}\n' in in_training
 
 
+@pytest.mark.parametrize('place', ['.', 'checkpoints'])
+def test_a_run_without_an_export_is_evaluated_by_its_newest_checkpoint(validate, finished_run, folders, place, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / 'run', ignore=shutil.ignore_patterns('export'))
+    outcome, metrics = validate('--model', run / place, '--data-dir', folders, '--no-report')
+    assert 'no export yet, loading' in outcome.err or not outcome.err
+    assert_same(metrics, json.loads((finished_run / 'export' / 'metrics.json').read_text()))
+
+
 def test_files_of_an_evaluation(validate, finished_run, folders, tmp_path):
     outcome, metrics = validate('--model', finished_run, '--data-dir', folders)
     assert outcome.code == 0, outcome.err

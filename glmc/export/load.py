@@ -1,5 +1,6 @@
 """Loading of trained models: export folder, run folder, checkpoint, Hub id, or a plain timm model."""
 import json
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,11 @@ from glmc.data.lists import read_class_counts
 from glmc.errors import InputError, first_line
 from glmc.models.backbone import create_backbone
 from glmc.training.checkpoint import load_checkpoint
+from glmc.training.checkpoints import BEST
+from glmc.training.resume import epoch_checkpoints
 from glmc.training.state import trained_weights
 
+_logger = logging.getLogger(__name__)
 FLAGS = {'checkpoint': '--checkpoint', 'num_classes': '--num-classes', 'in_chans': '--in-chans', 'global_pool': '--gp'}
 
 
@@ -66,7 +70,10 @@ def load_trained(
         in_export = (path.parent / 'config.json').is_file()  # the weights file of an export
         trained = _load_export(str(path.parent)) if in_export else _load_checkpoint(path)
     elif path.is_dir() or ':' in name:
-        trained = _load_export(name)
+        checkpoint_of_run = None if ':' in name or find_export(path) else newest_checkpoint(path)
+        if checkpoint_of_run:
+            _logger.info(f'{name}: no export yet, loading {checkpoint_of_run}')
+        trained = _load_checkpoint(checkpoint_of_run) if checkpoint_of_run else _load_export(name)
     elif '/' in name:
         raise InputError(f'--model {name}: no such file or folder; a Hub model is hf-hub:ORG/NAME')
     else:
@@ -89,6 +96,24 @@ def _load_checkpoint(path: Path) -> TrainedModel:
         str(path), model, {}, export['class_names'], metadata, _conventional_classifier(task_state or {}))
 
 
+def find_export(folder: Path) -> Path | None:
+    """Export folder: the folder itself, or `export` in that of a run; None if there is none."""
+    return next((place for place in (folder, folder / 'export') if (place / 'config.json').is_file()), None)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Best checkpoint of a run on its held-out images, else the newest; None if there is none.
+
+    Args:
+        folder: Folder of a run, or of its checkpoints.
+    """
+    for place in (folder / 'checkpoints', folder):
+        best = [place / BEST] if (place / BEST).is_file() else []
+        if found := [*epoch_checkpoints(place), *best]:
+            return found[-1]
+    return None
+
+
 def _conventional_classifier(task_state: dict) -> nn.Linear | None:
     """Create GLMC's conventional classifier from the task's state; None for another method."""
     if not {'projector.weight', 'classifier.weight'} <= task_state.keys():
@@ -102,10 +127,10 @@ def _load_export(name: str) -> TrainedModel:
     """Load an export or run folder, `local-dir:…` or `hf-hub:…`."""
     path = Path(name)
     if path.is_dir():
-        path = path if (path / 'config.json').is_file() else path / 'export'
-        if not (path / 'config.json').is_file():
+        export = find_export(path)
+        if export is None:
             raise InputError(f'--model {name}: no config.json in this folder, expected an export or a run that has one')
-        name = f'local-dir:{path}'
+        name = f'local-dir:{export}'
     model = create_backbone(name, pretrained=True, trained=True)
     try:
         scheme, _, place = name.partition(':')

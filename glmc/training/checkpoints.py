@@ -138,6 +138,7 @@ class Checkpoints:
         epoch = self.position.epoch + 1
         where = f'in epoch {epoch}' if epoch <= self.setup.num_epochs else 'after the last epoch'
         _logger.info(f'Stopped by {name} {where}, {message}')
+        _logger.info('Next: the same command with --resume auto continues')
         raise Preempted
 
     def _save_now(self) -> str:

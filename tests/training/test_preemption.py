@@ -95,7 +95,8 @@ def test_a_signal_to_the_whole_group_saves_and_exits_with_75(number, running, tm
     os.killpg(process.pid, number)
     assert process.wait(60) == 75
     log = (tmp_path / 'err.txt').read_text()
-    assert re.search(rf'Stopped by {signal.Signals(number).name} in epoch \d+, saved as .*\.safetensors\n$', log), log
+    assert re.search(rf'Stopped by {signal.Signals(number).name} in epoch \d+, saved as .*\.safetensors\n'
+                     'Next: the same command with --resume auto continues\n$', log), log
     path, state = load_newest(tmp_path / 'run')
     assert str(path) in log
     steps = [(int(epoch), int(step)) for epoch, step in re.findall(r'Train: (\d+) \[ *(\d+)/', log)]
