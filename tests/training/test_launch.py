@@ -7,6 +7,7 @@ import sys
 
 import joblib
 import pytest
+import timm
 import torch
 import yaml
 from conftest import TINY, launch_train, run_command
@@ -133,3 +134,16 @@ def test_a_launched_run_records_its_threads(folders, tmp_path):
     assert outcome.code == 0, outcome.err
     metrics = json.loads((tmp_path / 'run' / 'export' / 'metrics.json').read_text())
     assert metrics['threads'] == 1 and metrics['command'].startswith('OMP_NUM_THREADS=1 ')
+
+
+def test_threads_change_nothing_but_rounding():
+    """In float64, the gradients of one thread and of two differ by its precision (docs/trust.md)."""
+    torch.manual_seed(0)
+    model, images = timm.create_model('test_resnet', num_classes=5).double(), torch.randn(16, 3, 64, 64).double()
+    gradients = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), torch.arange(16) % 5).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-10 * gradients[0].norm()
