@@ -27,9 +27,9 @@ _logger = logging.getLogger(__name__)
 
 
 def create_backbone(
-        name: str, num_classes: int | None = None, img_size: int | None = None, in_chans: int | None = None,
-        pretrained: bool = False, checkpoint_path: str | None = None, trained: bool = False, lora: dict | None = None,
-        **kwargs) -> nn.Module:
+        name: str, num_classes: int | None = None, img_size: int | list[int] | None = None,
+        in_chans: int | None = None, pretrained: bool = False, checkpoint_path: str | None = None, trained: bool = False,
+        lora: dict | None = None, **kwargs) -> nn.Module:
     """Create a timm model, with the image size for models that need it, and errors a user can act on.
 
     Weights of a file, a folder or the Hub are adapted as timm adapts its own: prefixes, the first convolution to the
@@ -39,7 +39,7 @@ def create_backbone(
     Args:
         name: timm architecture, `hf-hub:…` or `local-dir:…`.
         num_classes: C classes; None for the model's own.
-        img_size: Side in pixels; None for the model's own.
+        img_size: Side in pixels, or height and width; None for the model's own.
         in_chans: Image channels; None for the model's own.
         pretrained: Whether to start from the pretrained weights of `name`.
         checkpoint_path: Weights to start from instead, safetensors or tensors of `torch.save` (`--initial-checkpoint`).
