@@ -36,6 +36,8 @@ GOLDEN = {  # loss of the second of two steps, with the options' defaults
     'glmc_cosine': 79.483253,
     'glmc_no_consistency': 6.754160,
     'glmc_balanced': 1.288776,
+    'supcon': 5.217678,
+    'bcl': 1.927161,
 }
 PUBLISHED = dict(mix_beta=1.0, cutmix_lambda='nominal', alpha_scope='losses')  # what GLMC's defaults here are not
 GOLDEN_AS_PUBLISHED = {

@@ -242,7 +242,17 @@ def _method(parser: Parser) -> None:
     add('--alpha-scope', choices=('losses', 'encoder'), default='losses',
         help='whether α weights the losses (paper) or only the gradients into the encoder, so that both classifiers learn '
         'at full weight throughout; default: losses, encoder for glmc, glmc_cosine and glmc_no_consistency')
-    add('--projection-dim', type=positive_int, default=256, metavar='D', help='dimension d of projection and prediction')
+    add('--projection-dim', type=positive_int, default=256, metavar='D',
+        help='dimension d of projection and prediction; default: 256, 128 for supcon, bcl, kcl, tsc, 32 for paco, gpaco')
+    add('--projection-hidden', type=positive_int, metavar='N',
+        help='width of the hidden layers of the projector; default: that of the features, 512 for bcl')
+    add('--view-augmentation', choices=('published', 'plain'), default='published',
+        help="augmentation of the views of contrastive methods: the papers', or that of the run for every view")
+    add('--contrast-temperature', type=positive, default=0.1, metavar='T',
+        help='temperature of a contrastive loss; default: 0.1, 0.05 for paco and gpaco, 0.07 for kcl and tsc')
+    add('--contrast-weight', type=non_negative, default=0.3, metavar='W',
+        help='weight of the contrastive loss of bcl (default 0.3), or of a feature of the same class in paco and gpaco, '
+        'where the class itself has 1 (default 0.01)')
     add('--joint-forward', action='store_true', help='encode both views as one batch, with common BatchNorm statistics')
     add('--balanced', action='store_true', help='same as --method glmc_balanced')
     add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')

@@ -33,6 +33,14 @@ class TaskHooks:
     def set_progress(self, progress: float) -> None:
         """Prepare an epoch; progress is T/T_max in [0, 1)."""
 
+    def before_batch(self, images: int, batch_fraction: float) -> None:
+        """Prepare a forward pass, outside the compiled graph.
+
+        Args:
+            images: Images of this process.
+            batch_fraction: These over the mean of all processes, 1 but for an uneven last step.
+        """
+
     def after_batch(self, outputs: dict[str, Tensor]) -> None:
         """Update queues and statistics after a forward and backward pass, outside the compiled graph.
 
