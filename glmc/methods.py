@@ -16,13 +16,20 @@ from glmc.losses.classification import (
     LogitAdjustedLoss,
     effective_number_weights,
 )
-from glmc.mixing import BatchCutmix, BatchMixup, CMOMixer, GLMCMixer, PairMixer, ResampledOnly, ViewMixer
+from glmc.mixing import BatchCutmix, BatchMixup, CMOMixer, GLMCMixer, PairMixer, PickingMixer, ResampledOnly, ViewMixer
 from glmc.models.bilateral import BilateralModule
 from glmc.models.cosine import CosineGLMCModule, CosineModule
 from glmc.models.glmc import GLMCModule
 from glmc.models.projected import ProjectedModule
 from glmc.tasks.bilateral import BilateralTask
-from glmc.tasks.contrastive import BalancedContrastTask, SupConTask
+from glmc.tasks.contrastive import (
+    BalancedContrastTask,
+    KPositiveTask,
+    ParametricContrastTask,
+    SharedEncoderTask,
+    SupConTask,
+    TargetedTask,
+)
 from glmc.tasks.glmc import CosineGLMCTask, GLMCTask
 from glmc.tasks.single_view import CosineTask, SingleViewTask, WeightBalancingTask
 
@@ -136,6 +143,13 @@ TWO_VIEWS = dict(paired=True, views=('global', 'local'), mixer=GLMCMixer, mixer_
 CUMULATIVE = ('reweight_power', 'alpha_power', 'alpha_scope')
 PROJECTOR = ('projection_dim', 'projection_hidden')
 CONTRAST = ('contrast_temperature', 'contrast_weight')
+KEYED = ('queue_size', 'key_momentum')
+POSITIVES = ('contrast_temperature', 'positives', *KEYED)
+PACO = dict(projection_dim=32, contrast_temperature=0.05, contrast_weight=0.01, queue_size=1024)
+QUERY_AND_KEY = dict(
+    module=ProjectedModule, module_options=PROJECTOR, mixer=PickingMixer, mixer_options=('queue_size',),
+    state_options=('queue_size',), views=('plain', 'plain'),
+    defaults=dict(projection_dim=128, contrast_temperature=0.07, stage2='crt'))
 # Ours, for short runs, chosen at 15 epochs (results/README.md); the recipes in hparams/ have the published values.
 SHORT_VIEWS = dict(mix_beta=0.2, cutmix_lambda='area')
 SHORT_RUN = dict(SHORT_VIEWS, alpha_scope='encoder')
@@ -215,6 +229,22 @@ METHODS = {
         task=BalancedContrastTask, task_options=CONTRAST, module=partial(ProjectedModule, norm=True, prototypes=True),
         module_options=PROJECTOR, views=('strong', 'sim', 'sim'),
         defaults=dict(projection_dim=128, projection_hidden=512), prior=uniform_prior),
+    'paco': Method(
+        summary='parametric contrastive loss: class logits and similarities in one softmax (arXiv 2107.12028)',
+        task=ParametricContrastTask, task_options=(*CONTRAST, *KEYED), state_options=('queue_size',),
+        module=partial(ProjectedModule, norm=True), module_options=PROJECTOR, views=('strong', 'sim_blur'), defaults=PACO,
+        prior=uniform_prior),
+    'gpaco': Method(
+        summary='PaCo without a momentum encoder, both views as anchors (arXiv 2209.12400)',
+        task=SharedEncoderTask, task_options=(*CONTRAST, 'queue_size'), state_options=('queue_size',),
+        module=partial(ProjectedModule, layers=2), module_options=PROJECTOR, views=('strong', 'sim_blur'), defaults=PACO,
+        prior=uniform_prior),
+    'kcl': Method(
+        summary='k positives for each image, then a classifier in stage 2 (OpenReview OqtLIabPTit)',
+        task=KPositiveTask, task_options=POSITIVES, prior=uniform_prior, **QUERY_AND_KEY),
+    'tsc': Method(
+        summary='KCL, then classes drawn to evenly spread targets (arXiv 2111.13998)',
+        task=TargetedTask, task_options=(*POSITIVES, 'target_weight'), prior=uniform_prior, **QUERY_AND_KEY),
 }
 
 

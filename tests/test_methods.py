@@ -38,6 +38,10 @@ GOLDEN = {  # loss of the second of two steps, with the options' defaults
     'glmc_balanced': 1.288776,
     'supcon': 5.217678,
     'bcl': 1.927161,
+    'paco': 17.538130,
+    'gpaco': 23.439682,
+    'kcl': 4.780641,
+    'tsc': 4.975794,
 }
 PUBLISHED = dict(mix_beta=1.0, cutmix_lambda='nominal', alpha_scope='losses')  # what GLMC's defaults here are not
 GOLDEN_AS_PUBLISHED = {
@@ -47,10 +51,10 @@ GOLDEN_AS_PUBLISHED = {
 }
 
 
-def golden_losses(name: str, compiler=lambda step: step, **changed) -> list[float]:
-    """Losses of two SGD steps on random images, through all parts of a row."""
+def golden_losses(name: str, compiler=lambda step: step, steps: int = 2, **changed) -> list[float]:
+    """Losses of SGD steps on random images, through all parts of a row."""
     method, (options, _) = METHODS[name], parse_args(train_parser(METHODS), ['--method', name])
-    vars(options).update({'drw_start': 0.5, **changed})  # the second step is in its time
+    vars(options).update({'drw_start': 0.5, 'queue_size': 11, **changed})  # the second step is in its time; the queue wraps
     torch.manual_seed(0)
     backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1)
     module = method.module(backbone, **pick(options, method.module_options))
@@ -62,12 +66,14 @@ def golden_losses(name: str, compiler=lambda step: step, **changed) -> list[floa
     labels = torch.from_numpy(rng.integers(len(COUNTS), size=(8, images)))
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     train_step, losses = compiler(TrainStep(task, mixer, torch.nn.Identity())), []
-    for step in range(2):
-        task.set_progress(step / 2)
+    for step in range(steps):
+        task.set_progress(step / steps)
         mixture = mixer.sample_params(8, (16, 16), step_generator(0, 0, step))
-        loss = train_step(views, labels, mixture)['loss']
+        outputs = train_step(views, labels, mixture)
+        loss = outputs['loss']
         optimizer.zero_grad()
         loss.backward()
+        task.after_batch({name: value.detach() for name, value in outputs.items()})
         optimizer.step()
         task.update_ema(step)
         losses.append(loss.item())
@@ -122,7 +128,9 @@ def test_a_row_repeats(name):
 OTHER_VALUES = dict(
     reweight_power=0.5, consistency_weight=3.0, alpha_power=3.0, alpha_scope='losses', projection_dim=7,
     mix_beta=0.3, cutmix_lambda='area', partner='batch', joint_forward=True, mixup_prob=0.1,
-    focal_gamma=0.5, effective_beta=0.9, drw_start=0.9, adjustment_tau=0.5, ldam_margin=0.1, cosine_scale=10.0)
+    focal_gamma=0.5, effective_beta=0.9, drw_start=0.9, adjustment_tau=0.5, ldam_margin=0.1, cosine_scale=10.0,
+    projection_hidden=9, contrast_temperature=0.4, contrast_weight=2.0, queue_size=3, key_momentum=0.1, positives=1,
+    target_weight=2.0)
 
 
 @pytest.mark.parametrize('name, option', [
@@ -130,7 +138,8 @@ OTHER_VALUES = dict(
 def test_an_option_has_an_effect(name, option):
     other = 'nominal' if METHODS[name].defaults.get(option) == 'area' else OTHER_VALUES[option]
     same = dict(alpha_scope='losses') if option == 'alpha_power' else {}  # else the last step's α has not been felt yet
-    assert golden_losses(name, **{**same, option: other}) != golden_losses(name, **same)
+    steps = 3 if option == 'key_momentum' else 2  # in the first, the queue is empty and nothing moves the encoder
+    assert golden_losses(name, steps=steps, **{**same, option: other}) != golden_losses(name, steps=steps, **same)
 
 
 @pytest.mark.parametrize('name', METHODS)

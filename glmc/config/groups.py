@@ -253,6 +253,12 @@ def _method(parser: Parser) -> None:
     add('--contrast-weight', type=non_negative, default=0.3, metavar='W',
         help='weight of the contrastive loss of bcl (default 0.3), or of a feature of the same class in paco and gpaco, '
         'where the class itself has 1 (default 0.01)')
+    add('--queue-size', type=positive_int, default=4096, metavar='K',
+        help='features of earlier batches that paco, gpaco, kcl and tsc keep; default: 4096, 1024 for paco and gpaco')
+    add('--key-momentum', type=fraction, default=0.999, metavar='M',
+        help='m of the encoder of these features, θ\' ← m·θ\' + (1-m)·θ')
+    add('--positives', type=count, default=6, metavar='K', help='largest number of kept features that attract an image')
+    add('--target-weight', type=non_negative, default=0.2, metavar='LAMBDA', help='λ of the targets of tsc')
     add('--joint-forward', action='store_true', help='encode both views as one batch, with common BatchNorm statistics')
     add('--balanced', action='store_true', help='same as --method glmc_balanced')
     add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')

@@ -73,7 +73,7 @@ def balanced_contrastive(
 
 
 def parametric_contrastive(
-        logits: Tensor, anchors: Tensor, labels: Tensor, candidates: Tensor, candidate_labels: Tensor, own: Tensor,
+        anchors: Tensor, labels: Tensor, candidates: Tensor, candidate_labels: Tensor, own: Tensor, logits: Tensor,
         temperature: float, alpha: float, gamma: float = 1.0) -> Tensor:
     """One softmax over class logits and similarities to candidates (PaCo; arXiv 2107.12028, Eq. 4).
 
@@ -81,8 +81,9 @@ def parametric_contrastive(
     weight γ, over z_i·z_j / T of all candidates but i itself. α = γ = 0 is cross-entropy.
 
     Args:
+        anchors, labels, candidates, candidate_labels, own: As those of `supervised_contrastive`.
         logits: (N, C) logits, adjusted by the log prior.
-        anchors, labels, candidates, candidate_labels, own, temperature: As those of `supervised_contrastive`.
+        temperature: T.
         alpha: α, weight of a candidate of the anchor's class; the class logit weighs 1.
         gamma: γ, weight of the candidates in the denominator.
 

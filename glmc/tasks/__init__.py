@@ -1,6 +1,13 @@
 """Training tasks in timm's sense: a model and its loss, batch in, dict of losses out."""
 from glmc.tasks.bilateral import BilateralTask
-from glmc.tasks.contrastive import BalancedContrastTask, SupConTask
+from glmc.tasks.contrastive import (
+    BalancedContrastTask,
+    KPositiveTask,
+    ParametricContrastTask,
+    SharedEncoderTask,
+    SupConTask,
+    TargetedTask,
+)
 from glmc.tasks.glmc import CosineGLMCTask, GLMCTask
 from glmc.tasks.single_view import CosineTask, SingleViewTask, WeightBalancingTask
 
@@ -10,7 +17,11 @@ __all__ = [
     'CosineGLMCTask',
     'CosineTask',
     'GLMCTask',
+    'KPositiveTask',
+    'ParametricContrastTask',
+    'SharedEncoderTask',
     'SingleViewTask',
     'SupConTask',
+    'TargetedTask',
     'WeightBalancingTask',
 ]

@@ -130,7 +130,7 @@ def test_paco_is_the_loop(alpha, gamma):
 
     def ours(logits, z, others):
         candidates = torch.cat([z, others])
-        return parametric_contrastive(logits, z, labels, candidates, candidate_labels, torch.arange(6), T, alpha, gamma)
+        return parametric_contrastive(z, labels, candidates, candidate_labels, torch.arange(6), logits, T, alpha, gamma)
 
     def loop(logits, z, others):
         return loop_paco(logits, z, torch.cat([z, others]), candidate_labels.tolist(), alpha, gamma)
@@ -141,7 +141,7 @@ def test_paco_without_contrast_is_balanced_softmax():
     logits, z, labels = unit(6, CLASSES, seed=3) * 3, unit(6, WIDTH), torch.tensor(LABELS)
     loss = LogitAdjustedLoss(COUNTS).double()
     assert_same(
-        lambda s: parametric_contrastive(s + loss.adjustment, z, labels, z, labels, torch.arange(6), T, 0.0, 0.0),
+        lambda s: parametric_contrastive(z, labels, z, labels, torch.arange(6), s + loss.adjustment, T, 0.0, 0.0),
         lambda s: F.cross_entropy(s + loss.adjustment, labels), logits)
 
 
