@@ -217,7 +217,7 @@ def test_options_without_effect_are_told():
     assert unused_method_options('glmc', given) == set()
 
 
-RUN = [*TINY, '--epochs', '2', '--drw-start', '0.5', '--partner', 'sampler']
+RUN = [*TINY, '--epochs', '2', '--drw-start', '0.5', '--partner', 'sampler', '--queue-size', '20']  # which wraps around
 IN_TWO_PROCESSES = ('ldam_drw', 'bbn')  # without -m slow: modules of another form, one and two images a draw
 
 
@@ -245,7 +245,7 @@ def test_a_row_trains_resumes_and_exports_a_plain_model(name, script, folders, t
     assert config['prior'] == row.class_prior(config['profile']['class_counts'], pick(options, row.options))
 
 
-@pytest.mark.parametrize('name', ['ce', 'ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine'])
+@pytest.mark.parametrize('name', ['ce', 'ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'bcl', 'paco', 'tsc'])
 def test_the_best_average_is_what_is_exported_and_reported(name, script, folders, tmp_path):
     outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run', '--report',
                      '--holdout', '1', '--model-ema', '--model-ema-decay', '0.5')
@@ -267,7 +267,7 @@ def test_a_row_runs_in_two_processes(name, folders, tmp_path):
     assert metrics['processes'] == 2 and metrics['num_images'] == 13
 
 
-@pytest.mark.parametrize('name', ['ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine'])
+@pytest.mark.parametrize('name', ['ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'supcon', 'kcl'])
 def test_a_row_that_needs_a_linear_classifier_says_so(name, script, folders, tmp_path):
     outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--model', 'levit_128s',
                      '--img-size', '64')
