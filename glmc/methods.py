@@ -237,7 +237,7 @@ METHODS = {
     'gpaco': Method(
         summary='PaCo without a momentum encoder, both views as anchors (arXiv 2209.12400)',
         task=SharedEncoderTask, task_options=(*CONTRAST, 'queue_size'), state_options=('queue_size',),
-        module=partial(ProjectedModule, layers=2), module_options=PROJECTOR, views=('strong', 'sim_blur'), defaults=PACO,
+        module=partial(ProjectedModule, layers=2), module_options=PROJECTOR, views=('strong', 'stack'), defaults=PACO,
         prior=uniform_prior),
     'kcl': Method(
         summary='k positives for each image, then a classifier in stage 2 (OpenReview OqtLIabPTit)',

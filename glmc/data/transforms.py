@@ -37,7 +37,7 @@ VIEWS = {
     'strong': dict(JITTERED, policy=RANDAUGMENT), 'sim': SIMCLR, 'sim_blur': BLURRED,
     'stack': dict(BLURRED, policy=RANDAUGMENT)}
 CIFAR_VIEWS = {**VIEWS, 'strong': dict(auto_augment=None, policy='cifar10'), 'sim': {**SIMCLR, **SMALL},
-               'sim_blur': {**BLURRED, **SMALL}, 'stack': {**BLURRED, **SMALL, 'policy': 'cifar10'}}
+               'sim_blur': {**BLURRED, **SMALL}, 'stack': {**BLURRED, **SMALL}}
 
 
 def view_transform(

@@ -67,11 +67,12 @@ def spread_targets(num_classes: int, width: int, steps: int = 10_000, temperatur
         centred = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
         basis = torch.linalg.svd(centred).Vh[:num_classes - 1]
         return F.normalize(centred @ basis.T @ rotation[:num_classes - 1], dim=1).float()
-    points = torch.randn(num_classes, width, generator=generator).requires_grad_()
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'  # minutes on a core for 1,000 classes
+    points = torch.randn(num_classes, width, generator=generator).to(device).requires_grad_()
     optimizer = torch.optim.Adam([points], lr=1e-3)
     for _ in range(steps):
         unit = F.normalize(points, dim=1)
         optimizer.zero_grad()
         (unit @ unit.T / temperature).logsumexp(1).mean().backward()
         optimizer.step()
-    return F.normalize(points.detach(), dim=1)
+    return F.normalize(points.detach(), dim=1).cpu()
