@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import TINY, free_port, launch_train
 from safetensors.torch import load_file
 
@@ -15,7 +17,7 @@ from glmc.errors import InputError
 from glmc.methods import METHODS, unused_method_options
 from glmc.models.backbone import create_backbone
 from glmc.training.checkpoint import load_checkpoint
-from glmc.training.engine import TrainStep, step_generator
+from glmc.training.engine import TrainStep, step_generator, train_one_epoch
 
 COUNTS = [50, 30, 12, 3]
 GOLDEN = {  # loss of the second of two steps, with the options' defaults
@@ -215,6 +217,28 @@ def test_options_without_effect_are_told():
     given = {'consistency_weight', 'mix_beta', 'lr', 'epochs'}
     assert unused_method_options('ce', given) == {'consistency_weight', 'mix_beta'}
     assert unused_method_options('glmc', given) == set()
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_batch_that_is_not_finite_spoils_no_state(name, script):
+    """State of model and task, and its average, after an epoch with such a batch."""
+    AcceleratorState._reset_state(True)
+    row, (options, _) = METHODS[name], parse_args(train_parser(METHODS), ['--method', name, '--queue-size', '11'])
+    backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1)
+    task = row.task(row.module(backbone, **pick(options, row.module_options)), COUNTS, **pick(options, row.task_options))
+    step = TrainStep(task, row.mixer(COUNTS, **pick(options, row.mixer_options)), torch.nn.Identity())
+    images = 2 if row.paired else 1
+    views = [torch.randn(8, images, len(row.views), 3, 16, 16) for _ in range(3)]
+    views[1][:] = float('nan')
+    batches = [(each, torch.arange(8 * images).view(8, images) % len(COUNTS), 1.0) for each in views]
+    loader = type('Loader', (list,), dict(epoch=lambda self, epoch, start_step: iter(self)))(batches)
+    task.setup_ema(decay=0.5)
+    task.set_progress(0.9)
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
+    metrics = train_one_epoch(Accelerator(cpu=True), step, loader, optimizer, None, epoch=0, seed=0)
+    assert metrics['skipped_steps'] == 1 and metrics['images'] == 16
+    state = [*task.state_dict().items(), *task.get_task_state().items()]
+    assert [key for key, value in state if value.is_floating_point() and not value.isfinite().all()] == []
 
 
 RUN = [*TINY, '--epochs', '2', '--drw-start', '0.5', '--partner', 'sampler', '--queue-size', '20']  # which wraps around
