@@ -269,6 +269,33 @@ def test_a_row_trains_resumes_and_exports_a_plain_model(name, script, folders, t
     assert config['prior'] == row.class_prior(config['profile']['class_counts'], pick(options, row.options))
 
 
+@pytest.mark.parametrize('name', ['bcl', 'paco', 'gpaco', 'kcl', 'tsc'])
+def test_a_row_with_state_resumes_within_an_epoch(name, script, folders, tmp_path):
+    """From the second step of the last epoch, when the queue has wrapped around; `tsc` has its targets."""
+    options = (*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--checkpoint-interval', '1',
+               '--checkpoint-hist', '9', '--stage2', '')
+    assert script(*options, '--experiment', 'run').code == 0
+    shutil.copytree(tmp_path / 'run', tmp_path / 'again')
+    shutil.rmtree(tmp_path / 'again' / 'export')
+    folder = tmp_path / 'again' / 'checkpoints'
+    within = folder / 'epoch-0001-step-00000002.safetensors'
+    assert within.exists()
+    for path in (*folder.glob('epoch-0001-step-0000000[3-9]*'), folder / 'epoch-0001.safetensors'):
+        path.unlink(missing_ok=True)
+    assert 'epoch 2 of 2, step 3 comes next' in script(*options, '--experiment', 'again', '--resume', 'auto').err
+    assert same_export(tmp_path / 'run', tmp_path / 'again')
+    one, two = (load_checkpoint(tmp_path / run / 'checkpoints' / 'epoch-0001.safetensors') for run in ('run', 'again'))
+    states = [saved['model']['task_state'] for saved in (one, two)]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_queue_of_another_size_is_not_resumed(script, folders, tmp_path):
+    options = (*TINY, '--method', 'kcl', '--stage2', '', '--data-dir', folders, '--output', tmp_path, '--experiment', 'run')
+    assert script(*options, '--queue-size', '20').code == 0
+    outcome = script(*options, '--queue-size', '30', '--resume', 'auto', '--epochs', '2')
+    assert outcome.code == 2 and 'was trained with queue_size 20, this run has 30' in outcome.err
+
+
 @pytest.mark.parametrize('name', ['ce', 'ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'bcl', 'paco', 'tsc'])
 def test_the_best_average_is_what_is_exported_and_reported(name, script, folders, tmp_path):
     outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run', '--report',
