@@ -1,13 +1,11 @@
 """Rows of all processes, in the order in which one process of the whole batch would have them."""
-import warnings
-
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives  # unlike torch.distributed.nn, part of a compiled graph
 import torch.nn.functional as F
 from torch import Tensor
 
-warnings.filterwarnings('ignore', '.*all_gather_tensor_autograd', FutureWarning)
+_all_gather = getattr(collectives, 'all_gather_single_autograd', None) or collectives.all_gather_tensor_autograd  # torch 2.6
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -44,7 +42,7 @@ def gather(rows: Tensor, padding: int = 0, fill: float = 0.0) -> Tensor:
         return rows
     if padding:
         rows = F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, padding), value=fill)
-    gathered = collectives.all_gather_tensor_autograd(rows.contiguous(), 0, dist.group.WORLD)
+    gathered = _all_gather(rows.contiguous(), 0, dist.group.WORLD)
     return gathered.unflatten(0, (world, len(rows))).transpose(0, 1).flatten(0, 1)
 
 

@@ -16,7 +16,7 @@ from glmc.models.backbone import create_backbone
 from glmc.models.projected import KeyEncoder, Queue
 from glmc.models.targets import Targets, spread_targets
 from glmc.tasks.contrastive import ContrastiveTask
-from glmc.tasks.gather import missing_rows
+from glmc.tasks.gather import gather, missing_rows
 from glmc.training.engine import step_generator
 
 COUNTS = [50, 30, 12, 3]
@@ -78,6 +78,20 @@ def test_two_processes_equal_one_of_twice_the_batch(name, tmp_path):
     for key, value in memory.items():
         np.testing.assert_allclose(first[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
         np.testing.assert_array_equal(first[key], second[key], err_msg=key)
+
+
+def test_a_gather_is_part_of_a_compiled_graph(tmp_path):
+    """Forward and backward pass in two processes, with a row of padding."""
+    def compiled(rank: int) -> tuple:
+        torch._dynamo.reset()
+        rows = (torch.arange(6.).view(3, 2) + 10 * rank)[:3 - rank].requires_grad_()
+        function = torch.compile(lambda rows: gather(rows, rank, fill=-1) * 2, fullgraph=True, backend='aot_eager')
+        gathered = function(rows)
+        (gathered * (rank + 1)).sum().backward()
+        return gathered.detach().numpy(), rows.grad.numpy()
+    for gathered, gradient in in_two_processes(compiled, tmp_path):
+        assert gathered.tolist() == [[0, 2], [20, 22], [4, 6], [24, 26], [8, 10], [-2, -2]]
+        assert (gradient == 6).all()
 
 
 @pytest.mark.parametrize('total, world', itertools.product(range(8, 40), (2, 3, 8)))
