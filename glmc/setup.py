@@ -190,12 +190,15 @@ class Setup:
         adapted = adapters(backbone)
         in_adapters = sum(p.numel() for layer in adapted.values() for p in layer.parameters() if p.requires_grad)
         self.num_parameters = sum(p.numel() for p in backbone.parameters()) - in_adapters  # those of the export
-        self.frozen_norms = frozen_norms(backbone, args.freeze_bn or bool(adapted))
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.task = self.method.task(model, counts, **pick(args, self.method.task_options))
+        frozen = frozen_norms(backbone, args.freeze_bn or bool(adapted))
+        names = [name for name, module in backbone.named_modules() if module in frozen]
+        copies = [module for module in self.task.modules() if type(module) is type(backbone)]  # a key encoder has one
+        self.frozen_norms = [each.get_submodule(name) for each in copies for name in names]
         self.mixer = self.method.mixer(counts, **pick(args, self.method.mixer_options))
         frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad) if args.freeze or adapted else 0
         if adapted:
@@ -226,7 +229,8 @@ class Setup:
             data_config=self.data_config, batch_size=args.batch_size, device=accelerator.device, workers=args.workers,
             rank=accelerator.process_index, world_size=accelerator.num_processes)
         self.augmentation = augmentation = augmentation_options(args)
-        resident = is_resident(args.resident, self.data.train, augmentation, self.data_config['input_size'])
+        views = self.method.views if args.view_augmentation == 'published' else ('plain',) * len(self.method.views)
+        resident = is_resident(args.resident, self.data.train, augmentation, self.data_config['input_size'], views)
         create_train = create_resident_train_loader if resident else create_train_loader
         create_eval = create_resident_eval_loader if resident else create_eval_loader
         pairs = self.method.paired and args.partner == 'sampler'
@@ -234,7 +238,7 @@ class Setup:
             raise InputError(f'--dataset {args.dataset}: has no index to draw partners by, expected --partner batch')
         try:
             self.train_loader = create_train(
-                self.data.train, augmentation, views=self.method.views, seed=args.seed, bad=self.bad_images,
+                self.data.train, augmentation, views=views, seed=args.seed, bad=self.bad_images,
                 erasing=self._erasing(), resample_power=args.resample_power if pairs else None, **common)
         except InputError:
             raise
@@ -352,7 +356,8 @@ class Setup:
         """Options to create and export the model again, and those that a resumed run must share."""
         args = self.args
         model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}
-        training = pick(args, ('opt', 'filter_bias_and_bn', 'layer_decay', *self.method.module_options))
+        shapes = (*self.method.module_options, *self.method.state_options)
+        training = pick(args, ('opt', 'filter_bias_and_bn', 'layer_decay', *shapes))
         training['swa_first_epoch'] = self.swa_epoch  # the first epoch in the mean
         training.update({name: value for name, value in pick(args, ('freeze', 'freeze_bn')).items() if value})
         levers = {name: value for name, value in pick(args, LEVERS).items() if value != LEVERS[name]}

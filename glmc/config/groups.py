@@ -260,7 +260,23 @@ def _method(parser: Parser) -> None:
     add('--alpha-scope', choices=('losses', 'encoder'), default='losses',
         help='whether α weights the losses (paper) or only the gradients into the encoder, so that both classifiers learn '
         'at full weight throughout; default: losses, encoder for glmc, glmc_cosine and glmc_no_consistency')
-    add('--projection-dim', type=positive_int, default=256, metavar='D', help='dimension d of projection and prediction')
+    add('--projection-dim', type=positive_int, default=256, metavar='D',
+        help='dimension d of projection and prediction; default: 256, 128 for supcon, bcl, kcl, tsc, 32 for paco, gpaco')
+    add('--projection-hidden', type=positive_int, metavar='N',
+        help='width of the hidden layers of the projector; default: that of the features, 512 for bcl')
+    add('--view-augmentation', choices=('published', 'plain'), default='published',
+        help="augmentation of the views of contrastive methods: the papers', or that of the run for every view")
+    add('--contrast-temperature', type=positive, default=0.1, metavar='T',
+        help='temperature of a contrastive loss; default: 0.1, 0.05 for paco and gpaco, 0.07 for kcl and tsc')
+    add('--contrast-weight', type=non_negative, default=0.3, metavar='W',
+        help='weight of the contrastive loss of bcl (default 0.3), or of a feature of the same class in paco and gpaco, '
+        'where the class itself has 1 (default 0.01)')
+    add('--queue-size', type=positive_int, default=4096, metavar='K',
+        help='features of earlier batches that paco, gpaco, kcl and tsc keep; default: 4096, 1024 for paco and gpaco')
+    add('--key-momentum', type=fraction, default=0.999, metavar='M',
+        help='m of the encoder of these features, θ\' ← m·θ\' + (1-m)·θ')
+    add('--positives', type=count, default=6, metavar='K', help='largest number of kept features that attract an image')
+    add('--target-weight', type=non_negative, default=0.2, metavar='LAMBDA', help='λ of the targets of tsc')
     add('--joint-forward', action='store_true', help='encode both views as one batch, with common BatchNorm statistics')
     add('--balanced', action='store_true', help='same as --method glmc_balanced')
     add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')
@@ -311,6 +327,10 @@ def _schedule(parser: Parser) -> None:
     add('--warmup-lr', type=non_negative, default=1e-5, help='learning rate at the start of the warm-up')
     add('--warmup-prefix', action='store_true', help='add the warm-up before the schedule instead of inside it')
     add('--min-lr', type=non_negative, default=0.0, help='learning rate at the end of the schedule')
+    add('--lr-cycle-limit', type=positive_int, default=1, metavar='N',
+        help='cycles of cosine, tanh and poly, each of --epochs epochs; published for tsc: 2')
+    add('--lr-cycle-decay', type=positive_fraction, default=1.0, metavar='F',
+        help="factor of the learning rate from one cycle to the next (timm's default: 0.1)")
     add('--decay-epochs', type=positive, metavar='N',
         help='epochs between the drops of step (default: 90), or of the decay phase of wsd and rsqrt')
     add('--decay-milestones', type=positive_int, nargs='+', default=[90, 180, 270], metavar='N',

@@ -89,6 +89,8 @@ NEEDS = (
     Need(('warmup_lr', 'sched_on_updates'), 'with --sched none', lambda o: o.sched != 'none'),
     Need(('min_lr',), 'without --sched cosine, tanh, poly, wsd or rsqrt',
          lambda o: o.sched in _WITH_MIN_LR),
+    Need(('lr_cycle_decay',), 'without --lr-cycle-limit', lambda o: o.lr_cycle_limit > 1),
+    Need(('lr_cycle_limit',), 'without --sched cosine, tanh or poly', lambda o: o.sched in ('cosine', 'tanh', 'poly')),
     Need(('decay_epochs',), 'without --sched step, wsd or rsqrt', lambda o: o.sched in ('step', 'wsd', 'rsqrt')),
     Need(('decay_milestones',), 'without --sched multistep', lambda o: o.sched == 'multistep'),
     Need(('decay_rate',), 'without --sched step, multistep or poly', lambda o: o.sched in ('step', 'multistep', 'poly')),

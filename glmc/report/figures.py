@@ -15,7 +15,7 @@ CURVES = {  # file name -> title, vertical axis, column of summary.csv -> label
         'eval_top1': 'top-1', 'eval_many': 'many', 'eval_medium': 'medium', 'eval_few': 'few'}),
     'losses': ('Training losses', 'loss', {
         'train_loss': 'total', 'loss_c': 'conventional (L_c)', 'loss_cb': 'rebalanced (L_cb)',
-        'loss_sim': 'consistency (L_sim)'}),
+        'loss_sim': 'consistency (L_sim)', 'loss_con': 'contrast (L_con)'}),
 }
 
 

@@ -100,6 +100,7 @@ def mixed_views(loader, mixer, class_names: Sequence[str], seed: int, epoch: int
         params = mixer.sample_params(len(views), views.shape[-2:], step_generator(seed, epoch, k))
         inputs, targets = mixer(views, labels, params if params is None else params.to(views.device))
         inputs, targets = _as_tuple(inputs), _as_tuple(targets)
+        targets = [target for target in targets if target.ndim > 1 or not target.is_floating_point()]  # no random numbers
         images = [to_image(image[k].float()) for image in inputs]
         names = ' | '.join(dict.fromkeys(describe_target(target[k], class_names) for target in targets))
         pictures.append(Picture(images, names))

@@ -95,7 +95,7 @@ def train_one_epoch(
     run_batch = run_batch or train_batch
     task = accelerator.unwrap_model(train_step).task
     meter = meter or Meter(('loss', *task.loss_names), accelerator.device)
-    meter.guard.snapshot((task.get_trainable_module(), task.get_trainable_module(ema=True)))
+    meter.guard.snapshot((task,))
     train_step.train()
     num_steps, clock = len(loader), RateClock(meter, accelerator.num_processes)
     checked = start_step
@@ -107,6 +107,7 @@ def train_one_epoch(
         done = step + 1
         group = min(accum_steps, num_steps - step // accum_steps * accum_steps)  # the last group may be shorter
         updates = done % accum_steps == 0 or done == num_steps
+        task.before_batch(len(views), batch_fraction)
         outputs = run_batch(accelerator, train_step, views, labels, step_generator(seed, epoch, step), sync=updates,
                             divisor=group / batch_fraction)
         meter.update(outputs, len(views))
@@ -148,13 +149,8 @@ def train_batch(
     with nullcontext() if sync else accelerator.no_sync(train_step):
         outputs = train_step(views, labels, params)
         backward(accelerator, outputs['loss'] / divisor)
-    return finish_batch(accelerator.unwrap_model(train_step).task, outputs)
-
-
-def finish_batch(task: TrainingTask, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Detach the dict of a task, which frees the graph, and pass it to the task's `after_batch`."""
-    outputs = {name: value.detach() for name, value in outputs.items()}
-    task.after_batch(outputs)
+    outputs = {name: value.detach() for name, value in outputs.items()}  # frees the graph
+    accelerator.unwrap_model(train_step).task.after_batch(outputs)
     return outputs
 
 
