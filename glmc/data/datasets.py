@@ -23,12 +23,14 @@ class ImageSet:
         names: N names, `class/file` for files, else indices.
         class_names: C names in label order.
         source: Option and value that name the set in messages, or the path of its list.
+        passed_over: Text on the files that are no images, or empty.
     """
     read: Callable[[int], Image.Image]
     labels: np.ndarray
     names: Sequence[str]
     class_names: Sequence[str]
     source: str
+    passed_over: str = ''
 
     def __len__(self) -> int:
         return len(self.labels)

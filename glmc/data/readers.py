@@ -7,22 +7,26 @@ from itertools import islice
 import numpy as np
 import torch.distributed as dist
 from PIL import Image
-from timm.data import IterableImageDataset, create_dataset, get_img_extensions
+from timm.data import IterableImageDataset, create_dataset
 from timm.data.dataset_factory import _search_split
 
 from glmc.data.datasets import ImageSet
+from glmc.data.folders import load_folders
 from glmc.errors import InputError
 
+FOLDERS = ('', 'torch/image_folder', 'torch/folder')  # sources that have a folder per split
 _PREFIXES = ('torch', 'hfds', 'hfids', 'wds', 'tfds')  # timm's
 
 
-def load_source(name: str, root: str | None, split: str, **kwargs) -> ImageSet | IterableImageDataset:
+def load_source(
+        name: str, root: str | None, split: str, class_from: str | None = None, **kwargs) -> ImageSet | IterableImageDataset:
     """Load a source of `timm.data.create_dataset`.
 
     Args:
         name: PREFIX/NAME, or empty for image folders and tars.
         root: Folder or tar; for other sources the folder they are downloaded to.
         split: Name of the split.
+        class_from: See `folders.name_classes`; for torch/image_folder, `top` is the default.
         **kwargs: For `create_dataset`.
 
     Returns:
@@ -37,6 +41,11 @@ def load_source(name: str, root: str | None, split: str, **kwargs) -> ImageSet |
     else:
         where = f'--data-dir {root}'
         _check_folder(root, split)
+    if name.lower() in FOLDERS and os.path.isdir(root):
+        folder, options = _search_split(root, split), {name: kwargs.get(name) for name in ('class_map', 'input_key')}
+        if name:  # torchvision's classes and order
+            return load_folders(folder, where, class_from=class_from or 'top', key=os.path.split)
+        return load_folders(folder, where, class_from=class_from, **options)
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
     except ImportError as error:
@@ -46,10 +55,7 @@ def load_source(name: str, root: str | None, split: str, **kwargs) -> ImageSet |
         raise InputError(f'{where}, split {split}: cannot be opened: {detail[0]}') from error
     if isinstance(dataset, IterableImageDataset):
         return dataset
-    images = _from_reader(dataset.reader, where) if hasattr(dataset, 'reader') else _from_torch(dataset, where)
-    if not name and os.path.isdir(root):
-        _reject_empty_class_folders(_search_split(root, split), kwargs.get('input_key'))
-    return images
+    return _from_reader(dataset.reader, where) if hasattr(dataset, 'reader') else _from_torch(dataset, where)
 
 
 def has_split_folder(root: str, split: str) -> bool:
@@ -74,15 +80,6 @@ def _check_folder(root: str, split: str) -> None:
     if has_split_folder(root, 'train') or has_split_folder(root, 'validation'):
         found = ', '.join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())[:8])
         raise InputError(f'--data-dir {root}: no folder for split {split!r}, found {found}')
-
-
-def _reject_empty_class_folders(folder: str, input_key: str | None) -> None:
-    """Raise an InputError for a folder without images; timm ignores it, but it is usually a mistake."""
-    extensions = tuple(input_key.split(';')) if input_key else tuple(get_img_extensions())
-    for path, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith('.')]
-        if not folders and not any(name.lower().endswith(extensions) for name in files):
-            raise InputError(f"--data-dir: class folder {path} has no images ({', '.join(extensions)})")
 
 
 # --- sources with an index ---

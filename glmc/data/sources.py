@@ -12,12 +12,11 @@ from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM
 from glmc.data.datasets import ImageSet, long_tailed, split_holdout
 from glmc.data.lists import load_list, read_class_counts
 from glmc.data.profiles import Profile, pluralize
-from glmc.data.readers import CheckedReader, count_classes, evaluation_reader, has_split_folder, load_source
+from glmc.data.readers import FOLDERS, CheckedReader, count_classes, evaluation_reader, has_split_folder, load_source
 from glmc.errors import InputError
 
 _logger = logging.getLogger(__name__)
 NO_SPLIT = 'none'  # --val-split for a run that is evaluated on held-out training images only
-_FOLDERS = ('', 'torch/image_folder', 'torch/folder')  # sources that have a folder per split
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def load_validation(
         return None
     root = source.get('data_dir')
     try:
-        if source.get('dataset', '') in _FOLDERS and not list_path and root and not has_split_folder(root, split):
+        if source.get('dataset', '') in FOLDERS and not list_path and root and not has_split_folder(root, split):
             raise InputError(f'--data-dir {root}: no folder for {option} {split}; expected one beside the training '
                              'folder, a --val-list, or --holdout to set training images aside')
         images = load_images(split, list_path, **{**source, 'num_classes': train.num_classes})
