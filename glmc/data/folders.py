@@ -36,8 +36,8 @@ def sorted_names(names: Iterable[str]) -> list[str]:
     for name in ordered:
         alike = seen.setdefault(str(natural_key(unicodedata.normalize('NFC', name).casefold())[0]), name)
         if alike != name:
-            _logger.warning(f'Class names {ascii(alike)} and {ascii(name)} differ only in case, leading zeros or the encoding '
-                            'of accents; they are two classes')
+            _logger.warning(f'Class names {ascii(alike)} and {ascii(name)} differ only in case, leading zeros or the '
+                            'encoding of accents; they are two classes')
             break
     return ordered
 
@@ -80,7 +80,9 @@ def load_folders(
                              f"{f', found {found.passed_over()}' if found.passed_over() else ''}")
     images = labelled(names, [classes[folder] for folder in folders], class_map, where, root)
     paths = [os.path.join(root, name) for name in images.names]
-    return replace(images, read=partial(_open_file, paths), passed_over=found.passed_over())
+    if found.passed_over():
+        _logger.info(f'{printable(root)}: passed over {found.passed_over()}')
+    return replace(images, read=partial(_open_file, paths))
 
 
 def name_classes(folders: Iterable[str], where: str, class_from: str | None = None) -> dict[str, str]:
@@ -131,7 +133,8 @@ def class_name(folder: str, class_from: str | None) -> str:
 
 
 def labelled(
-        names: Sequence[str], classes: Sequence[str], class_map: str | None, where: str, root: str | None = None) -> ImageSet:
+        names: Sequence[str], classes: Sequence[str], class_map: str | None, where: str,
+        root: str | None = None) -> ImageSet:
     """Image set without a reader, with labels by the sorted order of the class names or by a class map.
 
     Args:

@@ -1,7 +1,7 @@
 """Training and evaluation data from the data options: sources of timm, `path label` lists or the embedded digits."""
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -120,7 +120,7 @@ def load_validation(
             raise
         _logger.warning(f'No validation set, only held-out images: {error}')
         return None
-    return _with_classes(images, train.class_names, list_path)
+    return images.with_classes(train.class_names)
 
 
 def load_evaluation_data(
@@ -142,15 +142,10 @@ def load_evaluation_data(
         images.reader = evaluation_reader(images.reader, num_classes, f"--dataset {source['dataset']}")
         return images
     if class_names is not None:
-        return _with_classes(images, class_names, val_list)
+        return images.with_classes(class_names)
     if images.num_classes != num_classes:
         raise InputError(f"{images.source}: has {pluralize(images.num_classes, 'class')}, the model has {num_classes}")
     return images
-
-
-def _with_classes(images: ImageSet, class_names: Sequence[str], list_path: str | None) -> ImageSet:
-    """Name the classes by label for a list, whose labels are numbers; match them by name for other sets."""
-    return replace(images, class_names=class_names) if list_path else images.with_classes(class_names)
 
 
 def _iterable_data(
@@ -201,13 +196,13 @@ def load_images(
         list_path: `path label` file instead of a split.
         data_dir: Image folders or a tar, root of the list, or download folder.
         dataset: PREFIX/NAME of timm, or empty for folders.
-        num_classes: C of the list; None for its largest label + 1.
+        num_classes: C of a list of numbers; None for its largest label + 1.
         dataset_download: Download a torch/, hfids/ or tfds/ source that `data_dir` does not yet contain.
         batch_size: Images per process and step of a source without an index.
-        **options: Other arguments of `timm.data.create_dataset`: `class_map`, `input_key`, `target_key`, …
+        **options: Other arguments of `load_source`: `class_from`, `class_map`, `input_key`, `target_key`, …
     """
     if list_path:
-        return load_list(list_path, data_dir, num_classes)
+        return load_list(list_path, data_dir, num_classes, options.get('input_key'), options.get('target_key'))
     if dataset or data_dir:
         return load_source(dataset, data_dir, split, download=dataset_download, batch_size=batch_size, **options)
     return load_digits_set(split)
