@@ -121,8 +121,8 @@ def _hfds_labels(reader, where: str) -> tuple[list[int], dict[str, int]]:
         return [index[name] for name in labels], index
     for row, label in enumerate(labels):
         if type(label) is not int or not 0 <= label < MAX_LABEL:
-            raise InputError(f'{where}: expected labels 0…C-1 or class names in column {reader.label_key!r}, found {label!r} '
-                             f'in row {row}')
+            raise InputError(f'{where}: expected labels 0…C-1 or class names in column {reader.label_key!r}, found '
+                             f'{label!r} in row {row}')
     return labels, reader.class_to_idx
 
 
