@@ -221,8 +221,8 @@ def test_hub_columns_by_other_names(tmp_path):
     (dict(values=(0, -1)), "expected labels 0…C-1 or class names in column 'label', found -1 in row 1"),
     (dict(values=(0, None)), "expected labels 0…C-1 or class names in column 'label', found None in row 1"),
     (dict(values=(0, 10 ** 12)), "expected labels 0…C-1 or class names in column 'label', found 1000000000000 in row 1"),
-    (dict(values=('a', None), feature=datasets.Value('string')), "expected a class name in each row of column 'label', found "
-     'None in row 1')])
+    (dict(values=('a', None), feature=datasets.Value('string')),
+     "expected a class name in each row of column 'label', found None in row 1")])
 def test_hub_columns_that_do_not_fit(columns, message, tmp_path):
     with pytest.raises(InputError, match=f'--dataset hfds/.*: {message}'):
         load_training_data(**hub_set(tmp_path, **columns))
