@@ -23,6 +23,7 @@ from glmc.config import (
     DEMONSTRATION,
     FINETUNE_NEEDS,
     INPUT,
+    add_run_data,
     augmentation_options,
     finetune_parser,
     flag,
@@ -75,6 +76,10 @@ def prepare(args: Options, explicit: set[str], trained: TrainedModel, accelerato
     Raises:
         InputError: For wrong input, before any training.
     """
+    args = Options(**vars(args))
+    words = add_run_data(args, explicit, trained.name)
+    if words:
+        _logger.info(f'Data of the run: {shlex.join(words)}')
     args = follow_stage1(args, explicit, trained)
     knows_counts = bool(args.class_counts or trained.metadata.get('profile', {}).get('class_counts'))
     counts = training_counts(trained, args.class_counts) if knows_counts else None

@@ -13,12 +13,13 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from glmc.cli import Options, parse_args, pick, run_script, show_help
-from glmc.config import NEEDS, Need, names, unused_options, validate_parser
+from glmc.config import NEEDS, Need, add_run_data, names, unused_options, validate_parser
 
 if __name__ == '__main__':
     show_help(validate_parser)  # before the imports that take seconds
@@ -68,6 +69,9 @@ def validate(args: Options, explicit: set[str]) -> None:
     folder = results_folder(args, f'validate-{trained.architecture}')
     counts = training_counts(trained, args.class_counts)
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
+    words = add_run_data(args, explicit, args.model)
+    if words:
+        _logger.info(f'Data of the run: {shlex.join(words)}')
     warn_unused(args, explicit, VALIDATE_NEEDS)
     images = choose_images(args, trained, counts)
     model = prepare_model(args, trained, logit_shift(args, trained, counts, images), accelerator.device)

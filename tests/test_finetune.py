@@ -416,3 +416,10 @@ def test_a_run_of_two_processes_ends_with_stage_2(folders, tmp_path):
 def test_a_run_refuses_a_wrong_stage_2_before_it_trains(script, folders, tmp_path, options, message):
     outcome = script(*TINY, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run', *options.split())
     assert outcome.code == 2 and message in outcome.err.splitlines()[-1] and 'Epoch 1' not in outcome.err
+
+
+def test_a_run_is_continued_on_its_own_images(finetune, finished_run, folders, tmp_path):
+    outcome = finetune('--model', finished_run, '--stage2', 'ncm')
+    assert outcome.code == 0, outcome.err
+    assert f'Data of the run: --data-dir {folders}' in outcome.err and 'differs from that of stage 1' not in outcome.err
+    assert json.loads((tmp_path / 'out' / 'result' / 'ncm' / 'metrics.json').read_text())['num_images'] == 13

@@ -334,3 +334,12 @@ def test_wrong_input_is_one_line(validate, finished_run, folders, tmp_path, opti
     assert outcome.code == 2, outcome.err
     assert len(outcome.err.splitlines()) == 1 and outcome.err.startswith('error: ')
     assert expected in outcome.err
+
+
+@pytest.mark.parametrize('place', ['.', 'export'])
+def test_a_run_is_evaluated_on_its_own_images(validate, finished_run, folders, place):
+    outcome, metrics = validate('--model', finished_run / place, '--no-report')
+    assert outcome.code == 0, outcome.err
+    assert f'Data of the run: --data-dir {folders}' in outcome.err
+    expected = json.loads((finished_run / 'export' / 'metrics.json').read_text())
+    assert metrics['num_images'] == 13 and metrics['per_class_accuracy'] == expected['per_class_accuracy']

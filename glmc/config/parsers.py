@@ -2,9 +2,10 @@
 import argparse
 import ast
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
-from glmc.cli import Options, Parser
+from glmc.cli import Options, Parser, read_yaml
 from glmc.config.groups import (
     DATA,
     GROUPS,
@@ -21,6 +22,7 @@ from glmc.config.groups import (
     positive_int,
     precision_options,
 )
+from glmc.config.rules import as_words
 
 OBSOLETE = {'aug_views': 'both', 'mix_lambda': 'shared'}  # removed options -> the default that older files contain
 INPUT = ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')  # options of create_model and the data config
@@ -90,6 +92,32 @@ def method_rows() -> dict[str, SimpleNamespace]:
 def has_data(options: Options) -> bool:
     """Return whether the options name any images; else the embedded digits are used."""
     return bool(options.data_dir or options.dataset or options.train_list)
+
+
+def add_run_data(options: Options, explicit: set[str], model: str) -> list[str]:
+    """Set the data options to those of the run that trained a model, where the user names no images.
+
+    Args:
+        options: Options of a script; changed.
+        explicit: Names of the options that the user set, which stay.
+        model: Run folder, or the export in it; else nothing changes.
+
+    Returns:
+        Words of the command line for the options that were set.
+
+    Raises:
+        InputError: If args.yaml of the folder cannot be read.
+    """
+    folder = Path(model).parent if Path(model).name == 'export' else Path(model)
+    if {'data_dir', 'dataset', 'train_list', 'val_list'} & explicit or not (folder / 'args.yaml').is_file():
+        return []
+    parser, words = train_parser(method_rows()), []
+    known = read_yaml(parser, str(folder / 'args.yaml'))
+    for name in (*names(*DATA), 'seed'):
+        if name in vars(options).keys() - explicit and known.get(name, getattr(options, name)) != getattr(options, name):
+            setattr(options, name, known[name])
+            words += as_words(name, known[name])
+    return words
 
 
 def is_pretrained(options: Options) -> bool:

@@ -13,7 +13,7 @@ from conftest import COUNTS, PACKS, VALIDATION, coloured, write_folders, write_s
 from PIL import Image
 
 from glmc.data.sources import load_training_data
-from glmc.errors import InputError
+from glmc.errors import ImageError, InputError
 
 
 @pytest.fixture(autouse=True)
@@ -218,11 +218,34 @@ def test_hub_columns_by_other_names(tmp_path):
 @pytest.mark.parametrize('columns, message', [
     (dict(image='img'), r"no image column 'image' \(--input-key\), found img, label"),
     (dict(label='fine'), r"no label column 'label' \(--target-key\), found image, fine"),
-    (dict(values=(0, -1)), "expected labels 0…C-1 in column 'label', found -1"),
-    (dict(values=('a', 'b'), feature=datasets.Value('string')), "expected labels 0…C-1 in column 'label', found 'a'")])
+    (dict(values=(0, -1)), "expected labels 0…C-1 or class names in column 'label', found -1 in row 1"),
+    (dict(values=(0, None)), "expected labels 0…C-1 or class names in column 'label', found None in row 1"),
+    (dict(values=(0, 10 ** 12)), "expected labels 0…C-1 or class names in column 'label', found 1000000000000 in row 1"),
+    (dict(values=('a', None), feature=datasets.Value('string')),
+     "expected a class name in each row of column 'label', found None in row 1")])
 def test_hub_columns_that_do_not_fit(columns, message, tmp_path):
     with pytest.raises(InputError, match=f'--dataset hfds/.*: {message}'):
         load_training_data(**hub_set(tmp_path, **columns))
+
+
+def test_names_in_a_hub_column_are_classes(tmp_path):
+    data = load_training_data(**hub_set(tmp_path, values=('cat', 'ant', 'cat'), feature=datasets.Value('string')))
+    assert data.class_names == ['ant', 'cat'] and data.train.labels.tolist() == data.validation.labels.tolist() == [1, 0, 1]
+    assert data.train.image(1).size == (32, 32)
+
+
+def test_a_row_without_an_image_is_an_unreadable_image(tmp_path):
+    source = hub_set(tmp_path)
+    path = tmp_path / 'data' / 'train-00000-of-00001.parquet'
+    table = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / 'cache')).cast_column(
+        'image', datasets.Image(decode=False))
+    rows = [*table, {'image': None, 'label': 1}]
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value('int64'))
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    images = load_training_data(**source).train
+    assert len(images) == 3
+    with pytest.raises(ImageError, match='cannot decode image 2'):
+        images.image(2)
 
 
 def test_holdout_replaces_a_missing_validation_split(tmp_path):
