@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from glmc.cli import check_value, nearest
 from glmc.config import actions
-from glmc.data.profiles import Profile
+from glmc.data.profiles import Profile, pluralize
 from glmc.methods import METHODS, Method, canonical_name
 
 
@@ -122,7 +122,7 @@ class PlainMixer(nn.Module):
         if found == 1 and self.repeats_view:
             images = images * self.num_views
         if len(images) != self.num_views:
-            raise ValueError(f'{self.name}: found {found} augmentation{"s" * (found != 1)} of each image, expected a list of '
+            raise ValueError(f"{self.name}: found {pluralize(found, 'augmentation')} of each image, expected a list of "
                              f'{self.num_views} (B, c, H, W) batches')
         if images[0].ndim != 4 or labels.shape != images[0].shape[:1]:
             raise ValueError(f'{self.name}: found images of shape {tuple(images[0].shape)} and labels of shape '
