@@ -12,7 +12,7 @@ from conftest import ROOT, VALIDATION, coloured, in_two_processes, write_folders
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask
-from timm.utils import NativeScaler
+from timm.utils import NativeScaler, random_seed
 
 import glmc
 from glmc.export import load_trained
@@ -211,7 +211,7 @@ def library_page(title: str) -> str:
     return code
 
 
-def small(code: str, epochs: int = 6) -> str:
+def small(code: str, epochs: int = 10) -> str:
     """A block with a tiny model, few epochs and small batches instead of those of the page."""
     for printed, tiny in (
             (r"'resnet18', num_classes=len\(names\)",
@@ -226,7 +226,7 @@ def small(code: str, epochs: int = 6) -> str:
 @pytest.fixture
 def my_images(tmp_path, monkeypatch) -> Path:
     """A working folder with `my_images`, in which the blocks run."""
-    torch.manual_seed(0)
+    random_seed(0)
     write_folders(tmp_path / 'my_images' / 'train', CLASSES)
     write_folders(tmp_path / 'my_images' / 'val', VALIDATION, start=100)
     monkeypatch.chdir(tmp_path)
