@@ -220,7 +220,8 @@ def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | No
     names = ('loss', 'top1', 'top5', 'many', 'medium', 'few', 'class_mean')
     row.update({f'eval_{name}': (metrics or {}).get(name) for name in names})
     row.update(lr=train['lr'], alpha=alpha)
-    row.update({name: train.get(name) for name in ('loss_c', 'loss_cb', 'loss_sim', 'loss_con')})
+    parts = dict.fromkeys(('loss_c', 'loss_cb', 'loss_sim', *(name for name in train if name.startswith('loss_'))))
+    row.update({name: train.get(name) for name in parts})
     row.update(skipped_steps=train['skipped_steps'], bad_images=bad_images)
     row['images_per_second'] = round(train['images_per_second'], 1)
     return {name: '' if value is None else value for name, value in row.items()}

@@ -282,7 +282,7 @@ UNUSED = {  # command line -> its only warning; one line or more for each row of
     '--sched none --sched-on-updates': '--sched-on-updates has no effect with --sched none',
     '--sched step --min-lr 0.01': '--min-lr has no effect without --sched cosine, tanh, poly, wsd or rsqrt',
     '--decay-epochs 3': '--decay-epochs has no effect without --sched step, wsd or rsqrt',
-    '--lr-cycle-decay 0.5': '--lr-cycle-decay has no effect without --lr-cycle-limit',
+    '--lr-cycle-decay 0.4': '--lr-cycle-decay has no effect without --lr-cycle-limit',
     '--sched step --lr-cycle-limit 2': '--lr-cycle-limit has no effect without --sched cosine, tanh or poly',
     '--sched step --decay-milestones 3': '--decay-milestones has no effect without --sched multistep',
     '--decay-rate 0.5': '--decay-rate has no effect without --sched step, multistep or poly',

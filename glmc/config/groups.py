@@ -329,8 +329,8 @@ def _schedule(parser: Parser) -> None:
     add('--min-lr', type=non_negative, default=0.0, help='learning rate at the end of the schedule')
     add('--lr-cycle-limit', type=positive_int, default=1, metavar='N',
         help='cycles of cosine, tanh and poly, each of --epochs epochs; published for tsc: 2')
-    add('--lr-cycle-decay', type=positive_fraction, default=1.0, metavar='F',
-        help="factor of the learning rate from one cycle to the next (timm's default: 0.1)")
+    add('--lr-cycle-decay', type=positive_fraction, default=0.5, metavar='F',
+        help='factor of the learning rate from one cycle to the next')
     add('--decay-epochs', type=positive, metavar='N',
         help='epochs between the drops of step (default: 90), or of the decay phase of wsd and rsqrt')
     add('--decay-milestones', type=positive_int, nargs='+', default=[90, 180, 270], metavar='N',

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
-from conftest import TINY, free_port, launch_train, run_train, write_folders
+from conftest import PACKS, TINY, free_port, launch_train, run_train, write_folders
 from timm.utils import unwrap_model
 
 from glmc.cli import parse_args, pick
 from glmc.config import FINE_TUNING, train_parser
 from glmc.methods import METHODS
 from glmc.models.backbone import create_backbone
+from glmc.run_folder import read_summary
 from glmc.stage2.features import Features
 from glmc.stage2.head_init import init_heads
 from glmc.stage2.probe import class_means
@@ -90,7 +91,8 @@ def test_pretrained_weights_bring_the_defaults_of_fine_tuning(folders, weights, 
         assert parse_args(train_parser(METHODS), ['--pretrained', *words])[0].method == method
     done = run_train(*TINY, '--data-dir', folders, '--initial-checkpoint', weights, '--output', tmp_path, '--method', 'ce')
     assert done.code == 0, done.err
-    chosen = '--head-init probe --freeze-bn --smoothing 0.1 --sched-on-updates --scale 0.4 1\n'  # TINY has rate and epochs
+    # TINY has rate and epochs
+    chosen = '--head-init probe --freeze-bn --smoothing 0.1 --clip-grad 2 --sched-on-updates --scale 0.4 1\n'
     assert f'hparams/pretrained.yaml: {chosen}' in done.err.replace(' --lr-base 0.02', '')
     assert 'Classifiers start from probe' in done.err and not list(tmp_path.glob('*/features'))
 
@@ -98,6 +100,19 @@ def test_pretrained_weights_bring_the_defaults_of_fine_tuning(folders, weights, 
 def test_the_file_of_the_defaults_has_their_values():
     path = Path(__file__).parents[2] / 'hparams' / 'pretrained.yaml'
     assert yaml.safe_load(path.read_text(encoding='utf-8')) == FINE_TUNING
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_the_first_updates_do_not_destroy_the_probe(script, tmp_path):
+    weights = PACKS.parent / 'weights' / 'tf_efficientnet_lite0'
+    if not weights.exists():
+        pytest.skip(f'needs the weights {weights}, which are absent')
+    done = script('--model', f'local-dir:{weights}', '--pretrained', '--method', 'glmc', '--epochs', '1', '--no-report',
+                  '--workers', '0', '--output', tmp_path, '--experiment', 'run')
+    assert done.code == 0, done.err
+    (row,) = read_summary(tmp_path / 'run')
+    assert row['eval_class_mean'] > 40  # of ten digits; features that all point in one direction give 10
 
 
 def test_a_resumed_run_keeps_its_classifiers(folders, weights, tmp_path):
