@@ -179,7 +179,7 @@ def test_small_images_end_with_the_command_from_scratch(options, command, folder
 @pytest.mark.parametrize('options, added', [
     ([], '--select-split validation --val-split test --shot-thresholds 6 9'),
     (['--val-split', 'test'], '--val-split test --select-split validation --shot-thresholds 6 9'),
-    (['--holdout', '1', '--shot-thresholds', '2', '9'], '--holdout 1.0 --shot-thresholds 2 9')])
+    (['--holdout', '1', '--shot-thresholds', '2', '9'], '--holdout 1 --shot-thresholds 2 9')])
 def test_a_validation_and_a_test_folder_are_both_used(options, added, folders, tmp_path, capsys, monkeypatch):
     shutil.copytree(folders, tmp_path / 'images')
     shutil.copytree(folders / 'validation', tmp_path / 'images' / 'test')
