@@ -231,7 +231,8 @@ def test_not_training_are_the_options_that_do_not_change_the_training():
     assert set(vars(parse()[0])) >= NOT_TRAINING
     assert set(NOT_TRAINING) == {
         'config', 'data_dir', 'dataset', 'dataset_download', 'val_split', 'val_list', 'train_list', 'class_map',
-        'class_counts', 'input_key', 'target_key', 'num_classes', 'workers', 'resident', 'channels_last', 'torchcompile',
+        'class_from', 'class_counts',
+        'input_key', 'target_key', 'num_classes', 'workers', 'resident', 'channels_last', 'torchcompile',
         'grad_checkpointing', 'seed', 'output', 'experiment', 'resume', 'debug', 'val_interval', 'log_interval',
         'checkpoint_interval', 'checkpoint_hist', 'report', 'report_to', 'push_to_hub', 'hub_private', 'hub_revision',
         'hub_license', 'dataset_name', 'stage2', 'feature_views', 'stage2_holdout', 'stage2_kwargs', 'feature_cache'}
@@ -247,7 +248,8 @@ UNUSED = {  # command line -> its only warning; one line or more for each row of
         '--dataset has no effect if all images are those of lists or of the embedded digits',
     '--train-list a.txt --val-list b.txt --data-dir images --class-map c.txt':
         '--class-map has no effect if all images are those of lists or of the embedded digits',
-    '--input-key png': '--input-key has no effect if all images are those of lists or of the embedded digits',
+    '--input-key png': '--input-key has no effect with the embedded digits',
+    '--dataset hfds/x --data-dir images --class-from top': '--class-from has no effect without image folders',
     '--dataset torch/cifar10 --data-dir data --class-map c.txt': '--class-map has no effect with a torch/ data set',
     '--data-dir images --dataset-download':
         '--dataset-download has no effect without a torch/, tfds/ or hfids/ data set',

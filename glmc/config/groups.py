@@ -112,11 +112,13 @@ def data_group(parser: Parser) -> None:
     add('--val-split', default='validation', metavar='NAME',
         help='name of the split to evaluate on; none is allowed with --holdout')
     add('--val-list', metavar='FILE',
-        help='file of `path label` lines (may be .gz) to evaluate on; paths are relative to --data-dir')
+        help='list to evaluate on: `path label` lines, or a CSV (may be .gz); paths are relative to --data-dir')
+    add('--class-from', choices=('leaf', 'top', 'path'), help='part of the path of a folder of images that names the class: '
+        'the innermost folder (default), the outermost, or all')
     add('--num-classes', type=positive_int, help='number of classes; default: that of the training data')
     add('--class-map', metavar='FILE', help='file that maps class names to indices, as in timm')
-    add('--input-key', help='column or key of the image (hfds, wds, tfds), or image extensions (folders)')
-    add('--target-key', help='column or key of the label (hfds, wds, tfds)')
+    add('--input-key', help='column or key of the image (CSV, hfds, wds, tfds), or image extensions of folders')
+    add('--target-key', help='column or key of the label (CSV, hfds, wds, tfds)')
     add('--dataset-download', action='store_true', help='download the data set (torch, tfds)')
     add('--class-counts', metavar='FILE', help='training images per class, for sources without an index (wds, tfds): JSON '
         'list, metrics.json of a run, or one number per line; default: count them in one pass')
@@ -127,7 +129,7 @@ def training_data_group(parser: Parser) -> None:
     group = parser.add_argument_group('training data')
     add = group.add_argument
     add('--train-split', default='train', help='name of the training split')
-    add('--train-list', metavar='FILE', help='file of `path label` lines to train on')
+    add('--train-list', metavar='FILE', help='list to train on: `path label` lines, or a CSV (may be .gz)')
     add('--holdout', type=positive, default=None, metavar='N',
         help='set training images of each class aside (a number, taken before --imbalance-factor, or a fraction); evaluate '
         'each epoch on them, keep the best epoch by class mean, and use the validation split once, at the end')

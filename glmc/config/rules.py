@@ -58,8 +58,11 @@ _WITH_MIN_LR = ('cosine', 'tanh', 'poly', 'wsd', 'rsqrt')
 NEEDS = (
     Need(('val_split',), 'with --val-list', lambda o: not o.val_list),
     Need(('train_split',), 'with --train-list', lambda o: not o.train_list),
-    Need(('dataset', 'class_map', 'input_key', 'target_key', 'dataset_download'),
+    Need(('dataset', 'class_from', 'class_map', 'dataset_download'),
          'if all images are those of lists or of the embedded digits', _source),
+    Need(('input_key', 'target_key'), 'with the embedded digits', lambda o: _source(o) or o.val_list),
+    Need(('class_from',), 'without image folders',
+         lambda o: o.dataset.lower() in ('', 'torch/image_folder', 'torch/folder')),
     Need(('class_map',), 'with a torch/ data set', lambda o: not _source(o, 'torch')),
     Need(('dataset_download',), 'without a torch/, tfds/ or hfids/ data set',
          lambda o: _source(o, 'torch', 'tfds', 'hfids')),

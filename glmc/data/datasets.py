@@ -1,5 +1,6 @@
 """Image sets with labels and names that are known without decoding; their long-tailed and held-out subsets."""
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,12 +24,14 @@ class ImageSet:
         names: N names, `class/file` for files, else indices.
         class_names: C names in label order.
         source: Option and value that name the set in messages, or the path of its list.
+        numbered: Whether the source has numbers as labels, so that `class_names` are only likely ones.
     """
     read: Callable[[int], Image.Image]
     labels: np.ndarray
     names: Sequence[str]
     class_names: Sequence[str]
     source: str
+    numbered: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,7 +64,9 @@ class ImageSet:
         try:
             with self.read(index) as image:
                 yield image
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except ImageError:
+            raise
+        except Exception as error:  # Pillow's formats raise anything, and rows without an image raise a TypeError
             raise ImageError(f'{self.source}: cannot decode image {self.names[index]}: {first_line(error)}') from error
 
     def subset(self, indices: np.ndarray) -> 'ImageSet':
@@ -71,13 +76,15 @@ class ImageSet:
                        names=[self.names[i] for i in indices.tolist()])
 
     def with_classes(self, class_names: Sequence[str]) -> 'ImageSet':
-        """Image set with labels that index `class_names`; classes are matched by name.
+        """Image set with labels that index `class_names`; classes are matched by name, or by number if that is known.
 
         Raises:
-            InputError: If `class_names` lacks a class that has images here.
+            InputError: If `class_names` lacks a class that has images here, or the folders of the images contradict it.
         """
         if list(self.class_names) == list(class_names):
             return self
+        if self.numbered:
+            return replace(self._with_names(class_names), class_names=class_names)
         index = {name: label for label, name in enumerate(class_names)}
         unknown = [self.class_names[c] for c in np.unique(self.labels) if self.class_names[c] not in index]
         if unknown:
@@ -86,6 +93,29 @@ class ImageSet:
                 f"which has {pluralize(len(class_names), 'class')}")
         lookup = np.array([index.get(name, -1) for name in self.class_names])
         return replace(self, labels=lookup[self.labels], class_names=class_names)
+
+    def _with_names(self, class_names: Sequence[str]) -> 'ImageSet':
+        """This set, checked: no folder with the name of a class may have the number of another one."""
+        named = {name: label for label, name in enumerate(class_names) if name != str(label)}
+        for folder, label in folder_labels(self.names, self.labels).items():
+            if named.get(folder, label) != label:
+                raise InputError(f'{self.source}: images in folder {folder!r} have label {label}, which is class '
+                                 f'{class_names[label]!r} of the training data, expected {named[folder]}')
+        return self
+
+
+def folder_labels(names: Sequence[str], labels: np.ndarray) -> dict[str, int]:
+    """Innermost folder -> label of most of its images, for the folders where one label has more than half of them."""
+    counts: dict[str, Counter] = {}
+    for name, label in zip(names, labels.tolist(), strict=True):
+        counts.setdefault(folder_of(name), Counter())[label] += 1
+    most = {folder: counter.most_common(1)[0] for folder, counter in counts.items()}
+    return {folder: label for folder, (label, number) in most.items() if 2 * number > counts[folder].total()}
+
+
+def folder_of(name: str) -> str:
+    """Name of the folder that contains a file."""
+    return os.path.basename(os.path.dirname(name))
 
 
 class BadImages:
@@ -162,22 +192,23 @@ def split_holdout(images: ImageSet, holdout: float, seed: int) -> tuple[ImageSet
 
     Args:
         images: Image set.
-        holdout: Images per class, or if below 1, their fraction; at least one image per class is set aside.
+        holdout: Images per class, or if below 1, their fraction, at least one image. A class that would have no training
+            image left keeps all.
         seed: Seed of the choice.
 
     Returns:
         (training set, held-out set).
 
     Raises:
-        InputError: If a class would have no training image.
+        InputError: If no image can be set aside.
     """
     rng = np.random.default_rng((seed, 1))
     held = []
     for label, count in enumerate(images.counts().tolist()):
         take = int(holdout) if holdout >= 1 else max(int(count * holdout), 1)
-        if take >= count:
-            raise InputError(f'--holdout {holdout:g}: class {images.class_names[label]!r} has '
-                             f"{pluralize(count, 'training image')}, setting {take} aside leaves none")
-        held.append(rng.permutation(np.flatnonzero(images.labels == label))[:take])
+        if take < count:
+            held.append(rng.permutation(np.flatnonzero(images.labels == label))[:take])
+    if not held:
+        raise InputError(f'--holdout {holdout:g}: no class has enough images, the largest has {images.counts().max():,}')
     held = np.sort(np.concatenate(held))
     return images.subset(np.setdiff1d(np.arange(len(images)), held)), images.subset(held)

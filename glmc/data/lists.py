@@ -1,76 +1,266 @@
-"""Image sets from `path label` lists, and training images per class from a file."""
+"""Image sets from lists, `path label` lines or CSV with columns, and training images per class from a file."""
+import csv
 import gzip
+import io
 import json
+import logging
 import os
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from glmc.data.datasets import ImageSet
-from glmc.errors import InputError
+from glmc.data.datasets import ImageSet, folder_labels, folder_of
+from glmc.data.folders import sorted_names
+from glmc.data.profiles import pluralize
+from glmc.errors import InputError, first_line, printable
+
+_logger = logging.getLogger(__name__)
+MAX_BYTES = 2 ** 28  # of a list, without compression; iNaturalist 2018 has 2 ** 25
+IMAGE_COLUMNS = ('image', 'images', 'file', 'filename', 'file_name', 'filepath', 'file_path', 'path', 'image_path',
+                 'image_file', 'image_name', 'img', 'img_path', 'image_id')
+LABEL_COLUMNS = ('label', 'labels', 'class', 'class_name', 'class_id', 'target', 'category',
+                 'category_id', 'label_name', 'y')
+MAX_DIGITS = 18  # of a label, which has 64 bits
+NUMBER = re.compile(r'-?\d+(\.0*)?')  # pandas writes integers of a column with gaps as 3.0
 
 
-def load_list(path: str, root: str | None, num_classes: int | None = None) -> ImageSet:
-    """Load a list of `path label` lines, the format of ImageNet-LT, Places-LT and iNaturalist.
+class Table(NamedTuple):
+    """Rows of a list.
 
-    The name of a class is the folder that all its images share, or its label if the folder is not unique.
+    Args:
+        lines: N line numbers, from 1.
+        files: N paths.
+        labels: N labels as text.
+    """
+    lines: list[int]
+    files: list[str]
+    labels: list[str]
+
+
+def load_list(
+        path: str, root: str | None, num_classes: int | None = None, image_column: str | None = None,
+        label_column: str | None = None) -> ImageSet:
+    """Load a list of images.
+
+    A line is `path label`, the format of ImageNet-LT, Places-LT and iNaturalist, or a row of a CSV with commas, semicolons
+    or tabs, with or without a header. Labels are numbers from 0, or class names, whose sorted order gives the numbers. With
+    numbers, the name of a class is the folder that all its images share, or its number if the folder is not unique.
 
     Args:
         path: Text file, or gzipped text if it ends in `.gz`.
         root: Folder that the paths are relative to.
-        num_classes: C; None for the largest label + 1.
+        num_classes: C of a list of numbers; None for the largest label + 1.
+        image_column, label_column: Columns of a CSV; None for a usual name, or the first and the second without a header.
 
     Raises:
         InputError: If the list cannot be read, a line has another format, a label is outside 0…C-1, or an image is missing.
     """
+    table = read_table(path, image_column, label_column)
+    if not table.files:
+        raise InputError(f'{path}: the list is empty, expected `path label` lines, or a CSV')
+    paths = [os.path.join(root or '', file) for file in table.files]
+    _require_files(path, table, root)
+    numbers = sum(map(bool, map(NUMBER.fullmatch, table.labels)))
+    numbered = numbers == len(table.labels)
+    if numbered:
+        labels = _numbers(path, table, num_classes)
+        names = _folder_names(table.files, labels, num_classes or int(labels.max()) + 1)
+    else:
+        if numbers:
+            _refuse_mixed(path, table)
+        names = sorted_names(table.labels)
+        index = {name: label for label, name in enumerate(names)}
+        labels = np.array([index[name] for name in table.labels], dtype=np.int64)
+    _warn_other_folders(path, table, labels, None if numbered else names)
+    return ImageSet(partial(_open_file, paths), labels, table.files, names, path, numbered)
+
+
+def read_table(path: str, image_column: str | None = None, label_column: str | None = None) -> Table:
+    """Read the rows of a list; see `load_list` for the arguments.
+
+    Raises:
+        InputError: If the list cannot be read, or a line has another format.
+    """
+    text = _read_text(path).replace('\r\n', '\n').replace('\r', '\n')
+    lines = [(number, line) for number, line in enumerate(text.split('\n'), 1) if line.strip()]
+    if not lines:
+        return Table([], [], [])
+    delimiter = _delimiter(lines[0][1], image_column or label_column)
+    if delimiter is None:
+        rows = [_split_line(path, number, line) for number, line in lines]
+    else:
+        rows = _split_csv(path, lines, delimiter)
+    head = [cell.strip() for cell in rows[0][1]]
+    columns = _columns(path, head, image_column, label_column)
+    if columns is None:
+        if len(head) != 2:
+            raise InputError(f'{path}, line {rows[0][0]}: found {len(head)} columns, expected path and label, or a header '
+                             f"such as {IMAGE_COLUMNS[0]}{delimiter or ','}{LABEL_COLUMNS[0]}")
+        columns = 0, 1
+    else:
+        rows = rows[1:]
+        others = [printable(name) for index, name in enumerate(head) if index not in columns]
+        if others:
+            _logger.info(f'{path}: columns {printable(head[columns[0]])} and {printable(head[columns[1]])} are read, '
+                         f"{', '.join(others[:8])} {'is' if len(others) == 1 else 'are'} not")
+    files, labels = [], []
+    for number, cells in rows:
+        if len(cells) != len(head):
+            raise InputError(f'{path}, line {number}: found {pluralize(len(cells), "column")}, expected {len(head)} as in '
+                             'the first line; a comma inside a cell needs quotes')
+        file, label = (cells[column].strip() for column in columns)
+        if not file or not label:
+            raise InputError(f"{path}, line {number}: found no {'label' if file else 'path'}")
+        files.append(file)
+        labels.append(label)
+    return Table([number for number, _ in rows], files, labels)
+
+
+def _read_text(path: str) -> str:
+    """Text of a list; names that are not UTF-8 keep their bytes."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f'{path}: cannot read this list: not a regular file')
     try:
-        opener = gzip.open if path.endswith('.gz') else open
-        with opener(path, 'rt', encoding='utf-8-sig') as file:
-            lines = file.readlines()
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise InputError(f'{path}: cannot read this list: {error}') from error
-    rows = [_parse_line(line.strip(), f'{path}, line {number}', num_classes)
-            for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise InputError(f'{path}: the list is empty, expected `path label` lines')
-    files, labels = zip(*rows, strict=True)
-    paths = [os.path.join(root or '', file) for file in files]
-    _require_files(path, paths)
-    labels = np.array(labels, dtype=np.int64)
-    return ImageSet(partial(_open_file, paths), labels, list(files), _class_names(files, labels, num_classes), path)
+        with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f'{path}: cannot read this list: {first_line(error)}') from error
+    if len(content) > MAX_BYTES:
+        raise InputError(f'{path}: cannot read this list: has more than {MAX_BYTES >> 20} MiB of text')
+    for mark, encoding in ((b'\xff\xfe', 'utf-16'), (b'\xfe\xff', 'utf-16')):  # Excel's "Unicode text"
+        if content.startswith(mark):
+            return content.decode(encoding, errors='replace')
+    if b'\0' in content:
+        raise InputError(f'{path}: cannot read this list: is not a text file')
+    return content.decode('utf-8-sig', errors='surrogateescape')
 
 
-def _parse_line(line: str, where: str, num_classes: int | None) -> tuple[str, int]:
+def _delimiter(line: str, has_header: str | None) -> str | None:
+    """Delimiter of the columns by the first line; None for `path label` lines."""
+    words = line.rsplit(maxsplit=1)
+    if not has_header and len(words) == 2 and NUMBER.fullmatch(words[1]) and not words[0].endswith((',', ';')):
+        return None
+    unquoted = re.sub(r'"[^"]*"', '', line)
+    return next((mark for mark in '\t,;' if mark in unquoted), ',' if has_header else None)
+
+
+def _split_line(path: str, number: int, line: str) -> tuple[int, list[str]]:
+    words = line.rsplit(maxsplit=1)
+    if len(words) != 2:
+        raise InputError(f'{path}, line {number}: expected `path label`, or columns separated by commas, found '
+                         f'{printable(line[:80])!r}')
+    return number, words
+
+
+def _split_csv(path: str, lines: Sequence[tuple[int, str]], delimiter: str) -> list[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO('\n'.join(line for _, line in lines)), delimiter=delimiter, skipinitialspace=True)
+    rows, start = [], 0
     try:
-        file, label = line.rsplit(maxsplit=1)
-        label = int(label)
-    except ValueError:
-        raise InputError(f'{where}: expected `path label`, found {line[:80]!r}') from None
-    if label < 0 or (num_classes is not None and label >= num_classes):
-        expected = '0 or more' if num_classes is None else f'0…{num_classes - 1}'
-        raise InputError(f'{where}: expected a label {expected}, found {label}')
-    return file, label
+        for cells in reader:
+            rows.append((lines[start][0], cells))
+            start = reader.line_num
+    except csv.Error as error:
+        raise InputError(f'{path}, line {lines[min(start, len(lines) - 1)][0]}: cannot be read as a CSV: {error}') from error
+    return rows
 
 
-def _require_files(list_path: str, paths: Sequence[str]) -> None:
+def _columns(path: str, head: Sequence[str], image: str | None, label: str | None) -> tuple[int, int] | None:
+    """Places of the two columns in a header; None if the first row is not one.
+
+    Raises:
+        InputError: If a column that is asked for is missing, or a header names only one of the two.
+    """
+    lower = [cell.lower() for cell in head]
+
+    def place(wanted: str | None, option: str, usual: Sequence[str]) -> int | None:
+        if wanted is None:
+            return next((lower.index(name) for name in usual if name in lower), None)
+        if wanted not in head:
+            raise InputError(f"{path}: no column {wanted!r} ({option}), found {', '.join(map(printable, head[:12]))}")
+        return head.index(wanted)
+    found = place(image, '--input-key', IMAGE_COLUMNS), place(label, '--target-key', LABEL_COLUMNS)
+    if None not in found:
+        return found
+    if found == (None, None):
+        return None
+    missing, option = ('images', '--input-key') if found[0] is None else ('labels', '--target-key')
+    raise InputError(f"{path}: which column has the {missing}? expected {option} with one of "
+                     f"{', '.join(map(printable, head[:12]))}")
+
+
+def _numbers(path: str, table: Table, num_classes: int | None) -> np.ndarray:
+    """(N,) labels of a list of numbers."""
+    labels = np.array([int(label.partition('.')[0][:MAX_DIGITS]) for label in table.labels], dtype=np.int64)
+    limit = num_classes if num_classes is not None else max(len(labels), 1)  # else a class would have no image
+    wrong = np.flatnonzero((labels < 0) | (labels >= limit))
+    if len(wrong):
+        row = int(wrong[0])
+        expected = f'0…{num_classes - 1}' if num_classes is not None else '0 or more' if labels[row] < 0 else (
+            f'0…C-1, each with an image, in a list of {pluralize(len(labels), "image")}')
+        raise InputError(f'{path}, line {table.lines[row]}: expected a label {expected}, found '
+                         f'{table.labels[row][:MAX_DIGITS]}')
+    return labels
+
+
+def _refuse_mixed(path: str, table: Table) -> None:
+    number, name = (next(row for row, label in enumerate(table.labels) if bool(NUMBER.fullmatch(label)) is wanted)
+                    for wanted in (True, False))
+    raise InputError(f'{path}: expected numbers or names as labels, found {table.labels[number][:MAX_DIGITS]} in line '
+                     f'{table.lines[number]} and {printable(table.labels[name][:80])!r} in line {table.lines[name]}')
+
+
+def _require_files(list_path: str, table: Table, root: str | None) -> None:
     """Check that all files exist; listing each folder once takes seconds, a system call per file takes minutes."""
     listed: dict[str, set] = {}
-    for path in paths:
+
+    def exists(path: str) -> bool:
         folder, name = os.path.split(path)
         if folder not in listed:
             listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
-        if name not in listed[folder]:
-            raise InputError(f'{list_path}: image {path} does not exist (paths are relative to --data-dir)')
+        return name in listed[folder]
+    for number, file in zip(table.lines, table.files, strict=True):
+        path = os.path.join(root or '', file)
+        if exists(path):
+            continue
+        first = path.rsplit(maxsplit=1)
+        if len(first) == 2 and exists(first[0]):
+            raise InputError(f'{list_path}, line {number}: found a third column, expected `path label`, or a CSV with a '
+                             'header')
+        header = '; columns of a header are named by --input-key and --target-key' if number == table.lines[0] else ''
+        raise InputError(f'{list_path}, line {number}: image {printable(path)} does not exist (paths are relative to '
+                         f'--data-dir{header})')
 
 
-def _class_names(files: Sequence[str], labels: np.ndarray, num_classes: int | None) -> list[str]:
+def _warn_other_folders(path: str, table: Table, labels: np.ndarray, names: Sequence[str] | None) -> None:
+    """Warn about images whose label is not that of their folder, where folders and labels correspond otherwise.
+
+    Args:
+        path, table, labels: The list, its rows, and (N,) labels.
+        names: C class names, if the list has names.
+    """
+    by_folder = folder_labels(table.files, labels)
+    if names is not None:
+        index = {name: label for label, name in enumerate(names)}
+        by_folder.update({folder: index[folder] for folder in by_folder if folder in index})
+    if len(by_folder) < 2 or len(set(by_folder.values())) < len(by_folder):
+        return
+    own = np.array([by_folder.get(folder_of(file), label) for file, label in zip(table.files, labels.tolist(), strict=True)])
+    other = np.flatnonzero(own != labels)
+    if len(other):
+        row = int(other[0])
+        _logger.warning(f"{path}: {pluralize(len(other), 'label')} contradict the folder of the image, e.g. line "
+                        f'{table.lines[row]}: {printable(table.files[row])} has label {printable(table.labels[row])}')
+
+
+def _folder_names(files: Sequence[str], labels: np.ndarray, size: int) -> list[str]:
     folders: dict[int, set] = {}
     for file, label in zip(files, labels.tolist(), strict=True):
-        folders.setdefault(label, set()).add(os.path.basename(os.path.dirname(file)))
-    size = num_classes or int(labels.max()) + 1
+        folders.setdefault(label, set()).add(folder_of(file))
     names = [next(iter(folders[c])) if len(folders.get(c, ())) == 1 else str(c) for c in range(size)]
     return names if len(set(names)) == size and all(names) else [str(c) for c in range(size)]
 

@@ -7,22 +7,27 @@ from itertools import islice
 import numpy as np
 import torch.distributed as dist
 from PIL import Image
-from timm.data import IterableImageDataset, create_dataset, get_img_extensions
+from timm.data import IterableImageDataset, create_dataset
 from timm.data.dataset_factory import _search_split
 
 from glmc.data.datasets import ImageSet
+from glmc.data.folders import load_folders, sorted_names
 from glmc.errors import InputError
 
+FOLDERS = ('', 'torch/image_folder', 'torch/folder')  # sources that have a folder per split
+MAX_LABEL = 10 ** 7  # larger ones are identifiers, not labels
 _PREFIXES = ('torch', 'hfds', 'hfids', 'wds', 'tfds')  # timm's
 
 
-def load_source(name: str, root: str | None, split: str, **kwargs) -> ImageSet | IterableImageDataset:
+def load_source(
+        name: str, root: str | None, split: str, class_from: str | None = None, **kwargs) -> ImageSet | IterableImageDataset:
     """Load a source of `timm.data.create_dataset`.
 
     Args:
         name: PREFIX/NAME, or empty for image folders and tars.
         root: Folder or tar; for other sources the folder they are downloaded to.
         split: Name of the split.
+        class_from: See `folders.name_classes`; for torch/image_folder, `top` is the default.
         **kwargs: For `create_dataset`.
 
     Returns:
@@ -37,6 +42,12 @@ def load_source(name: str, root: str | None, split: str, **kwargs) -> ImageSet |
     else:
         where = f'--data-dir {root}'
         _check_folder(root, split)
+    folder = _search_split(root, split) if name.lower() in FOLDERS else ''
+    if os.path.isdir(folder):
+        if name:  # torchvision's classes and order
+            return load_folders(folder, where, class_from=class_from or 'top', key=os.path.split)
+        return load_folders(folder, where, class_from=class_from, class_map=kwargs.get('class_map'),
+                            input_key=kwargs.get('input_key'))
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
     except ImportError as error:
@@ -46,10 +57,7 @@ def load_source(name: str, root: str | None, split: str, **kwargs) -> ImageSet |
         raise InputError(f'{where}, split {split}: cannot be opened: {detail[0]}') from error
     if isinstance(dataset, IterableImageDataset):
         return dataset
-    images = _from_reader(dataset.reader, where) if hasattr(dataset, 'reader') else _from_torch(dataset, where)
-    if not name and os.path.isdir(root):
-        _reject_empty_class_folders(_search_split(root, split), kwargs.get('input_key'))
-    return images
+    return _from_reader(dataset.reader, where) if hasattr(dataset, 'reader') else _from_torch(dataset, where)
 
 
 def has_split_folder(root: str, split: str) -> bool:
@@ -76,26 +84,15 @@ def _check_folder(root: str, split: str) -> None:
         raise InputError(f'--data-dir {root}: no folder for split {split!r}, found {found}')
 
 
-def _reject_empty_class_folders(folder: str, input_key: str | None) -> None:
-    """Raise an InputError for a folder without images; timm ignores it, but it is usually a mistake."""
-    extensions = tuple(input_key.split(';')) if input_key else tuple(get_img_extensions())
-    for path, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith('.')]
-        if not folders and not any(name.lower().endswith(extensions) for name in files):
-            raise InputError(f"--data-dir: class folder {path} has no images ({', '.join(extensions)})")
-
-
 # --- sources with an index ---
 
 
 def _from_reader(reader, where: str) -> ImageSet:
-    """Image set of timm's folder, tar or hfds reader."""
+    """Image set of timm's tar or hfds reader."""
     if hasattr(reader, 'dataset'):  # hfds
-        labels, names, class_to_idx = _hfds_labels(reader, where), _hfds_names(reader, where), reader.class_to_idx
-    elif hasattr(reader, 'targets'):  # tar
+        names, (labels, class_to_idx) = _hfds_names(reader, where), _hfds_labels(reader, where)
+    else:  # tar
         labels, names, class_to_idx = reader.targets, reader.filenames(), reader.class_name_to_idx
-    else:  # folders
-        labels, names, class_to_idx = [label for _, label in reader.samples], reader.filenames(), reader.class_to_idx
     labels = np.array(labels, dtype=np.int64)
     by_index = {index: str(name) for name, index in class_to_idx.items()}
     if '' in by_index.values():
@@ -109,16 +106,24 @@ def _open_from_reader(reader, index: int) -> Image.Image:
     return Image.open(reader[index][0])
 
 
-def _hfds_labels(reader, where: str) -> list[int]:
-    """Label column, read without the images."""
+def _hfds_labels(reader, where: str) -> tuple[list[int], dict[str, int]]:
+    """Label column, read without the images, and class name -> label; names in the column are sorted."""
     if reader.label_key not in reader.dataset.column_names:
         columns = ', '.join(reader.dataset.column_names)
         raise InputError(f'{where}: no label column {reader.label_key!r} (--target-key), found {columns}')
     labels = list(reader.iter_targets()) if reader.remap_class else reader.dataset.data.column(reader.label_key).to_pylist()
-    for label in labels:
-        if not isinstance(label, int) or label < 0:
-            raise InputError(f'{where}: expected labels 0…C-1 in column {reader.label_key!r}, found {label!r}')
-    return labels
+    if any(isinstance(label, str) for label in labels):
+        missing = next((row for row, label in enumerate(labels) if not isinstance(label, str) or not label), None)
+        if missing is not None:
+            raise InputError(f'{where}: expected a class name in each row of column {reader.label_key!r}, found '
+                             f'{labels[missing]!r} in row {missing}')
+        index = {name: label for label, name in enumerate(sorted_names(labels))}
+        return [index[name] for name in labels], index
+    for row, label in enumerate(labels):
+        if type(label) is not int or not 0 <= label < MAX_LABEL:
+            raise InputError(f'{where}: expected labels 0…C-1 or class names in column {reader.label_key!r}, found {label!r} '
+                             f'in row {row}')
+    return labels, reader.class_to_idx
 
 
 def _hfds_names(reader, where: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Training and evaluation data from the data options: sources of timm, `path label` lists or the embedded digits."""
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -12,12 +12,11 @@ from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM
 from glmc.data.datasets import ImageSet, long_tailed, split_holdout
 from glmc.data.lists import load_list, read_class_counts
 from glmc.data.profiles import Profile, pluralize
-from glmc.data.readers import CheckedReader, count_classes, evaluation_reader, has_split_folder, load_source
+from glmc.data.readers import FOLDERS, CheckedReader, count_classes, evaluation_reader, has_split_folder, load_source
 from glmc.errors import InputError
 
 _logger = logging.getLogger(__name__)
 NO_SPLIT = 'none'  # --val-split for a run that is evaluated on held-out training images only
-_FOLDERS = ('', 'torch/image_folder', 'torch/folder')  # sources that have a folder per split
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def load_validation(
         return None
     root = source.get('data_dir')
     try:
-        if source.get('dataset', '') in _FOLDERS and not list_path and root and not has_split_folder(root, split):
+        if source.get('dataset', '') in FOLDERS and not list_path and root and not has_split_folder(root, split):
             raise InputError(f'--data-dir {root}: no folder for {option} {split}; expected one beside the training '
                              'folder, a --val-list, or --holdout to set training images aside')
         images = load_images(split, list_path, **{**source, 'num_classes': train.num_classes})
@@ -121,7 +120,7 @@ def load_validation(
             raise
         _logger.warning(f'No validation set, only held-out images: {error}')
         return None
-    return _with_classes(images, train.class_names, list_path)
+    return images.with_classes(train.class_names)
 
 
 def load_evaluation_data(
@@ -143,15 +142,10 @@ def load_evaluation_data(
         images.reader = evaluation_reader(images.reader, num_classes, f"--dataset {source['dataset']}")
         return images
     if class_names is not None:
-        return _with_classes(images, class_names, val_list)
+        return images.with_classes(class_names)
     if images.num_classes != num_classes:
         raise InputError(f"{images.source}: has {pluralize(images.num_classes, 'class')}, the model has {num_classes}")
     return images
-
-
-def _with_classes(images: ImageSet, class_names: Sequence[str], list_path: str | None) -> ImageSet:
-    """Name the classes by label for a list, whose labels are numbers; match them by name for other sets."""
-    return replace(images, class_names=class_names) if list_path else images.with_classes(class_names)
 
 
 def _iterable_data(
@@ -202,13 +196,13 @@ def load_images(
         list_path: `path label` file instead of a split.
         data_dir: Image folders or a tar, root of the list, or download folder.
         dataset: PREFIX/NAME of timm, or empty for folders.
-        num_classes: C of the list; None for its largest label + 1.
+        num_classes: C of a list of numbers; None for its largest label + 1.
         dataset_download: Download a torch/, hfids/ or tfds/ source that `data_dir` does not yet contain.
         batch_size: Images per process and step of a source without an index.
-        **options: Other arguments of `timm.data.create_dataset`: `class_map`, `input_key`, `target_key`, …
+        **options: Other arguments of `load_source`: `class_from`, `class_map`, `input_key`, `target_key`, …
     """
     if list_path:
-        return load_list(list_path, data_dir, num_classes)
+        return load_list(list_path, data_dir, num_classes, options.get('input_key'), options.get('target_key'))
     if dataset or data_dir:
         return load_source(dataset, data_dir, split, download=dataset_download, batch_size=batch_size, **options)
     return load_digits_set(split)

@@ -1,8 +1,9 @@
 """Image files in folders: sorted, each once, without hidden files and what operating systems add."""
 import os
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from PIL import Image
 
@@ -17,18 +18,22 @@ MAX_LISTED = 5  # extensions in the line on the files that are no images
 
 @dataclass
 class FoundImages:
-    """Image files, and the number of entries that are none.
+    """Image files, and the entries that are none.
 
     Args:
         files: Paths that start as the user wrote them.
-        hidden: Hidden or system files and folders, not entered.
-        others: Extension -> files that are no images by it.
+        hidden: Number of hidden or system files and folders, not entered.
+        repeated: Links to an image or folder that comes by another path.
+        others: Extension -> number of files that are no images by it.
         unreadable: One text per folder that cannot be read.
+        empty: Folders without images and subfolders.
     """
     files: list[str] = field(default_factory=list)
     hidden: int = 0
+    repeated: list[str] = field(default_factory=list)
     others: Counter = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
 
     def passed_over(self) -> str:
         """One line on the entries that are no images; empty if there are none."""
@@ -38,6 +43,9 @@ class FoundImages:
             kinds = [f'{number:,} {printable(extension)}' for extension, number in largest]
             more = ', …' if len(self.others) > MAX_LISTED else ''
             items += [f"{pluralize(self.others.total(), 'other file')} ({', '.join(kinds)}{more})"]
+        if self.repeated:
+            items += [f"{pluralize(len(self.repeated), 'link')} to images that come by another path "
+                      f'({printable(self.repeated[0])})']
         if self.unreadable:
             items += [f"{pluralize(len(self.unreadable), 'unreadable folder')} ({self.unreadable[0]})"]
         return ', '.join(items)
@@ -46,9 +54,8 @@ class FoundImages:
 def find_images(paths: Iterable[str]) -> FoundImages:
     """Find the image files among files and in folders.
 
-    A file that is named is taken whatever its extension. A folder is searched with its subfolders for the extensions that
-    Pillow can open; its files are sorted by code point. Links are followed. A file with several paths comes once, by the
-    path without links if there is one, so that circles end.
+    A file that is named is taken whatever its extension. A folder is searched by `walk`; its files are sorted by code
+    point. A file with several paths comes once.
 
     Args:
         paths: Files and folders.
@@ -56,13 +63,12 @@ def find_images(paths: Iterable[str]) -> FoundImages:
     Raises:
         InputError: If a path does not exist, is a pipe or device, or there is no image.
     """
-    paths, found, seen, extensions = list(paths), FoundImages(), set(), image_extensions()
+    paths, found, extensions = list(paths), FoundImages(), image_extensions()
     files: dict[str, str] = {}  # real path -> path as found
+    searched: set[str] = set()
     for path in paths:
         if os.path.isdir(path):
-            new = {}
-            for file, real in _walk(path, extensions, seen, found):
-                new.setdefault(real, file)
+            new = walk(path, extensions, found, searched)
             for real, file in sorted(new.items(), key=lambda item: item[1].split(os.sep)):
                 files.setdefault(real, file)
         elif os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path)):  # a broken link is an image too
@@ -71,14 +77,18 @@ def find_images(paths: Iterable[str]) -> FoundImages:
             expected = 'not a regular file' if os.path.exists(path) else 'no such file or folder'
             raise InputError(f'{printable(path)}: {expected}')
     if not files:
-        passed_over = found.passed_over()
-        raise InputError(f"{printable(paths[0])}{' …' if len(paths) > 1 else ''}: found no image"
-                         f"{f' but {passed_over}' if passed_over else ''}, expected files with the extension "
-                         f"{' '.join(sorted(extensions))}")
+        raise no_image(f"{printable(paths[0])}{' …' if len(paths) > 1 else ''}", found, extensions)
     found.files = list(files.values())
     return found
 
 
+def no_image(where: str, found: FoundImages, extensions: Collection[str]) -> InputError:
+    """Error for folders without images, after `where`."""
+    but = f' but {found.passed_over()}' if found.passed_over() else ''
+    return InputError(f"{where}: found no image{but}, expected files with the extension {' '.join(sorted(extensions))}")
+
+
+@lru_cache(1)
 def image_extensions() -> frozenset[str]:
     """Extensions in lower case of the formats that Pillow can open."""
     known = Image.registered_extensions().items()
@@ -86,46 +96,67 @@ def image_extensions() -> frozenset[str]:
     return frozenset(extension.lower() for extension, name in known if name in readable)
 
 
-def _walk(
-        folder: str, extensions: Collection[str], seen: set[str], found: FoundImages) -> Iterator[tuple[str, str]]:
-    """Path and real path of the image files below a folder; links come last.
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or written by an operating system."""
+    return name.startswith('.') or name.lower() in SYSTEM_NAMES
+
+
+def walk(
+        folder: str, extensions: Collection[str], found: FoundImages, searched: set[str] | None = None) -> dict[str, str]:
+    """Search a folder and its subfolders for image files.
+
+    Links are followed. A file or folder with several paths comes once, by the path without links if there is one, so
+    that circles end. Pipes and devices are no images; a link to nothing is one, which cannot be read.
 
     Args:
         folder: Root.
-        extensions: Extensions of images.
-        seen: Real paths of the folders that were searched; extended.
+        extensions: Extensions of images, in lower case.
         found: Counts the other entries.
+        searched: Real paths of folders that are not searched again; extended.
+
+    Returns:
+        Real path -> path below `folder`, in no particular order.
     """
-    pending = deque([folder])
-    while pending:
-        path = pending.pop()
-        if not os.path.isdir(path):  # a link to a file, or to nothing, which is an image that cannot be read
-            if _extension(path) in extensions and (os.path.isfile(path) or not os.path.exists(path)):
-                yield path, os.path.realpath(path)
-            else:
+    files: dict[str, str] = {}
+    searched = set() if searched is None else searched
+    folders, links = [folder], deque()
+    while folders or links:
+        is_link = not folders
+        path = links.popleft() if is_link else folders.pop()
+        if is_link and not os.path.isdir(path):
+            real = os.path.realpath(path)
+            if _extension(path) not in extensions or (os.path.exists(path) and not os.path.isfile(path)):
                 found.others[_extension(path)] += 1
+            elif files.setdefault(real, path) != path:
+                found.repeated.append(f'{path} = {files[real]}')
             continue
         real = os.path.realpath(path)
-        if real in seen:
+        if real in searched:
+            found.repeated += [f'{path} = {real}'] * is_link
             continue
-        seen.add(real)
+        searched.add(real)
         try:
-            with os.scandir(path) as entries:
-                entries = list(entries)
+            with os.scandir(path) as scanned:
+                entries = list(scanned)
         except OSError as error:
             found.unreadable.append(printable(f'{path}: {error.strerror or first_line(error)}'))
             continue
+        before = len(files), len(folders), len(links)
         for entry in entries:
-            if entry.name.startswith('.') or entry.name.lower() in SYSTEM_NAMES:
+            name, extension = entry.name, _extension(entry.name)
+            if is_hidden(name):
                 found.hidden += 1
             elif entry.is_symlink():
-                pending.appendleft(entry.path)
+                links.append(entry.path)
             elif entry.is_dir():
-                pending.append(entry.path)
-            elif _extension(entry.name) in extensions and entry.is_file():  # no pipe, which would block the reader
-                yield entry.path, os.path.join(real, entry.name)
+                folders.append(entry.path)
+            elif extension in extensions and entry.is_file():  # no pipe, which would block the reader
+                files[f'{real}{os.sep}{name}'] = entry.path
             else:
-                found.others[_extension(entry.name)] += 1
+                found.others[extension] += 1
+        if before == (len(files), len(folders), len(links)):
+            found.empty.append(path)
+    return files
 
 
 def _extension(path: str) -> str:

@@ -119,7 +119,12 @@ def test_holdout_is_disjoint_and_complete(holdout, taken):
     assert held.names != split_holdout(images, holdout, seed=4)[1].names
 
 
-@pytest.mark.parametrize('holdout', [4, 1.0 * 9])
-def test_holdout_must_keep_an_image(holdout):
-    with pytest.raises(InputError, match=f"--holdout {holdout:g}: class 'c1' has 4 training images"):
-        split_holdout(image_set(np.repeat([0, 1], [20, 4])), holdout, seed=0)
+@pytest.mark.parametrize('holdout, held', [(4, [4, 0, 0]), (9.0, [9, 0, 0]), (0.1, [2, 1, 0])])
+def test_classes_without_images_to_spare_are_only_trained_on(holdout, held):
+    train, aside = split_holdout(image_set(np.repeat([0, 1, 2], [20, 4, 1])), holdout, seed=0)
+    assert aside.counts().tolist() == held and (train.counts() + aside.counts()).tolist() == [20, 4, 1]
+
+
+def test_holdout_must_leave_an_image():
+    with pytest.raises(InputError, match='^--holdout 20: no class has enough images, the largest has 20'):
+        split_holdout(image_set(np.repeat([0, 1], [20, 4])), 20, seed=0)
