@@ -15,7 +15,7 @@ from timm.task import TrainingTask
 from timm.utils import NativeScaler, random_seed
 
 import glmc
-from glmc.export import load_trained
+from glmc.export import export_model, load_trained
 from glmc.methods import METHODS
 from glmc.mixing import BatchMixup, GLMCMixer
 from glmc.models import GLMCModule
@@ -257,3 +257,19 @@ def test_further_blocks_of_the_page_run(title, my_images):
     exec(small(library_page(title)), scope)
     assert scope['losses']['loss'].isfinite()
     assert scope['task'].metadata['method'] == {'The second image of a pair': 'cmo'}.get(title, 'gpaco')
+
+
+def test_training_continues_from_an_export_with_its_order_of_classes(my_images):
+    """torchvision sorts class names by their characters, timm and this package without regard to case."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=3)
+    order = [*reversed(CLASSES)]
+    config = timm.data.resolve_model_data_config(model)
+    export_model('output/probe/export', model, class_names=order, data_config=config)
+    scope = {}
+    exec(library_page('Pretrained weights'), scope)
+    assert scope['names'] == order and scope['counts'] == [CLASSES[name] for name in order]
+    weights = zip(model.state_dict().values(), scope['task'].get_eval_model().state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)
+    norms = [module for module in scope['task'].modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms and not any(norm.training for norm in norms)
