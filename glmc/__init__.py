@@ -19,3 +19,11 @@ if {'-h', '--help', '--help-all'}.isdisjoint(sys.argv[1:]):  # a help needs no t
     from glmc import models as _models  # noqa: F401  registers resnet32_cifar and resnet32x4_cifar in timm
 
 __version__ = '0.1.0'
+
+
+def __getattr__(name: str):
+    """Import `wrap` when it is used: a command does not need it."""
+    if name == 'wrap':
+        from glmc.library import wrap
+        return wrap
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -224,7 +224,7 @@ def read_yaml(parser: Parser, path: str) -> dict:
             except argparse.ArgumentError as error:
                 raise InputError(f'{where}: {error.message}') from error
         else:
-            options[name] = _check_value(action, value, where)
+            options[name] = check_value(action, value, where)
     return options
 
 
@@ -234,8 +234,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f'; did you mean {close[0]}?' if close else ''
 
 
-def _check_value(action: argparse.Action, value, where: str):
-    """Convert a YAML value to the option's type, or raise an InputError."""
+def check_value(action: argparse.Action, value, where: str):
+    """Convert a value of YAML or Python to the option's type, or raise an InputError."""
     if value is None and action.default is None:
         return None
     if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:

@@ -8,7 +8,7 @@ import glmc
 
 ROOT = Path(glmc.__file__).parent
 LAYERS = [
-    'errors', 'files', 'cli', 'config', 'data', 'mixing', 'models', 'losses', 'tasks', 'methods', 'evaluation',
+    'errors', 'files', 'cli', 'config', 'data', 'mixing', 'models', 'losses', 'tasks', 'methods', 'library', 'evaluation',
     'training', 'run_folder', 'setup', 'export', 'report', 'stage2', 'predict', 'sweep', 'benchmark', 'hub']
 SEES_OPTIONS = {'cli', 'config'}  # where argparse may be imported; else in the scripts and in what `python -m` runs
 
@@ -36,7 +36,7 @@ def imported(source: str) -> set[str]:
 
 def test_every_folder_has_a_layer():
     assert {layer(path) for path in modules()} == set(LAYERS)
-    assert len(list(ROOT.glob('*.py'))) <= 10
+    assert len(list(ROOT.glob('*.py'))) <= 11
 
 
 @pytest.mark.parametrize('path', modules(), ids=lambda path: str(path.relative_to(ROOT)))

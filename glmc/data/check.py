@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from glmc.cli import Options, Progress, pick, run_script, show_help
@@ -113,8 +114,9 @@ def main() -> None:
     logging.getLogger('glmc').setLevel(logging.INFO)
     args.data_dir = args.data_dir or args.folder
     data = load_training_data(**pick(args, names(*DATA)))
-    sets = {name: images for name, images in (('train', data.train), ('holdout', data.holdout),
-                                              ('validation', data.validation)) if images is not None}
+    held_out, validation = (args.select_split, args.val_split) if args.select_split else ('holdout', 'validation')
+    sets = {name: images for name, images in (('train', data.train), (held_out, data.holdout),
+                                              (validation, data.validation)) if images is not None}
     if not all(isinstance(images, ImageSet) for images in sets.values()):
         raise InputError(f'--dataset {args.dataset}: has no index and cannot be scanned; expected image folders, a list, '
                          'torch/NAME or hfds/NAME')
@@ -195,10 +197,14 @@ def final_advice(args: Options, profile: Profile, results: Sequence[ScanResult])
         value = getattr(args, name)
         if value != parser.get_default(name):
             words += as_words(name, value)
+    splits = three_splits(args)
+    words += splits
     advice = advise(profile, [result.side for result in results if not result.error], default_data=not has_data(args))
     if args.shot_thresholds == parser.get_default('shot_thresholds'):
         words += advice.data
     yield from ('advice:', *(f'    {line}' for line in advice.lines))
+    if splits:
+        yield f'    three splits: the images of {splits[1]} choose the epoch, those of test measure it once'
     if args.measure:
         yield f'    {measure(advice, words, profile.num_images)}'
     else:
@@ -210,6 +216,16 @@ def final_advice(args: Options, profile: Profile, results: Sequence[ScanResult])
     else:
         yield 'next: training from scratch:'
     yield train
+
+
+def three_splits(args: Options) -> list[str]:
+    """Words by which a run uses both a validation and a test folder; an empty list if there are not two, or it does."""
+    if not args.data_dir or args.dataset or args.train_list or args.val_list or args.holdout or args.select_split:
+        return []
+    validation = next((name for name in ('val', 'validation', 'valid') if (Path(args.data_dir) / name).is_dir()), None)
+    if validation is None or not (Path(args.data_dir) / 'test').is_dir():
+        return []
+    return ['--select-split', validation, *([] if args.val_split == 'test' else ['--val-split', 'test'])]
 
 
 if __name__ == '__main__':

@@ -24,8 +24,8 @@ from glmc.training.checkpoint import load_checkpoint
 
 
 def export_model(
-        folder: str | Path, model: nn.Module, *, data_config: dict, class_names: list[str], metrics: dict,
-        source: dict | None = None) -> Path:
+        folder: str | Path, model: nn.Module, *, data_config: dict, class_names: list[str],
+        metrics: dict | None = None, source: dict | None = None) -> Path:
     """Write weights, config.json, metrics.json and the model card, then load them and compare the logits bit for bit.
 
     Args:
@@ -33,7 +33,7 @@ def export_model(
         model: Bare timm model; its adapters are merged.
         data_config: timm's data config of the evaluation: input_size, mean, std, interpolation, crop_pct, crop_mode.
         class_names: C names.
-        metrics: Content of metrics.json.
+        metrics: Content of metrics.json; None writes neither it nor the model card.
         source: `glmc` entry of config.json: `method`, `profile`, `prior` ('train', 'uniform' or C weights), `precision`,
             `recipe`, `license`, `dataset_name`, `base_model`.
 
@@ -62,7 +62,8 @@ def export_model(
 
 
 def _write_files(
-        folder: Path, model: nn.Module, data_config: dict, class_names: list[str], metrics: dict, source: dict) -> None:
+        folder: Path, model: nn.Module, data_config: dict, class_names: list[str], metrics: dict | None,
+        source: dict) -> None:
     folder.mkdir(parents=True)
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, value in model.state_dict().items()}
@@ -71,6 +72,8 @@ def _write_files(
     config = dict(label_names=list(class_names), glmc=source, pretrained_cfg=dict(
         tag='glmc', license=source.get('license'), origin_url=None, paper_ids=None, hf_hub_id=None))
     save_config_for_hf(model, str(folder / 'config.json'), model_config=config, data_config=data_config)
+    if metrics is None:
+        return
     (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', **ESCAPED)
     write_card(folder)
 

@@ -245,7 +245,7 @@ def results_table(runs: Sequence[Sequence[Result]]) -> str:
         if chosen:
             score = '' if results[0].heldout is None else mean_std([result.heldout for result in results])
             rows[-1].append(score if len(runs) > 1 else f"{score} {'*' if results[0] is best else ' '}")
-    return aligned(rows) + ('\n* highest class mean on held-out training images' if chosen and len(runs) == 1 else '')
+    return aligned(rows) + ('\n* highest class mean on held-out images' if chosen and len(runs) == 1 else '')
 
 
 def write_results(path: Path, runs: dict[str, Sequence[Result]]) -> None:

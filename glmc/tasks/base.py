@@ -1,6 +1,6 @@
 """Training tasks in timm's sense: a model and its loss, batch in, dict of losses out."""
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
@@ -75,6 +75,11 @@ class TaskHooks:
 
 class AuxiliaryHeadsTask(TaskHooks, TrainingTask):
     """Base task for a backbone with training-only heads; the backbone is exported, the heads are task state."""
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> NoReturn:
+        """Raise: timm's default would train each process on its own, since several modules of the task run in a step."""
+        raise NotImplementedError(f'{type(self).__name__}.prepare_distributed: not supported; wrap the task itself: '
+                                  'torch.nn.parallel.DistributedDataParallel(task, device_ids) or accelerator.prepare(task)')
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         """The bare backbone, which is evaluated, exported and kept."""

@@ -176,6 +176,32 @@ def test_small_images_end_with_the_command_from_scratch(options, command, folder
     assert last_lines(capsys.readouterr().out) == [command.replace('FOLDERS', str(folders))]
 
 
+@pytest.mark.parametrize('options, added', [
+    ([], '--select-split validation --val-split test --shot-thresholds 6 9'),
+    (['--val-split', 'test'], '--val-split test --select-split validation --shot-thresholds 6 9'),
+    (['--holdout', '1', '--shot-thresholds', '2', '9'], '--holdout 1 --shot-thresholds 2 9')])
+def test_a_validation_and_a_test_folder_are_both_used(options, added, folders, tmp_path, capsys, monkeypatch):
+    shutil.copytree(folders, tmp_path / 'images')
+    shutil.copytree(folders / 'validation', tmp_path / 'images' / 'test')
+    monkeypatch.setattr('sys.argv', ['check', str(tmp_path / 'images'), *options, '-j', '0'])
+    assert run_script(main) == 0
+    out = capsys.readouterr().out
+    assert last_lines(out)[-1].endswith(f"--data-dir {tmp_path / 'images'} {added}")
+    assert ('three splits: the images of validation choose the epoch' in out) == ('--holdout' not in options)
+
+
+def test_sets_have_the_names_of_their_splits(folders, tmp_path, capsys, monkeypatch):
+    shutil.copytree(folders, tmp_path / 'images')
+    shutil.copytree(folders / 'validation', tmp_path / 'images' / 'test')
+    splits = ['--select-split', 'validation', '--val-split', 'test']
+    monkeypatch.setattr('sys.argv', ['check', str(tmp_path / 'images'), *splits, '-j', '0'])
+    with pytest.raises(SystemExit, match='1'):
+        main()
+    out = capsys.readouterr().out
+    assert '\nvalidation: 13 images' in out and '\ntest: 13 images' in out
+    assert '    validation ant/100.png = test ant/100.png\n' in out
+
+
 def test_no_name_of_a_file_controls_the_terminal(folders, tmp_path):
     shutil.copytree(folders, tmp_path / 'images')
     bad = os.path.join(os.fsencode(tmp_path / 'images' / 'train' / 'ant'), b'\xff\x1b[2J.png')
