@@ -164,4 +164,4 @@ def report_inputs(setup: Setup, folder: RunFolder, predictions: Predictions) -> 
 
 
 if __name__ == '__main__':
-    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv))
+    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv, exits=True))

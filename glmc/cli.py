@@ -1,10 +1,15 @@
 """Strict options: defaults < YAML file < command line. Each mistake is one line that says what to do."""
 import argparse
+import atexit
 import difflib
 import math
+import multiprocessing
+import os
 import sys
-import traceback
+import threading
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -12,6 +17,7 @@ from timm.utils.misc import ParseKwargs as TimmParseKwargs
 
 from glmc.errors import ImageError, InputError, RunError, printable
 
+EXIT_SECONDS = 3  # in which a process ends once its script has
 Options = argparse.Namespace  # parsed options, by name
 
 
@@ -230,7 +236,8 @@ def number(convert: type, low: float, high: float = float('inf'), open_low: bool
     return in_range
 
 
-def run_script(main: Callable[[], None], main_process: bool = True, debug: bool = False) -> int:
+def run_script(
+        main: Callable[[], None], main_process: bool = True, debug: bool = False, exits: bool = False) -> int:
     """Run a script and print an expected error as one line on standard error.
 
     Args:
@@ -238,6 +245,7 @@ def run_script(main: Callable[[], None], main_process: bool = True, debug: bool 
         main_process: Whether to print errors that every process finds. An ImageError is always printed, because only
             one process finds it.
         debug: Show the traceback instead.
+        exits: End this process a few seconds later, even if loader processes, a process group or a tracker hang.
 
     Returns:
         Exit code: 0, 1 for a run that failed, 2 for wrong input, 130 for an interrupt.
@@ -245,13 +253,45 @@ def run_script(main: Callable[[], None], main_process: bool = True, debug: bool 
     try:
         main()
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # ends loader workers: they ignore SIGTERM, so exit would wait
+        code = _exit_code(error)
+        if exits:
+            _end_process(code)
         if debug or not isinstance(error, (InputError, RunError, KeyboardInterrupt)):
             raise
         if main_process or isinstance(error, ImageError):
             print('interrupted' if isinstance(error, KeyboardInterrupt) else f'error: {_one_line(error)}', file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1 if isinstance(error, RunError) else 130
+        return code
+    if exits:
+        _end_process(0)
     return 0
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _end_process(code: int) -> None:
+    """Let the exit of this process run its handlers, but for some seconds only, and leave its objects to the system."""
+    def exit_now() -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+    def run_handlers() -> None:
+        atexit.unregister(run_handlers)
+        atexit._run_exitfuncs()
+        exit_now()
+
+    def wait() -> None:
+        time.sleep(EXIT_SECONDS)
+        exit_now()
+    atexit.register(run_handlers)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _one_line(error: Exception) -> str:

@@ -14,11 +14,12 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from glmc.cli import Options, Parser, pick, run_script
 from glmc.config import DATA, add_groups, as_words, has_data, names
 from glmc.data.datasets import ImageSet
+from glmc.data.loaders import data_loader
 from glmc.data.profiles import Profile, pluralize
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import ImageError, InputError, printable
@@ -87,7 +88,7 @@ def scan(images: ImageSet, workers: int = 0) -> list[ScanResult]:
     Returns:
         N results in the order of the set.
     """
-    return list(DataLoader(_ScanDataset(images), batch_size=None, num_workers=workers))
+    return list(data_loader(_ScanDataset(images), workers, persistent=False, batch_size=None))
 
 
 def readable_subset(images: ImageSet, workers: int = 0) -> tuple[ImageSet, list[str]]:
@@ -222,4 +223,4 @@ def next_commands(args: Options, results: Sequence[ScanResult]) -> Iterable[str]
 
 
 if __name__ == '__main__':
-    sys.exit(run_script(main))
+    sys.exit(run_script(main, exits=True))

@@ -18,11 +18,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from glmc.config import PRECISIONS
 from glmc.data.datasets import ImageSet
-from glmc.data.loaders import EvalDataset, ViewDataset, create_normalize, eval_transform, image_mode
+from glmc.data.loaders import EvalDataset, ViewDataset, create_normalize, data_loader, eval_transform, image_mode
 from glmc.data.transforms import view_transform
 from glmc.stage2.feature_file import BLOCK, FeatureFile, StoredViews
 
@@ -207,8 +207,7 @@ class Extractor:
                 pending.append((block, len(indices)))
                 yield from (indices[start:start + self.batch_size] for start in range(0, len(indices), self.batch_size))
         dataset = ImageViews(images, num_views, self.data_config, self.augmentation, self.seed)
-        loader = DataLoader(dataset, batch_sampler=batches(), num_workers=self.workers, generator=torch.Generator(),
-                            pin_memory=self.device.type == 'cuda')
+        loader = data_loader(dataset, self.workers, self.device, persistent=False, batch_sampler=batches())
         encoded, count = [], 0
         with self._inference(self.chosen):
             for batch in loader:  # (B, 1 + V, c, H, W)

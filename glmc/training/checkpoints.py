@@ -3,7 +3,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from glmc.errors import RunError
@@ -77,6 +77,10 @@ class Checkpoints:
             except NotFiniteError as error:
                 self.position = self.position.at(self.position.epoch, error.step)
                 raise RunError(f'{error} ({self._save_now()})') from error
+            except Exception:
+                with suppress(Exception):
+                    self.writer.wait()  # the process may soon end
+                raise
 
     def begin_epoch(self) -> dict:
         """Arguments of `engine.train_one_epoch` that start, or continue, the epoch of the position."""

@@ -15,6 +15,7 @@ from conftest import COUNTS, ROOT, TINY, free_port, in_two_processes, run_comman
 from safetensors.torch import load_file
 
 import glmc.export.export
+import glmc.training.checkpoint
 import train_glmc
 from glmc.config import interval
 from glmc.errors import InputError
@@ -301,6 +302,20 @@ def test_half_written_files_are_deleted(train, tmp_path):
     half = tmp_path / 'run' / 'checkpoints' / 'epoch-0001.safetensors.tmp'
     half.write_bytes(b'half')
     assert train('--epochs', '2', '--resume', 'auto').code == 0 and not half.exists()
+
+
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(script, folders, tmp_path, monkeypatch):
+    """The process may end soon after its script."""
+    save_file = glmc.training.checkpoint.save_file
+
+    def save_slowly_and_fail(*args, **kwargs):
+        monkeypatch.setattr(train_glmc, 'log_epoch', lambda *args: 1 / 0)
+        time.sleep(0.5)
+        save_file(*args, **kwargs)
+    monkeypatch.setattr(glmc.training.checkpoint, 'save_file', save_slowly_and_fail)
+    with pytest.raises(ZeroDivisionError):
+        script(*TINY, '--epochs', '9', '--data-dir', folders, '--output', tmp_path, '--experiment', 'run')
+    assert load_newest(tmp_path / 'run')[1]['position']['epoch'] == 1
 
 
 def test_a_full_disk_is_survived(train, tmp_path, monkeypatch):
