@@ -1,7 +1,9 @@
 """Strict options: defaults < YAML file < command line. Each mistake is one line that says what to do."""
 import argparse
+import ast
 import atexit
 import difflib
+import logging
 import math
 import multiprocessing
 import os
@@ -13,12 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import yaml
-from timm.utils.misc import ParseKwargs as TimmParseKwargs
+from tqdm import tqdm
 
 from glmc.errors import ImageError, InputError, RunError, printable
 
+_logger = logging.getLogger(__name__)
 EXIT_SECONDS = 3  # in which a process ends once its script has
 Options = argparse.Namespace  # parsed options, by name
+HELP = frozenset(('-h', '--help', '--help-all'))
+LOG_SECONDS = 30  # between two lines of a progress in a log file
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -97,14 +102,57 @@ class HelpAll(argparse.Action):
         parser.exit()
 
 
-class ParseKwargs(TimmParseKwargs):
-    """timm's KEY=VALUE options; any other word is an error."""
+class ParseKwargs(argparse.Action):
+    """KEY=VALUE options as in timm: a value is a Python literal, or else text."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        for value in values:
-            if value and '=' not in value:
+        pairs = {}
+        for value in filter(None, values):
+            key, equals, text = value.partition('=')
+            if not equals:
                 parser.error(f'{option_string}: expected KEY=VALUE, found {value!r}')
-        super().__call__(parser, namespace, values, option_string)
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+def show_help(create_parser: Callable[[], Parser]) -> None:
+    """Print the help and exit if the command line asks for it.
+
+    The scripts call this before the imports of torch, timm and accelerate, which take seconds.
+
+    Args:
+        create_parser: Function that creates the parser.
+    """
+    if HELP.isdisjoint(sys.argv[1:]):
+        return
+    with suppress(InputError):  # of an earlier option; the script reports it
+        create_parser().parse_args()
+
+
+class ImageSize(argparse.Action):
+    """`--img-size N` or `--img-size H W`, in pixels: an int, or a list of two different sides."""
+
+    def options(self, values: list[int]) -> dict:
+        """Return the options that the values set, by name."""
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, f'expected N or H W, found {len(values)} values')
+        return {'img_size': values[0] if len({*values}) == 1 else values}
+
+    def __call__(self, parser: Parser, namespace, values, option_string=None):
+        for name, value in self.options(values).items():
+            setattr(namespace, name, value)
+
+
+class InputSize(ImageSize):
+    """`--input-size C H W`, as timm has it: same as --in-chans C --img-size H W; the last of these flags counts."""
+
+    def options(self, values: list[int]) -> dict:
+        if len(values) != 3 or values[0] not in (1, 3):
+            raise argparse.ArgumentError(self, f"expected C H W with 1 or 3 channels, found {' '.join(map(str, values))}")
+        return {'in_chans': values[0], **super().options(values[1:])}
 
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
@@ -171,7 +219,15 @@ def read_yaml(parser: Parser, path: str) -> dict:
             continue
         if name not in actions:
             raise InputError(f'--config {path}: unknown key {key!r}{nearest(name, actions)}')
-        options[name] = _check_value(actions[name], value, f'--config {path}: {key}')
+        action, where = actions[name], f'--config {path}: {key}'
+        if isinstance(action, ImageSize) and value is not None:
+            sides = value if isinstance(value, list) and value else [value]
+            try:
+                options.update(action.options([_check_scalar(action, side, where) for side in sides]))
+            except argparse.ArgumentError as error:
+                raise InputError(f'{where}: {error.message}') from error
+        else:
+            options[name] = _check_value(action, value, where)
     return options
 
 
@@ -250,6 +306,9 @@ def run_script(
     Returns:
         Exit code: 0, 1 for a run that failed, 2 for wrong input, 130 for an interrupt.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # a terminal may lack a character of a name
     try:
         main()
     except BaseException as error:
@@ -298,3 +357,49 @@ def _one_line(error: Exception) -> str:
     """Return the message of an error without control characters; torch's loader workers wrap it in a traceback."""
     text = str(error).strip()
     return printable(text.splitlines()[-1].split('Error: ', 1)[-1] if 'Original Traceback' in text else text)
+
+
+class Progress:
+    """Progress of a loop, shown by the main process: a moving line on a terminal, else a log line every LOG_SECONDS.
+
+    Args:
+        total: Number of items.
+        unit: Plural of an item.
+        name: Name of the loop, at the start of each line.
+        done: Items that were finished before.
+    """
+
+    def __init__(self, total: int, unit: str = 'images', name: str = '', done: int = 0):
+        self.total, self.unit, self.name, self.first, self.count = total, unit, name, done, done
+        self.start = self.logged = time.perf_counter()
+        shown = sys.stderr.isatty() and os.environ.get('RANK', '0') == '0'
+        self.bar = tqdm(total=total, initial=done, desc=name or None, unit=f' {unit}', leave=False, disable=not shown)
+
+    def __enter__(self) -> 'Progress':
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+
+    def update(self, items: int = 1) -> None:
+        """Count more items."""
+        self.show(self.count + items)
+
+    def show(self, count: int) -> None:
+        """Show that `count` of all items are done."""
+        self.bar.update(count - self.count)
+        self.count, now = count, time.perf_counter()
+        if self.bar.disable and now - self.logged >= LOG_SECONDS:
+            self.logged = now
+            rate = (count - self.first) / (now - self.start)
+            left = f', {duration((self.total - count) / rate)} left' if rate else ''
+            start = f'{self.name}: ' if self.name else ''
+            speed = f'{rate:,.0f}' if rate >= 10 else f'{rate:.2g}'
+            _logger.info(f'{start}{count:,} of {self.total:,} {self.unit}, {speed} {self.unit}/s{left}')
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as `8.2 s`, `42 s`, `12 min` or `3.4 h`."""
+    if seconds < 100:
+        return f'{seconds:.1f} s' if seconds < 9.95 else f'{seconds:.0f} s'
+    return f'{seconds / 60:.0f} min' if seconds < 6000 else f'{seconds / 3600:.1f} h'

@@ -7,6 +7,7 @@ import numpy as np
 from timm.task import TrainingTask
 from torch import nn
 
+from glmc.data.transforms import VIEWS
 from glmc.losses.classification import (
     ClassBalancedFocalLoss,
     DeferredReweighting,
@@ -15,11 +16,20 @@ from glmc.losses.classification import (
     LogitAdjustedLoss,
     effective_number_weights,
 )
-from glmc.mixing import BatchCutmix, BatchMixup, CMOMixer, GLMCMixer, PairMixer, ResampledOnly, ViewMixer
+from glmc.mixing import BatchCutmix, BatchMixup, CMOMixer, GLMCMixer, PairMixer, PickingMixer, ResampledOnly, ViewMixer
 from glmc.models.bilateral import BilateralModule
 from glmc.models.cosine import CosineGLMCModule, CosineModule
 from glmc.models.glmc import GLMCModule
+from glmc.models.projected import ProjectedModule
 from glmc.tasks.bilateral import BilateralTask
+from glmc.tasks.contrastive import (
+    BalancedContrastTask,
+    KPositiveTask,
+    ParametricContrastTask,
+    SharedEncoderTask,
+    SupConTask,
+    TargetedTask,
+)
 from glmc.tasks.glmc import CosineGLMCTask, GLMCTask
 from glmc.tasks.single_view import CosineTask, SingleViewTask, WeightBalancingTask
 
@@ -70,6 +80,9 @@ def reweighted_prior(counts: np.ndarray, options: Mapping) -> np.ndarray:
     return mixed_prior(counts, options) * counts ** -options['reweight_power']
 
 
+PUBLISHED_VIEWS = {name for name, changes in VIEWS.items() if changes}
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table: what a method is made of.
@@ -80,6 +93,7 @@ class Method:
         module: (backbone, **options) -> the module that is trained.
         mixer: (counts, **options) -> mixer: views and labels to input and target of the task.
         task_options, module_options, mixer_options: Names of the options that each takes.
+        state_options: Those of them that shape the state of the task, which a resumed run must share.
         defaults: Option values that differ from those of other methods; published, except for GLMC's.
         paired: Whether each image comes with a partner.
         views: Names of the views of each image (`data.transforms.VIEWS`).
@@ -93,6 +107,7 @@ class Method:
     task_options: tuple[str, ...] = ()
     module_options: tuple[str, ...] = ()
     mixer_options: tuple[str, ...] = ()
+    state_options: tuple[str, ...] = ()
     defaults: Mapping = field(default_factory=dict)
     paired: bool = False
     views: tuple[str, ...] = ('plain',)
@@ -102,7 +117,8 @@ class Method:
     @property
     def options(self) -> set[str]:
         """Names of all options that this method uses and another may not."""
-        return {*self.task_options, *self.module_options, *self.mixer_options}
+        views = {'view_augmentation'} if set(self.views) & PUBLISHED_VIEWS else set()
+        return {*self.task_options, *self.module_options, *self.mixer_options} | views
 
     def class_prior(self, counts: Sequence[int], options: Mapping) -> str | list[float]:
         """Class prior that the exported classifier embodies: `train`, `uniform`, or C probabilities.
@@ -125,6 +141,15 @@ PARTNER = ('partner', 'resample_power')
 MIXTURE = ('mix_beta', 'cutmix_lambda', *PARTNER)
 TWO_VIEWS = dict(paired=True, views=('global', 'local'), mixer=GLMCMixer, mixer_options=MIXTURE)
 CUMULATIVE = ('reweight_power', 'alpha_power', 'alpha_scope')
+PROJECTOR = ('projection_dim', 'projection_hidden')
+CONTRAST = ('contrast_temperature', 'contrast_weight')
+KEYED = ('queue_size', 'key_momentum')
+POSITIVES = ('contrast_temperature', 'positives', *KEYED)
+PACO = dict(projection_dim=32, contrast_temperature=0.05, contrast_weight=0.01, queue_size=1024)
+QUERY_AND_KEY = dict(
+    module=ProjectedModule, module_options=PROJECTOR, mixer=PickingMixer, mixer_options=('queue_size',),
+    state_options=('queue_size',), views=('plain', 'plain'),
+    defaults=dict(projection_dim=128, contrast_temperature=0.07, stage2='crt'))
 # Ours, for short runs, chosen at 15 epochs (results/README.md); the recipes in hparams/ have the published values.
 SHORT_VIEWS = dict(mix_beta=0.2, cutmix_lambda='area')
 SHORT_RUN = dict(SHORT_VIEWS, alpha_scope='encoder')
@@ -195,6 +220,31 @@ METHODS = {
         task=GLMCTask, task_options=('consistency_weight',), module=partial(GLMCModule, balanced=True),
         module_options=('projection_dim', 'joint_forward'), defaults=SHORT_VIEWS, prior=mixed_prior,
         aliases=('glmc_no_rebalance',), **TWO_VIEWS),
+    'supcon': Method(
+        summary='supervised contrastive loss, then a classifier in stage 2 (arXiv 2004.11362)',
+        task=SupConTask, task_options=('contrast_temperature',), module=ProjectedModule, module_options=PROJECTOR,
+        views=('sim', 'sim'), defaults=dict(projection_dim=128, stage2='crt'), prior=uniform_prior),
+    'bcl': Method(
+        summary='balanced contrastive loss beside Balanced Softmax (arXiv 2207.09052)',
+        task=BalancedContrastTask, task_options=CONTRAST, module=partial(ProjectedModule, norm=True, prototypes=True),
+        module_options=PROJECTOR, views=('strong', 'sim', 'sim'),
+        defaults=dict(projection_dim=128, projection_hidden=512), prior=uniform_prior),
+    'paco': Method(
+        summary='parametric contrastive loss: class logits and similarities in one softmax (arXiv 2107.12028)',
+        task=ParametricContrastTask, task_options=(*CONTRAST, *KEYED), state_options=('queue_size',),
+        module=partial(ProjectedModule, norm=True), module_options=PROJECTOR, views=('strong', 'sim_blur'), defaults=PACO,
+        prior=uniform_prior),
+    'gpaco': Method(
+        summary='PaCo without a momentum encoder, both views as anchors (arXiv 2209.12400)',
+        task=SharedEncoderTask, task_options=(*CONTRAST, 'queue_size'), state_options=('queue_size',),
+        module=partial(ProjectedModule, layers=2), module_options=PROJECTOR, views=('strong', 'stack'), defaults=PACO,
+        prior=uniform_prior),
+    'kcl': Method(
+        summary='k positives for each image, then a classifier in stage 2 (OpenReview OqtLIabPTit)',
+        task=KPositiveTask, task_options=POSITIVES, prior=uniform_prior, **QUERY_AND_KEY),
+    'tsc': Method(
+        summary='KCL, then classes drawn to evenly spread targets (arXiv 2111.13998)',
+        task=TargetedTask, task_options=(*POSITIVES, 'target_weight'), prior=uniform_prior, **QUERY_AND_KEY),
 }
 
 

@@ -26,7 +26,7 @@ class Mixture(NamedTuple):
     lam: Tensor  # () weight of the first image in the global view
     box: Tensor  # (4,) int64 y0, y1, x0, x1: patch of the second image in the local view
     local_lam: Tensor  # () weight of the first image's label in the local view
-    uniform: Tensor | None = None  # (B,) in [0, 1): chooses partners within the batch
+    uniform: Tensor | None = None  # in [0, 1): (B,) chooses partners within the batch, (K,) positives among K features
 
     def to(self, device: torch.device) -> 'Mixture':
         return Mixture(*(value if value is None else value.to(device, non_blocking=True) for value in self))
@@ -149,6 +149,27 @@ class ViewMixer(nn.Module):
         """
         images = views[:, 0].unbind(1)
         return images[0] if len(images) == 1 else images, labels[:, 0]
+
+
+class PickingMixer(ViewMixer):
+    """Views as they are; with the labels come random numbers by which the task picks positives from its queue.
+
+    Args:
+        counts: (C,) training images per class.
+        queue_size: K.
+    """
+
+    def __init__(self, counts: Sequence[int], queue_size: int = 4096):
+        super().__init__(counts)
+        self.queue_size = queue_size
+
+    def sample_params(self, batch_size: int, image_size: tuple[int, int], rng: np.random.Generator) -> Mixture:
+        return IDENTITY_MIXTURE._replace(uniform=torch.from_numpy(rng.random(self.queue_size, dtype=np.float32)))
+
+    def forward(self, views: Tensor, labels: Tensor, params: Mixture) -> tuple:
+        """Views, each (B, c, H, W), and (B,) labels with (K,) random numbers in [0, 1)."""
+        images, labels = super().forward(views, labels, params)
+        return images, (labels, params.uniform)
 
 
 class BatchMixup(ViewMixer):

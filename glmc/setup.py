@@ -31,26 +31,29 @@ from glmc.config import (
 )
 from glmc.data.check import readable_subset
 from glmc.data.datasets import BadImages, ImageSet
-from glmc.data.loaders import create_eval_loader, create_train_loader
+from glmc.data.loaders import create_eval_loader, create_normalize, create_train_loader
+from glmc.data.profiles import classes_without_images
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
 from glmc.data.sources import TrainingData, load_training_data
-from glmc.errors import InputError
+from glmc.errors import InputError, first_line
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.methods import METHODS, unused_method_options
 from glmc.models.backbone import create_backbone
 from glmc.models.classifier import linear_classifier
 from glmc.models.freeze import freeze, frozen_norms
+from glmc.models.lora import adapters, merge_adapters
 from glmc.run_folder import provenance
 from glmc.training.engine import TrainStep, evaluate, train_one_epoch
-from glmc.training.launch import device_name
+from glmc.training.launch import device_name, launcher_accumulation
 from glmc.training.optim import averaging_epoch, create_optimizer, equal_weights, scaled_learning_rate
 from glmc.training.sam import sam_batch
 from glmc.training.state import Position, TrainingState
+from glmc.training.trial import failed_step, require_updates
 
 _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
           'warmup_epochs', 'imbalance_factor', 'head_init')  # on the model card, with the options of the method
-LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0)  # on the card, too, unless off
+LEVERS = dict(lora_rank=0, sam_rho=0.0, swa_start=None, aa=None, reprob=0.0)  # on the card, too, unless off
 SGD = ('sgd', 'momentum', 'nesterov')  # in the names of timm's optimizers that --lr-base fits
 
 
@@ -67,14 +70,31 @@ class Setup:
 
     def __init__(self, args: Options, explicit: set[str], accelerator: Accelerator):
         self.args, self.explicit, self.method, self.accelerator = args, explicit, METHODS[args.method], accelerator
+        self._follow_launcher()
+        self.global_batch = args.batch_size * accelerator.num_processes
+        self.lr = args.lr or scaled_learning_rate(
+            args.opt, self.global_batch * args.grad_accum_steps, args.lr_base, args.lr_base_size, args.lr_base_scale)
         self._announce()
         self._refuse()
         set_seed(args.seed)
         self._build_data()
         self._build_task()
+        self._try_step()
+        self._omit_unreadable()
         self._build_loaders()
         self._build_optimizer()
         set_seed(args.seed, device_specific=True)  # drop-out differs from process to process
+
+    def _follow_launcher(self) -> None:
+        """Take the steps per update from the launcher, if it sets them."""
+        args, steps = self.args, launcher_accumulation()
+        if steps is None or steps == args.grad_accum_steps:
+            return
+        if 'grad_accum_steps' in self.explicit:
+            raise InputError(f'--grad-accum-steps {args.grad_accum_steps}: the launcher asks for {steps} gradient '
+                             'accumulation steps, expected one of both, or the same number')
+        _logger.info(f'--grad-accum-steps {steps}, as the launcher asks')
+        args.grad_accum_steps = steps
 
     def _announce(self) -> None:
         """Announce the demonstration and the defaults of fine-tuning, and warn about options without effect."""
@@ -95,21 +115,45 @@ class Setup:
             _logger.warning(f'--opt {args.opt}: the default --lr-base is for SGD; set --lr for this optimizer')
 
     def _refuse(self) -> None:
-        """Refuse options that exclude each other."""
+        """Refuse options that exclude each other, and warn about those that defeat each other."""
         accelerator = self.accelerator
-        refuse_conflicts(self.args, processes=accelerator.num_processes, device=accelerator.device.type,
-                         precision=accelerator.mixed_precision)
+        for warning in refuse_conflicts(
+                self.args, processes=accelerator.num_processes, device=accelerator.device.type, peak_lr=self.lr,
+                precision=accelerator.mixed_precision, method_options=self.method.options):
+            _logger.warning(warning)
 
     def _build_data(self) -> None:
         args = self.args
         with self.accelerator.local_main_process_first() if args.dataset_download else nullcontext():
             self.data = load_training_data(**pick(args, (*names(*DATA), 'seed', 'batch_size')))
-        self.bad_images = None
-        if args.on_bad_image == 'skip' and isinstance(self.data.train, ImageSet):
-            self.bad_images = BadImages(self.data.train)
-            self.data = replace(self.data, validation=self._readable('validation'), holdout=self._readable('holdout'))
         profile = self.data.profile
         _logger.info(f'Training set: {profile.summary()}, fingerprint {str(profile.fingerprint)[:16]}')
+        for name in ('validation', 'holdout'):
+            images = getattr(self.data, name)
+            missing = isinstance(images, ImageSet) and classes_without_images(images.counts(), self.data.class_names)
+            if missing:
+                _logger.warning(f'{name}: {missing}')
+
+    def _try_step(self) -> None:
+        """Refuse options that cannot train, by a step on zeros before any image is read."""
+        args, accelerator, size = self.args, self.accelerator, self.data_config['input_size']
+        require_updates(self._create_optimizer, args.opt, accelerator.device)
+        step = TrainStep(self.task, self.mixer, create_normalize(self.data_config, 'cpu'), self.frozen_norms)
+        images = 2 if self.method.paired and args.partner == 'sampler' else 1
+        error = failed_step(step, accelerator, args.batch_size, images, len(self.method.views), size)
+        if error is None:
+            return
+        if args.batch_size == 1 and 'more than 1 value per channel' in error:
+            raise InputError('--batch-size 1: BatchNorm has no variance of one value, expected 2 or more images per '
+                             'process, --freeze-bn, or a larger --img-size')
+        raise InputError(f'--model {args.model}: cannot train by {args.method} on images of {size[1]}x{size[2]}: {error}')
+
+    def _omit_unreadable(self) -> None:
+        """With `--on-bad-image skip`, omit evaluation images that cannot be decoded."""
+        self.bad_images = None
+        if self.args.on_bad_image == 'skip' and isinstance(self.data.train, ImageSet):
+            self.bad_images = BadImages(self.data.train)
+            self.data = replace(self.data, validation=self._readable('validation'), holdout=self._readable('holdout'))
 
     def _readable(self, name: str):
         """Images of an evaluation set that can be decoded, found by one pass over the set."""
@@ -126,9 +170,12 @@ class Setup:
         self.model_options = dict(
             name=args.model, num_classes=len(counts), img_size=args.img_size, in_chans=args.in_chans, drop_rate=args.drop,
             drop_path_rate=args.drop_path, global_pool=args.gp, **args.model_kwargs)
+        if args.lora_rank:
+            self.model_options['lora'] = dict(rank=args.lora_rank, targets=args.lora_targets)
         backbone = create_backbone(
             **self.model_options, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
-        self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if args.pretrained else None
+        pretrained = args.pretrained and not args.initial_checkpoint  # which counts
+        self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if pretrained else None
         self.head_init = self._possible_head_init(backbone)
         if args.freeze:
             freeze(backbone, args.freeze)
@@ -140,15 +187,22 @@ class Setup:
         except ValueError as error:
             raise InputError(f'--mean, --std: {error}') from error
         model = self.method.module(backbone, **pick(args, self.method.module_options))
-        self.num_parameters = sum(p.numel() for p in backbone.parameters())
-        self.frozen_norms = frozen_norms(backbone, args.freeze_bn)
+        adapted = adapters(backbone)
+        in_adapters = sum(p.numel() for layer in adapted.values() for p in layer.parameters() if p.requires_grad)
+        self.num_parameters = sum(p.numel() for p in backbone.parameters()) - in_adapters  # those of the export
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.task = self.method.task(model, counts, **pick(args, self.method.task_options))
+        frozen = frozen_norms(backbone, args.freeze_bn or bool(adapted))
+        names = [name for name, module in backbone.named_modules() if module in frozen]
+        copies = [module for module in self.task.modules() if type(module) is type(backbone)]  # a key encoder has one
+        self.frozen_norms = [each.get_submodule(name) for each in copies for name in names]
         self.mixer = self.method.mixer(counts, **pick(args, self.method.mixer_options))
-        frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad) if args.freeze else 0
+        frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad) if args.freeze or adapted else 0
+        if adapted:
+            _logger.info(f'LoRA: adapters of rank {args.lora_rank} beside {len(adapted)} layers, {in_adapters:,} parameters')
         _logger.info(f'Model: {args.model}, {self.num_parameters / 1e6:.2f} M parameters'
                      f"{f' ({frozen / 1e6:.2f} M frozen)' if frozen else ''}, "
                      f"input {'x'.join(map(str, self.data_config['input_size']))}, method {args.method}")
@@ -175,7 +229,8 @@ class Setup:
             data_config=self.data_config, batch_size=args.batch_size, device=accelerator.device, workers=args.workers,
             rank=accelerator.process_index, world_size=accelerator.num_processes)
         self.augmentation = augmentation = augmentation_options(args)
-        resident = is_resident(args.resident, self.data.train, augmentation, self.data_config['input_size'])
+        views = self.method.views if args.view_augmentation == 'published' else ('plain',) * len(self.method.views)
+        resident = is_resident(args.resident, self.data.train, augmentation, self.data_config['input_size'], views)
         create_train = create_resident_train_loader if resident else create_train_loader
         create_eval = create_resident_eval_loader if resident else create_eval_loader
         pairs = self.method.paired and args.partner == 'sampler'
@@ -183,7 +238,7 @@ class Setup:
             raise InputError(f'--dataset {args.dataset}: has no index to draw partners by, expected --partner batch')
         try:
             self.train_loader = create_train(
-                self.data.train, augmentation, views=self.method.views, seed=args.seed, bad=self.bad_images,
+                self.data.train, augmentation, views=views, seed=args.seed, bad=self.bad_images,
                 erasing=self._erasing(), resample_power=args.resample_power if pairs else None, **common)
         except InputError:
             raise
@@ -204,18 +259,16 @@ class Setup:
                              device=self.accelerator.device)
 
     def _build_optimizer(self) -> None:
-        args, processes = self.args, self.accelerator.num_processes
-        self.global_batch = args.batch_size * processes
-        batch = self.global_batch * args.grad_accum_steps
-        lr = args.lr or scaled_learning_rate(args.opt, batch, args.lr_base, args.lr_base_size, args.lr_base_scale)
+        args, processes, batch = self.args, self.accelerator.num_processes, self.global_batch * self.args.grad_accum_steps
         _logger.info(f'Global batch: {batch} images ({args.batch_size} x {processes} processes x {args.grad_accum_steps} '
-                     f"steps); learning rate {lr:g}{'' if args.lr else ' by the rule of --lr-base'}")
-        fused = self.accelerator.scaler is None  # see engine.skips_on_device for why not with a loss scaler
-        optimizer = create_optimizer(self.task.get_trainable_module(), lr=lr, fused=fused, **pick(args, (
-            'opt', 'weight_decay', 'momentum', 'filter_bias_and_bn', 'layer_decay', 'opt_eps', 'opt_betas', 'opt_kwargs')))
+                     f"steps); learning rate {self.lr:g}{'' if args.lr else ' by the rule of --lr-base'}")
+        optimizer = self._create_optimizer(self.task.get_trainable_module(), layer_decay=args.layer_decay)
         self.updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
-        self.scheduler, self.num_epochs = create_scheduler_v2(
-            optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
+        try:
+            self.scheduler, self.num_epochs = create_scheduler_v2(
+                optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
+        except ValueError as error:
+            raise InputError(f'--sched {args.sched}: {first_line(error)}') from error
         self.swa_epoch = averaging_epoch(args.swa_start, self.num_epochs)
         train_step = TrainStep(self.task, self.mixer, self.train_loader.normalize, self.frozen_norms)
         if args.torchcompile:
@@ -226,6 +279,11 @@ class Setup:
         if self.swa_epoch is not None:
             self.task.setup_ema(**equal_weights(self.swa_epoch * self.updates_per_epoch))
         self.state = TrainingState(self.accelerator, self.task, self.optimizer)
+
+    def _create_optimizer(self, model: torch.nn.Module, layer_decay: float | None = None) -> torch.optim.Optimizer:
+        fused = self.accelerator.scaler is None  # see engine.skips_on_device for why not with a loss scaler
+        return create_optimizer(model, lr=self.lr, fused=fused, layer_decay=layer_decay, **pick(self.args, (
+            'opt', 'weight_decay', 'momentum', 'filter_bias_and_bn', 'opt_eps', 'opt_betas', 'opt_kwargs')))
 
     def set_schedule(self, position: Position) -> None:
         """Set the learning rate of the next step."""
@@ -248,8 +306,8 @@ class Setup:
 
     @property
     def eval_model(self) -> torch.nn.Module:
-        """The backbone that is evaluated and exported: of the average of the weights, if there is one."""
-        return self.task.get_eval_model(ema=self.task.has_ema())
+        """The backbone that is evaluated and exported: of the average of the weights, if there is one, without adapters."""
+        return merge_adapters(self.task.get_eval_model(ema=self.task.has_ema()))
 
     @property
     def conventional(self) -> torch.nn.Linear | None:
@@ -262,7 +320,7 @@ class Setup:
         Running statistics of all processes become equal.
         """
         self.state.equalize_statistics(self.args.dist_bn == 'reduce')
-        model = self.eval_model if average else self.task.get_eval_model()
+        model = self.eval_model if average else merge_adapters(self.task.get_eval_model())
         return evaluate(self.accelerator, model, loader, self.evaluator, between=between)
 
     def readable_data(self) -> TrainingData:
@@ -281,7 +339,7 @@ class Setup:
             evaluated_on: Name of the evaluated set, if not that of `epoch_loader`.
         """
         args, profile = self.args, self.data.profile
-        own = 'holdout' if self.data.holdout else args.val_list or args.val_split
+        own = args.select_split or 'holdout' if self.data.holdout else args.val_list or args.val_split
         return {
             'model': args.model, 'method': args.method, 'data': self.data_name(), 'num_classes': len(self.data.class_names),
             'parameters': self.num_parameters, 'epoch': epoch, 'epochs': self.num_epochs,
@@ -298,7 +356,8 @@ class Setup:
         """Options to create and export the model again, and those that a resumed run must share."""
         args = self.args
         model = {name: list(value) if isinstance(value, tuple) else value for name, value in self.model_options.items()}
-        training = pick(args, ('opt', 'filter_bias_and_bn', 'layer_decay', *self.method.module_options))
+        shapes = (*self.method.module_options, *self.method.state_options)
+        training = pick(args, ('opt', 'filter_bias_and_bn', 'layer_decay', *shapes))
         training['swa_first_epoch'] = self.swa_epoch  # the first epoch in the mean
         training.update({name: value for name, value in pick(args, ('freeze', 'freeze_bn')).items() if value})
         levers = {name: value for name, value in pick(args, LEVERS).items() if value != LEVERS[name]}
@@ -307,6 +366,7 @@ class Setup:
             prior=self.method.class_prior(self.data.profile.counts, pick(args, self.method.options)),
             recipe={**pick(args, RECIPE), **pick(args, sorted(self.method.options)), **levers},
             license=None if args.hub_license == 'unknown' else args.hub_license,
+            dataset_name=args.dataset_name,
             base_model=self.base_model, other_weights=bool(args.initial_checkpoint) or ':' in args.model)
         export = dict(data_config=self.data_config, class_names=list(self.data.class_names), source=source)
         return dict(model=model, training=training, export=export)

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT
 
 from glmc.config import finetune_parser, train_parser
+from glmc.data.check import check_parser
 from glmc.methods import METHODS
 from glmc.predict import predict_parser
 from glmc.sweep.__main__ import parse_sweep, plan
@@ -21,7 +22,7 @@ LINKING = [README, CONTRIBUTING, CHANGELOG, ROOT / 'results' / 'README.md', *PAG
 BLOCK = re.compile(r'^```(bash|python)\n(.*?)^```', re.M | re.S)
 LAUNCHERS = {'--multi_gpu', '--num_processes', '--num_machines', '--machine_rank', '--main_process_ip', '--cpu',
              '--main_process_port', '--mixed_precision', '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal',
-             '--requeue'}
+             '--requeue', '--gradient_accumulation_steps', '--num_cpu_threads_per_process'}
 HUBS = {'--private', '--revision'}
 SWEEPS = {'--recipes', '--vary', '--each', '--seeds', '--jobs', '--csv', '--logs'}
 SWEEP_COMMAND = re.compile(r'^\| [^|]+ \| `python -m glmc\.sweep ([^`]+)` \| (\d+) \|$', re.M)
@@ -71,7 +72,8 @@ def test_commands_run(page, workplace, monkeypatch):
 
 def known_flags() -> set[str]:
     import validate_glmc
-    parsers = (train_parser(METHODS), validate_glmc.validate_parser(), finetune_parser(), predict_parser())
+    parsers = (train_parser(METHODS), validate_glmc.validate_parser(), finetune_parser(), predict_parser(),
+               check_parser())
     return {flag for parser in parsers for flag in parser._option_string_actions} | LAUNCHERS | HUBS | SWEEPS
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import TINY, free_port, launch_train
 from safetensors.torch import load_file
 
@@ -15,7 +17,7 @@ from glmc.errors import InputError
 from glmc.methods import METHODS, unused_method_options
 from glmc.models.backbone import create_backbone
 from glmc.training.checkpoint import load_checkpoint
-from glmc.training.engine import TrainStep, step_generator
+from glmc.training.engine import TrainStep, step_generator, train_one_epoch
 
 COUNTS = [50, 30, 12, 3]
 GOLDEN = {  # loss of the second of two steps, with the options' defaults
@@ -36,6 +38,12 @@ GOLDEN = {  # loss of the second of two steps, with the options' defaults
     'glmc_cosine': 79.483253,
     'glmc_no_consistency': 6.754160,
     'glmc_balanced': 1.288776,
+    'supcon': 5.217678,
+    'bcl': 1.927161,
+    'paco': 17.538130,
+    'gpaco': 23.439682,
+    'kcl': 4.780641,
+    'tsc': 4.975794,
 }
 PUBLISHED = dict(mix_beta=1.0, cutmix_lambda='nominal', alpha_scope='losses')  # what GLMC's defaults here are not
 GOLDEN_AS_PUBLISHED = {
@@ -45,10 +53,10 @@ GOLDEN_AS_PUBLISHED = {
 }
 
 
-def golden_losses(name: str, compiler=lambda step: step, **changed) -> list[float]:
-    """Losses of two SGD steps on random images, through all parts of a row."""
+def golden_losses(name: str, compiler=lambda step: step, steps: int = 2, **changed) -> list[float]:
+    """Losses of SGD steps on random images, through all parts of a row."""
     method, (options, _) = METHODS[name], parse_args(train_parser(METHODS), ['--method', name])
-    vars(options).update({'drw_start': 0.5, **changed})  # the second step is in its time
+    vars(options).update({'drw_start': 0.5, 'queue_size': 11, **changed})  # the second step is in its time; the queue wraps
     torch.manual_seed(0)
     backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1)
     module = method.module(backbone, **pick(options, method.module_options))
@@ -60,12 +68,14 @@ def golden_losses(name: str, compiler=lambda step: step, **changed) -> list[floa
     labels = torch.from_numpy(rng.integers(len(COUNTS), size=(8, images)))
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     train_step, losses = compiler(TrainStep(task, mixer, torch.nn.Identity())), []
-    for step in range(2):
-        task.set_progress(step / 2)
+    for step in range(steps):
+        task.set_progress(step / steps)
         mixture = mixer.sample_params(8, (16, 16), step_generator(0, 0, step))
-        loss = train_step(views, labels, mixture)['loss']
+        outputs = train_step(views, labels, mixture)
+        loss = outputs['loss']
         optimizer.zero_grad()
         loss.backward()
+        task.after_batch({name: value.detach() for name, value in outputs.items()})
         optimizer.step()
         task.update_ema(step)
         losses.append(loss.item())
@@ -120,7 +130,9 @@ def test_a_row_repeats(name):
 OTHER_VALUES = dict(
     reweight_power=0.5, consistency_weight=3.0, alpha_power=3.0, alpha_scope='losses', projection_dim=7,
     mix_beta=0.3, cutmix_lambda='area', partner='batch', joint_forward=True, mixup_prob=0.1,
-    focal_gamma=0.5, effective_beta=0.9, drw_start=0.9, adjustment_tau=0.5, ldam_margin=0.1, cosine_scale=10.0)
+    focal_gamma=0.5, effective_beta=0.9, drw_start=0.9, adjustment_tau=0.5, ldam_margin=0.1, cosine_scale=10.0,
+    projection_hidden=9, contrast_temperature=0.4, contrast_weight=2.0, queue_size=3, key_momentum=0.1, positives=1,
+    target_weight=2.0)
 
 
 @pytest.mark.parametrize('name, option', [
@@ -128,7 +140,8 @@ OTHER_VALUES = dict(
 def test_an_option_has_an_effect(name, option):
     other = 'nominal' if METHODS[name].defaults.get(option) == 'area' else OTHER_VALUES[option]
     same = dict(alpha_scope='losses') if option == 'alpha_power' else {}  # else the last step's α has not been felt yet
-    assert golden_losses(name, **{**same, option: other}) != golden_losses(name, **same)
+    steps = 3 if option == 'key_momentum' else 2  # in the first, the queue is empty and nothing moves the encoder
+    assert golden_losses(name, steps=steps, **{**same, option: other}) != golden_losses(name, steps=steps, **same)
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -206,7 +219,29 @@ def test_options_without_effect_are_told():
     assert unused_method_options('glmc', given) == set()
 
 
-RUN = [*TINY, '--epochs', '2', '--drw-start', '0.5', '--partner', 'sampler']
+@pytest.mark.parametrize('name', METHODS)
+def test_a_batch_that_is_not_finite_spoils_no_state(name, script):
+    """State of model and task, and its average, after an epoch with such a batch."""
+    AcceleratorState._reset_state(True)
+    row, (options, _) = METHODS[name], parse_args(train_parser(METHODS), ['--method', name, '--queue-size', '11'])
+    backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1)
+    task = row.task(row.module(backbone, **pick(options, row.module_options)), COUNTS, **pick(options, row.task_options))
+    step = TrainStep(task, row.mixer(COUNTS, **pick(options, row.mixer_options)), torch.nn.Identity())
+    images = 2 if row.paired else 1
+    views = [torch.randn(8, images, len(row.views), 3, 16, 16) for _ in range(3)]
+    views[1][:] = float('nan')
+    batches = [(each, torch.arange(8 * images).view(8, images) % len(COUNTS), 1.0) for each in views]
+    loader = type('Loader', (list,), dict(epoch=lambda self, epoch, start_step: iter(self)))(batches)
+    task.setup_ema(decay=0.5)
+    task.set_progress(0.9)
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
+    metrics = train_one_epoch(Accelerator(cpu=True), step, loader, optimizer, None, epoch=0, seed=0)
+    assert metrics['skipped_steps'] == 1 and metrics['images'] == 16
+    state = [*task.state_dict().items(), *task.get_task_state().items()]
+    assert [key for key, value in state if value.is_floating_point() and not value.isfinite().all()] == []
+
+
+RUN = [*TINY, '--epochs', '2', '--drw-start', '0.5', '--partner', 'sampler', '--queue-size', '20']  # which wraps around
 IN_TWO_PROCESSES = ('ldam_drw', 'bbn')  # without -m slow: modules of another form, one and two images a draw
 
 
@@ -234,7 +269,34 @@ def test_a_row_trains_resumes_and_exports_a_plain_model(name, script, folders, t
     assert config['prior'] == row.class_prior(config['profile']['class_counts'], pick(options, row.options))
 
 
-@pytest.mark.parametrize('name', ['ce', 'ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine'])
+@pytest.mark.parametrize('name', ['bcl', 'paco', 'gpaco', 'kcl', 'tsc'])
+def test_a_row_with_state_resumes_within_an_epoch(name, script, folders, tmp_path):
+    """From the second step of the last epoch, when the queue has wrapped around; `tsc` has its targets."""
+    options = (*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--checkpoint-interval', '1',
+               '--checkpoint-hist', '9', '--stage2', '')
+    assert script(*options, '--experiment', 'run').code == 0
+    shutil.copytree(tmp_path / 'run', tmp_path / 'again')
+    shutil.rmtree(tmp_path / 'again' / 'export')
+    folder = tmp_path / 'again' / 'checkpoints'
+    within = folder / 'epoch-0001-step-00000002.safetensors'
+    assert within.exists()
+    for path in (*folder.glob('epoch-0001-step-0000000[3-9]*'), folder / 'epoch-0001.safetensors'):
+        path.unlink(missing_ok=True)
+    assert 'epoch 2 of 2, step 3 comes next' in script(*options, '--experiment', 'again', '--resume', 'auto').err
+    assert same_export(tmp_path / 'run', tmp_path / 'again')
+    one, two = (load_checkpoint(tmp_path / run / 'checkpoints' / 'epoch-0001.safetensors') for run in ('run', 'again'))
+    states = [saved['model']['task_state'] for saved in (one, two)]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_queue_of_another_size_is_not_resumed(script, folders, tmp_path):
+    options = (*TINY, '--method', 'kcl', '--stage2', '', '--data-dir', folders, '--output', tmp_path, '--experiment', 'run')
+    assert script(*options, '--queue-size', '20').code == 0
+    outcome = script(*options, '--queue-size', '30', '--resume', 'auto', '--epochs', '2')
+    assert outcome.code == 2 and 'was trained with queue_size 20, this run has 30' in outcome.err
+
+
+@pytest.mark.parametrize('name', ['ce', 'ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'bcl', 'paco', 'tsc'])
 def test_the_best_average_is_what_is_exported_and_reported(name, script, folders, tmp_path):
     outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run', '--report',
                      '--holdout', '1', '--model-ema', '--model-ema-decay', '0.5')
@@ -256,7 +318,7 @@ def test_a_row_runs_in_two_processes(name, folders, tmp_path):
     assert metrics['processes'] == 2 and metrics['num_images'] == 13
 
 
-@pytest.mark.parametrize('name', ['ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine'])
+@pytest.mark.parametrize('name', ['ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'supcon', 'kcl'])
 def test_a_row_that_needs_a_linear_classifier_says_so(name, script, folders, tmp_path):
     outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--model', 'levit_128s',
                      '--img-size', '64')

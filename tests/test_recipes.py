@@ -13,10 +13,13 @@ from glmc.config import train_parser
 from glmc.methods import METHODS, unused_method_options
 from glmc.models import cifar_resnet  # noqa: F401  registers the CIFAR nets
 from glmc.models.backbone import create_backbone
+from glmc.stage2.select import parse_classifiers
 
 HPARAMS = Path(__file__).parents[1] / 'hparams'
 CUSTOM = 'custom'  # ours, for data of one's own
-RECIPES = sorted(path.stem for path in HPARAMS.glob('*.yaml') if path.stem not in (CUSTOM, 'pretrained'))
+ROWS = ('supcon', 'bcl', 'paco', 'gpaco', 'kcl', 'tsc')  # rows of other methods that have recipes of their own
+OTHERS = [f'{data}_{row}' for data in ('cifar100_lt_if100', 'imagenet_lt') for row in ROWS]
+RECIPES = sorted(path.stem for path in HPARAMS.glob('*.yaml') if path.stem not in (CUSTOM, 'pretrained', *OTHERS))
 
 R32X4, R32 = 'resnet32x4_cifar', 'resnet32_cifar'
 R50, X50, SWIN = 'resnet50', 'resnext50_32x4d', 'swin_small_patch4_window7_224'
@@ -164,13 +167,53 @@ def test_header_says_how_to_run_and_what_to_expect(name):
     assert fields['result'] == 'not yet run here' or 'results/' in fields['result']
 
 
-@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('name', [*RECIPES, *OTHERS])
 def test_commands_of_the_header_parse(name, monkeypatch):
     monkeypatch.chdir(HPARAMS.parent)
     for key in {'command', 'or'} & set(header(name)):
         words = header(name)[key].split(' (')[0].split()
         args, _ = parse_args(train_parser(METHODS), words[words.index('train_glmc.py') + 1:])
         assert args.data_dir or args.dataset.startswith('hfds/')
+
+
+COLUMNS_OF_OTHERS = ('model', 'all_epochs', 'batch_size', 'lr', 'weight_decay', 'contrast_temperature', 'projection_dim')
+OTHER_TABLE = {
+    'cifar100_lt_if100_supcon': (R32, 1000, 1024, 0.714, 7e-5, 0.1, 128),
+    'cifar100_lt_if100_bcl': (R32, 200, 128, 0.2, 1e-4, 0.1, 128),
+    'cifar100_lt_if100_paco': (R32, 400, 128, 0.05, 5e-4, 0.05, 32),
+    'cifar100_lt_if100_gpaco': (R32, 400, 128, 0.1, 5e-4, 0.05, 32),
+    'cifar100_lt_if100_kcl': (R32, 1000, 1024, 0.5, 1e-4, 0.07, 128),
+    'cifar100_lt_if100_tsc': (R32, 1000, 1024, 0.5, 1e-4, 0.07, 128),
+    'imagenet_lt_supcon': (R50, 200, 256, 0.1, 1e-4, 0.07, 128),
+    'imagenet_lt_bcl': (X50, 90, 256, 0.1, 5e-4, 0.07, 1024),
+    'imagenet_lt_paco': (R50, 400, 128, 0.02, 5e-4, 0.2, 128),
+    'imagenet_lt_gpaco': (R50, 400, 128, 0.04, 5e-4, 0.2, 128),
+    'imagenet_lt_kcl': (R50, 200, 256, 0.1, 1e-4, 0.07, 128),
+    'imagenet_lt_tsc': (R50, 400, 256, 0.1, 1e-4, 0.07, 128),
+}
+AIMS = dict(supcon=('76.5', '78.4'), bcl=('51.93', '56.7'), paco=('52.0', '57.0'), gpaco=('52.0', '58.5'),
+            kcl=('42.8', '51.5'), tsc=('43.8', '52.4'))
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_recipe_of_another_row(name):
+    args, given = read(name)
+    values, row = {**vars(args), 'all_epochs': len(learning_rates(args))}, name.rpartition('_')[2]
+    assert tuple(values[column] for column in COLUMNS_OF_OTHERS) == pytest.approx(OTHER_TABLE[name])
+    assert args.method == row and not unused_method_options(row, given)
+    assert (args.stage2 is not None) == (row in ('supcon', 'kcl', 'tsc'))
+    if args.stage2:
+        parse_classifiers(args.stage2, args.stage2_kwargs)
+    fields = header(name)
+    assert {'command', 'batch', 'published', 'result', 'hours', 'unverified', 'source'} <= set(fields)
+    assert fields['command'].startswith(f'accelerate launch train_glmc.py -c hparams/{name}.yaml --data-dir ')
+    assert AIMS[row][name.startswith('imagenet')] in fields['published']
+    assert all(word in fields['published'] for word in ('top-1 %', 'images', 'epoch'))
+
+
+def test_the_second_half_of_tsc_starts_at_the_full_rate():
+    rates = learning_rates(read('imagenet_lt_tsc')[0])
+    assert rates[:200] == pytest.approx(rates[200:]) and rates[0] == pytest.approx(0.1) and rates[199] < 1e-4
 
 
 def test_custom_spells_the_defaults_out():
@@ -183,7 +226,7 @@ def test_custom_spells_the_defaults_out():
     assert {'command', 'batch', 'chosen', 'published', 'change'} == set(header(CUSTOM))
 
 
-@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('name', [*RECIPES, *OTHERS])
 def test_every_value_names_its_source(name):
     lines = (HPARAMS / f'{name}.yaml').read_text(encoding='utf-8').splitlines()
     for line in (line for line in lines if line and not line.startswith('#')):

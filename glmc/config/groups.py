@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from glmc.cli import Options, ParseKwargs, Parser, number, pick
+from glmc.cli import ImageSize, InputSize, Options, ParseKwargs, Parser, number, pick
 
 positive_int = number(int, 1)
 count = number(int, 0)
@@ -15,6 +15,7 @@ fraction = number(float, 0, 1)
 below_one = number(float, 0, 1 - 1e-9, open_low=True)
 positive_fraction = number(float, 0, 1, open_low=True)
 finite = number(float, float('-inf'))
+TARGETS = ('uniform', 'forward', 'backward')  # class distributions of a test set
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
 PRECISIONS = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}  # Accelerate's names -> torch's
 
@@ -130,6 +131,8 @@ def training_data_group(parser: Parser) -> None:
     add('--holdout', type=positive, default=None, metavar='N',
         help='set training images of each class aside (a number, taken before --imbalance-factor, or a fraction); evaluate '
         'each epoch on them, keep the best epoch by class mean, and use the validation split once, at the end')
+    add('--select-split', metavar='NAME',
+        help='of three splits, the one that takes the place of --holdout, e.g. --select-split val --val-split test')
 
 
 def long_tail_group(parser: Parser) -> None:
@@ -195,16 +198,31 @@ def _model(parser: Parser) -> None:
     add('--freeze-bn', action=argparse.BooleanOptionalAction, default=False,
         help='keep the running statistics of BatchNorm, which small batches of new images spoil; default: with pretrained '
         'weights')
+    add('--lora-rank', type=count, default=0, metavar='R',
+        help='rank of trained adapters beside the frozen pretrained weights (LoRA, by the library peft), merged in the '
+        'export, e.g. 8; 0: off')
+    add('--lora-targets', nargs='+', metavar='NAME',
+        help='layers with an adapter, e.g. qkv proj or blocks.1?.*; default: all linear layers, and all convolutions of one '
+        'group but the first')
     add('--drop', type=fraction, metavar='PCT', help='dropout rate before the classifier')
     add('--drop-path', type=fraction, metavar='PCT', help='stochastic depth rate')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
+
+
+def input_size_options(group) -> None:
+    """Options of the size of the model input."""
+    add = group.add_argument
+    add('--img-size', action=ImageSize, type=positive_int, nargs='+', metavar=('N', 'W'),
+        help="side of the input in pixels, or height and width; default: the model's")
+    add('--input-size', action=InputSize, type=positive_int, nargs=3, metavar=('C', 'H', 'W'), default=argparse.SUPPRESS,
+        help='channels, height and width of the input; same as --in-chans C --img-size H W')
 
 
 def input_group(parser: Parser) -> None:
     """Options of the model input and of the model's shape."""
     group = parser.add_argument_group('model input')
     add = group.add_argument
-    add('--img-size', type=positive_int, metavar='N', help="side of the input in pixels; default: the model's")
+    input_size_options(group)
     add('--in-chans', type=int, choices=(1, 3), help="image channels, 1 or 3; default: the model's")
     add('--gp', metavar='POOL', help='global pooling: avg, max, avgmax, …')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
@@ -222,7 +240,7 @@ def input_group(parser: Parser) -> None:
 def _method(parser: Parser) -> None:
     group = parser.add_argument_group('method')
     add = group.add_argument
-    add('--method', default='glmc', metavar='NAME', help='training method')
+    add('--method', metavar='NAME', help='training method; default: glmc, balanced_softmax with pretrained weights')
     add('--resample-power', type=finite, default=0.0, metavar='Q',
         help='q: the second image of a pair is sampled with P ∝ n^-q; 0: uniform over images, 1: uniform over classes; '
         'default: 0, 1 for ce_resample and cmo, 2 for bbn')
@@ -242,7 +260,23 @@ def _method(parser: Parser) -> None:
     add('--alpha-scope', choices=('losses', 'encoder'), default='losses',
         help='whether α weights the losses (paper) or only the gradients into the encoder, so that both classifiers learn '
         'at full weight throughout; default: losses, encoder for glmc, glmc_cosine and glmc_no_consistency')
-    add('--projection-dim', type=positive_int, default=256, metavar='D', help='dimension d of projection and prediction')
+    add('--projection-dim', type=positive_int, default=256, metavar='D',
+        help='dimension d of projection and prediction; default: 256, 128 for supcon, bcl, kcl, tsc, 32 for paco, gpaco')
+    add('--projection-hidden', type=positive_int, metavar='N',
+        help='width of the hidden layers of the projector; default: that of the features, 512 for bcl')
+    add('--view-augmentation', choices=('published', 'plain'), default='published',
+        help="augmentation of the views of contrastive methods: the papers', or that of the run for every view")
+    add('--contrast-temperature', type=positive, default=0.1, metavar='T',
+        help='temperature of a contrastive loss; default: 0.1, 0.05 for paco and gpaco, 0.07 for kcl and tsc')
+    add('--contrast-weight', type=non_negative, default=0.3, metavar='W',
+        help='weight of the contrastive loss of bcl (default 0.3), or of a feature of the same class in paco and gpaco, '
+        'where the class itself has 1 (default 0.01)')
+    add('--queue-size', type=positive_int, default=4096, metavar='K',
+        help='features of earlier batches that paco, gpaco, kcl and tsc keep; default: 4096, 1024 for paco and gpaco')
+    add('--key-momentum', type=fraction, default=0.999, metavar='M',
+        help='m of the encoder of these features, θ\' ← m·θ\' + (1-m)·θ')
+    add('--positives', type=count, default=6, metavar='K', help='largest number of kept features that attract an image')
+    add('--target-weight', type=non_negative, default=0.2, metavar='LAMBDA', help='λ of the targets of tsc')
     add('--joint-forward', action='store_true', help='encode both views as one batch, with common BatchNorm statistics')
     add('--balanced', action='store_true', help='same as --method glmc_balanced')
     add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')
@@ -293,10 +327,16 @@ def _schedule(parser: Parser) -> None:
     add('--warmup-lr', type=non_negative, default=1e-5, help='learning rate at the start of the warm-up')
     add('--warmup-prefix', action='store_true', help='add the warm-up before the schedule instead of inside it')
     add('--min-lr', type=non_negative, default=0.0, help='learning rate at the end of the schedule')
+    add('--lr-cycle-limit', type=positive_int, default=1, metavar='N',
+        help='cycles of cosine, tanh and poly, each of --epochs epochs; published for tsc: 2')
+    add('--lr-cycle-decay', type=positive_fraction, default=0.5, metavar='F',
+        help='factor of the learning rate from one cycle to the next')
     add('--decay-epochs', type=positive, metavar='N',
         help='epochs between the drops of step (default: 90), or of the decay phase of wsd and rsqrt')
     add('--decay-milestones', type=positive_int, nargs='+', default=[90, 180, 270], metavar='N',
         help='epochs at which multistep drops the learning rate')
+    add('--patience', type=positive_int, metavar='N',
+        help='stop after N evaluations without a better class mean on the images of --holdout or --select-split')
     add('--decay-rate', type=positive, default=0.1, help='factor of step and multistep; power of poly')
 
 
@@ -362,7 +402,10 @@ def hub_options(group) -> None:
         help='upload the export at the end; the token is that of HF_TOKEN or of a login')
     add('--hub-private', action='store_true', help='create a new repository as private')
     add('--hub-revision', metavar='NAME', help='branch to upload to')
-    add('--hub-license', default='unknown', metavar='ID', help='licence on the model card, e.g. apache-2.0')
+    add('--hub-license', default='unknown', metavar='ID',
+        help='licence on the model card, e.g. apache-2.0; unknown: none is named')
+    add('--dataset-name', metavar='NAME',
+        help='name of the data set on the model card; ORG/NAME links it on the Hub; default: the last part of its path')
 GROUPS = {  # title of an argument group -> function that adds it, in pipeline order
     'data': data_group, 'training data': training_data_group, 'long tail': long_tail_group, 'augmentation': _augmentation,
     'random erasing': _erasing, 'model': _model, 'model input': input_group, 'method': _method,

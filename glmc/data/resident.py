@@ -12,23 +12,33 @@ from torchvision.transforms import Compose, Resize
 from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import EvalDataset, Normalize, TrainLoader, create_normalize, data_loader, eval_transform, image_mode
 from glmc.data.sampling import PairSampler, stream
-from glmc.data.transforms import CIFAR_PADDING, view_transform
+from glmc.data.transforms import CIFAR_PADDING, view_options, view_transform
 from glmc.errors import InputError
 
 MAX_BYTES = 2 ** 30  # of the device's memory for `auto`
 
 
 def is_resident(
-        choice: str, images: ImageSet | IterableImageDataset, augmentation: dict, input_size: tuple[int, int, int]) -> bool:
+        choice: str, images: ImageSet | IterableImageDataset, augmentation: dict, input_size: tuple[int, int, int],
+        views: Sequence[str] = ('plain',)) -> bool:
     """Whether the images are kept on the device: `on`, `off`, or `auto` for small sets.
+
+    Args:
+        choice: `on`, `off` or `auto`.
+        images: The training set.
+        augmentation: Options of `transforms.view_transform`.
+        input_size: (c, H, W).
+        views: Names of the views; each must have the run's own augmentation.
 
     Raises:
         InputError: If `on` is asked of a source or an augmentation that needs worker processes.
     """
     cifar = augmentation['augmentation'] == 'cifar' and not augmentation.get('auto_augment')  # a policy needs PIL
-    able = isinstance(images, ImageSet) and (augmentation['no_aug'] or cifar)
+    own = view_options(views, **augmentation) == view_options(('plain',) * len(views), **augmentation)
+    able = isinstance(images, ImageSet) and (augmentation['no_aug'] or cifar) and own
     if choice == 'on' and not able:
-        raise InputError('--resident on: needs an indexable source and --augmentation cifar or --no-aug, and no --aa')
+        raise InputError('--resident on: needs an indexable source and --augmentation cifar or --no-aug, and no --aa'
+                         + ('' if own else '; for the views of this method, --view-augmentation plain'))
     return able and (choice == 'on' or choice == 'auto' and len(images) * int(np.prod(input_size)) <= MAX_BYTES)
 
 

@@ -24,8 +24,20 @@ IMAGENET_LT = dict(
 COLOUR = (transforms.ColorJitter, transforms.RandomGrayscale, transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
 
 
+# Options of timm's transform in which the views of contrastive methods differ from a run's augmentation.
+JITTERED = dict(augmentation='timm', auto_augment=None, color_jitter=0.4, color_jitter_prob=None, grayscale_prob=0.0,
+                gaussian_blur_prob=0.0)
+SIMCLR = dict(JITTERED, color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_prob=0.8, grayscale_prob=0.2)
+BLURRED = dict(SIMCLR, gaussian_blur_prob=0.5)
+SMALL = dict(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), train_crop_mode='rrc', vflip=0.0, interpolation='bilinear')
+RANDAUGMENT = 'rand-m10-n2-mstd0.5'
 # Name of a view -> options in which it differs from the run's augmentation.
-VIEWS = {'plain': {}, 'global': {}, 'local': {}}
+VIEWS = {
+    'plain': {}, 'global': {}, 'local': {},
+    'strong': dict(JITTERED, policy=RANDAUGMENT), 'sim': SIMCLR, 'sim_blur': BLURRED,
+    'stack': dict(BLURRED, policy=RANDAUGMENT)}
+CIFAR_VIEWS = {**VIEWS, 'strong': dict(auto_augment=None, policy='cifar10'), 'sim': {**SIMCLR, **SMALL},
+               'sim_blur': {**BLURRED, **SMALL}, 'stack': {**BLURRED, **SMALL}}
 
 
 def view_transform(
@@ -38,15 +50,21 @@ def view_transform(
         views: Names of VIEWS.
         **options: The run's augmentation, as of `shared_transform`.
     """
-    per_view = [{**options, **VIEWS[name]} for name in views]
+    per_view = view_options(views, **options)
     if all(one == per_view[0] for one in per_view):
         return shared_transform(img_size, len(views), **per_view[0])
     return EachView([shared_transform(img_size, 1, **one) for one in per_view])
 
 
+def view_options(views: Sequence[str], no_aug: bool = False, **options) -> list[dict]:
+    """Options of `shared_transform` for each view; without augmentation, no view has any."""
+    table = CIFAR_VIEWS if options.get('augmentation') == 'cifar' else VIEWS
+    return [{'no_aug': no_aug, **options, **({} if no_aug else table[name])} for name in views]
+
+
 def shared_transform(
         img_size: tuple[int, int], num_views: int, augmentation: str = 'timm', hflip: float = 0.5, no_aug: bool = False,
-        **kwargs) -> Callable[[Image.Image, str], list[Tensor]]:
+        policy: str | None = None, **kwargs) -> Callable[[Image.Image, str], list[Tensor]]:
     """The same random transform for every view of an image.
 
     Args:
@@ -56,18 +74,45 @@ def shared_transform(
             `auto_augment`, after a resize of images of another size; `imagenet_lt`: the published recipe.
         hflip: Probability of a horizontal flip.
         no_aug: Resize and centre crop only.
+        policy: Policy of timm, or `cifar10`, that comes after all others.
     """
+    last = [] if no_aug else final_transforms(img_size, policy, **kwargs)
     if augmentation == 'cifar' and not no_aug:
         return Views(transforms.Compose([
             transforms.Resize(img_size), transforms.RandomCrop(img_size, padding=CIFAR_PADDING),
-            transforms.RandomHorizontalFlip(hflip), *policy_transforms(img_size, **kwargs), MaybePILToTensor()]), num_views)
+            transforms.RandomHorizontalFlip(hflip), *policy_transforms(img_size, **kwargs), *last, MaybePILToTensor()]),
+            num_views)
     if augmentation == 'imagenet_lt':
         kwargs = {**kwargs, **IMAGENET_LT}
     transform = create_transform(img_size, is_training=True, hflip=hflip, no_aug=no_aug, use_prefetcher=True, **kwargs)
-    crop, *others, last = transform.transforms
-    if isinstance(crop, RandomResizedCropAndInterpolation) and isinstance(last, MaybePILToTensor):
-        return CroppedViews(crop, others, num_views)
-    return Views(transform, num_views)
+    crop, *others, to_tensor = transform.transforms
+    if isinstance(crop, RandomResizedCropAndInterpolation) and isinstance(to_tensor, MaybePILToTensor):
+        return CroppedViews(crop, [*others, *last], num_views)
+    return Views(transforms.Compose([*transform.transforms[:-1], *last, to_tensor]) if last else transform, num_views)
+
+
+def final_transforms(img_size: tuple[int, int], policy: str | None, **kwargs) -> list[Callable]:
+    """`cifar10`: the policy of CIFAR-10 and a black box of half the side, as in PaCo and BCL; else timm's policy."""
+    if policy == 'cifar10':
+        return [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10), Cutout(min(img_size) // 2)]
+    return policy_transforms(img_size, **{**kwargs, 'auto_augment': policy})
+
+
+class Cutout:
+    """Paint a black box, clipped at the border, on a PIL image (arXiv 1708.04552).
+
+    Args:
+        side: Side of the box in pixels.
+    """
+
+    def __init__(self, side: int):
+        self.side = side
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        x, y = (random.randrange(size) - self.side // 2 for size in image.size)
+        image = image.copy()
+        image.paste(0 if image.mode == 'L' else (0, 0, 0), (max(x, 0), max(y, 0), x + self.side, y + self.side))
+        return image
 
 
 def policy_transforms(img_size: tuple[int, int], auto_augment: str | None = None, **kwargs) -> list[Callable]:

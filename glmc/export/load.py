@@ -1,5 +1,6 @@
 """Loading of trained models: export folder, run folder, checkpoint, Hub id, or a plain timm model."""
 import json
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,15 +8,19 @@ from pathlib import Path
 import torch
 from timm.data import resolve_input_data_config
 from timm.models._hub import download_from_hf
-from torch import nn
+from torch import Tensor, nn
 
 from glmc.config import PRECISIONS
 from glmc.data.lists import read_class_counts
 from glmc.errors import InputError, first_line
 from glmc.models.backbone import create_backbone
+from glmc.models.lora import merge_adapters
 from glmc.training.checkpoint import load_checkpoint
+from glmc.training.checkpoints import BEST
+from glmc.training.resume import epoch_checkpoints
 from glmc.training.state import trained_weights
 
+_logger = logging.getLogger(__name__)
 FLAGS = {'checkpoint': '--checkpoint', 'num_classes': '--num-classes', 'in_chans': '--in-chans', 'global_pool': '--gp'}
 
 
@@ -66,7 +71,10 @@ def load_trained(
         in_export = (path.parent / 'config.json').is_file()  # the weights file of an export
         trained = _load_export(str(path.parent)) if in_export else _load_checkpoint(path)
     elif path.is_dir() or ':' in name:
-        trained = _load_export(name)
+        checkpoint_of_run = None if ':' in name or find_export(path) else newest_checkpoint(path)
+        if checkpoint_of_run:
+            _logger.info(f'{name}: no export yet, loading {checkpoint_of_run}')
+        trained = _load_checkpoint(checkpoint_of_run) if checkpoint_of_run else _load_export(name)
     elif '/' in name:
         raise InputError(f'--model {name}: no such file or folder; a Hub model is hf-hub:ORG/NAME')
     else:
@@ -82,11 +90,30 @@ def _load_checkpoint(path: Path) -> TrainedModel:
     model = create_backbone(**description['model'])
     weights, task_state = trained_weights(state, ema=bool(state['ema']))
     model.load_state_dict(weights)
+    model = merge_adapters(model)
     export = description['export']
     metadata = {**export['source'], 'precision': state['metrics'].get('precision')}
     model.pretrained_cfg = {**model.pretrained_cfg, **export['data_config']}
     return TrainedModel(
         str(path), model, {}, export['class_names'], metadata, _conventional_classifier(task_state or {}))
+
+
+def find_export(folder: Path) -> Path | None:
+    """Export folder: the folder itself, or `export` in that of a run; None if there is none."""
+    return next((place for place in (folder, folder / 'export') if (place / 'config.json').is_file()), None)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Best checkpoint of a run on its held-out images, else the newest; None if there is none.
+
+    Args:
+        folder: Folder of a run, or of its checkpoints.
+    """
+    for place in (folder / 'checkpoints', folder):
+        best = [place / BEST] if (place / BEST).is_file() else []
+        if found := [*epoch_checkpoints(place), *best]:
+            return found[-1]
+    return None
 
 
 def _conventional_classifier(task_state: dict) -> nn.Linear | None:
@@ -102,10 +129,10 @@ def _load_export(name: str) -> TrainedModel:
     """Load an export or run folder, `local-dir:…` or `hf-hub:…`."""
     path = Path(name)
     if path.is_dir():
-        path = path if (path / 'config.json').is_file() else path / 'export'
-        if not (path / 'config.json').is_file():
+        export = find_export(path)
+        if export is None:
             raise InputError(f'--model {name}: no config.json in this folder, expected an export or a run that has one')
-        name = f'local-dir:{path}'
+        name = f'local-dir:{export}'
     model = create_backbone(name, pretrained=True, trained=True)
     try:
         scheme, _, place = name.partition(':')
@@ -165,7 +192,7 @@ def _is_prior(value) -> bool:
 
 METADATA_CHECKS = {
     'method': _is_text, 'precision': _is_text, 'license': _is_text, 'base_model': _is_text, 'prior': _is_prior,
-    'recipe': lambda value: isinstance(value, dict)}
+    'dataset_name': _is_text, 'recipe': lambda value: isinstance(value, dict)}
 PROFILE_CHECKS = {'class_counts': _is_counts, 'shot_thresholds': _is_thresholds, 'fingerprint': _is_text}
 
 
@@ -187,11 +214,11 @@ def _check_options(trained: TrainedModel, **options) -> None:
                              f"{fixed['num_classes']} classes and {fixed['in_chans']} channels")
 
 
-def _set_input_size(trained: TrainedModel, img_size: int | None) -> None:
+def _set_input_size(trained: TrainedModel, img_size: int | list[int] | None) -> None:
     """Resize the position embedding of a model with a fixed input size, such as a vision transformer."""
     if img_size and hasattr(trained.model, 'set_input_size'):
         try:
-            trained.model.set_input_size((img_size, img_size))
+            trained.model.set_input_size((img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f'--img-size {img_size}: {trained.name} cannot take it: {first_line(error)}') from error
 
@@ -202,6 +229,22 @@ def _with_data_config(trained: TrainedModel, data_options: dict) -> TrainedModel
     except (ValueError, AssertionError) as error:
         raise InputError(f'--model {trained.name}: {first_line(error)}') from error
     return replace(trained, model=trained.model.eval(), data_config=data_config)
+
+
+@torch.inference_mode()
+def check_model(trained: TrainedModel) -> None:
+    """Raise an InputError unless the model maps a black image of its input size to (1, C) logits."""
+    channels, height, width = size = trained.data_config['input_size']
+    if channels not in (1, 3):
+        raise InputError(f'--model {trained.name}: found an input of {channels} channels, expected 1 or 3')
+    device = next(trained.model.parameters()).device
+    try:
+        logits = trained.model.eval()(torch.zeros(1, *size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f'--model {trained.name}, --img-size: cannot take an image of {height}x{width}: '
+                         f'{first_line(error)}') from error
+    if not trained.num_classes or not isinstance(logits, Tensor) or logits.shape != (1, trained.num_classes):
+        raise InputError(f'--model {trained.name}: expected a classifier, found a model without one')
 
 
 def training_counts(trained: TrainedModel, class_counts: str | None = None) -> list[int]:

@@ -5,6 +5,7 @@ from glmc.models.bilateral import BilateralModule
 from glmc.models.classifier import linear_classifier
 from glmc.models.cosine import CosineClassifier, CosineGLMCModule, CosineModule
 from glmc.models.glmc import GLMCModule, ViewOutput
+from glmc.models.projected import KeyEncoder, ProjectedModule, Queue
 
 __all__ = [
     'BilateralModule',
@@ -12,6 +13,9 @@ __all__ = [
     'CosineGLMCModule',
     'CosineModule',
     'GLMCModule',
+    'KeyEncoder',
+    'ProjectedModule',
+    'Queue',
     'ViewOutput',
     'create_backbone',
     'linear_classifier',

@@ -1,6 +1,6 @@
 """The classifier of a backbone: checks, changes, and modules with another classifier that folds into it."""
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from timm.models import get_model_input_config
@@ -83,15 +83,31 @@ def float32_classifier(model: nn.Module):
     Args:
         model: A timm model, or a wrapper with `get_classifier`.
     """
-    classifier = model.get_classifier()
-    parts = classifier if isinstance(classifier, (tuple, nn.ModuleList)) else [classifier]  # some have several heads
+    heads = classifier_heads(model)
     try:
-        for part in parts:
-            part.forward = _without_autocast(part.forward)
+        for head in heads:
+            head.forward = _without_autocast(head.forward)
         yield
     finally:
-        for part in parts:
-            vars(part).pop('forward', None)
+        for head in heads:
+            vars(head).pop('forward', None)
+
+
+def classifier_heads(model: nn.Module) -> list[nn.Module]:
+    """The classifier of a model as a list; some have several heads.
+
+    Raises:
+        InputError: If the model has no classifier.
+    """
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    if classifier is None:
+        raise _encoder_error(model)
+    return list(classifier) if isinstance(classifier, (tuple, nn.ModuleList)) else [classifier]
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Compute in the precision of the tensors within the block; the meta device knows no other."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -99,7 +115,7 @@ def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision('highest')  # not TensorFloat-32
         try:
-            with torch.autocast(features.device.type, enabled=False):
+            with no_autocast(features):
                 return forward(features.float())
         finally:
             torch.set_float32_matmul_precision(precision)

@@ -81,8 +81,9 @@ class CosineGLMCModule(Folding, GLMCModule):
 
 @torch.no_grad()
 def follow_norm(norm: Tensor, features: Tensor) -> None:
-    """Move a scalar a tenth of the way to the mean norm of (B, D) features, in place."""
-    norm.lerp_(features.float().norm(dim=1).mean(), 0.1)
+    """Move a scalar a tenth of the way to the mean norm of (B, D) features, in place, unless that is not finite."""
+    mean = features.float().norm(dim=1).mean()
+    norm.lerp_(torch.where(mean.isfinite(), mean, norm), 0.1)  # else the folded classifier would not be finite, either
 
 
 def fold_cosine(weight: Tensor, scale: float, feature_norm: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from glmc.data.datasets import ImageSet
+from glmc.data.profiles import classes_without_images
 from glmc.data.sources import TrainingData
 from glmc.errors import InputError
 from glmc.evaluation.priors import resolve_prior
 from glmc.evaluation.text import aligned, mean_std
 from glmc.export.export import export_model
+from glmc.files import ESCAPED, NAMES
 from glmc.models.classifier import linear_classifier, set_classifier
 from glmc.run_folder import provenance, write_tables
 from glmc.stage2.classifiers import PROBE, Classifier, Linear, Stage1
@@ -51,7 +53,7 @@ def run_stage2(
     """Train classifiers on the features of a model, print one table, and export them with its encoder.
 
     Hyper-parameters are their defaults, or chosen on held-out training images; never on the validation images. Writes
-    stage2.csv, and for each classifier NAME/metrics.json, NAME/per_class.csv and NAME/confused_pairs.csv. The linear
+    stage2.csv, and for each classifier NAME/metrics.json and the tables of `run_folder.write_tables`. The linear
     classifier that held-out images choose is exported to `folder`/export, with its tables in `folder`; without such
     images, each to NAME/export.
 
@@ -98,7 +100,8 @@ def run_stage2(
         cache=feature_cache or folder / 'features', batch_size=batch_size, workers=workers, seed=seed)
     start = time.perf_counter()
     features = extract(data.train, feature_views)
-    validation = extract(data.holdout if data.validation is None else data.validation)
+    evaluated = data.holdout if data.validation is None else data.validation
+    validation = extract(evaluated)
     search_sets = None  # features to train candidates on, features to score them on
     if _has_unseen_holdout(data):
         search_sets = features, extract(data.holdout)
@@ -114,10 +117,13 @@ def run_stage2(
                                encoder_only)
     chosen = best_result(results) if search_sets and any(result.is_exportable for result in results) else None
     print(f'\nStage 2 on {len(validation):,} images, features in {extraction} s:\n{results_table([results])}', flush=True)
+    missing = classes_without_images(results[0].metrics['per_class_images'], export['class_names'])
+    if missing:
+        print(missing, flush=True)
     metadata = dict(feature_views=feature_views, feature_seconds=extraction, feature_precision=extract.chosen)
     for result in results:
         if result.name != STAGE1:
-            _write_classifier(folder, result, results[0], chosen, model, export, metrics, metadata)
+            _write_classifier(folder, result, results[0], chosen, model, export, metrics, metadata, evaluated)
     write_results(folder / TABLE, {metrics.get('weights', metrics['method']): results})
     return results
 
@@ -179,7 +185,7 @@ def check_stage2(
     if not isinstance(data.train, ImageSet):
         raise InputError(f'--stage2 {names}: needs a training set with an index')
     if stage2_holdout is not None and _has_unseen_holdout(data):
-        _logger.warning('--stage2-holdout has no effect with --holdout, whose images choose')
+        _logger.warning('--stage2-holdout has no effect with --holdout or --select-split, whose images choose')
     elif stage2_holdout is None and encoder_only and not _has_unseen_holdout(data) and max(data.profile.counts) > 1:
         split = stratified_split(data.train.labels, HOLDOUT, data.train.class_names, seed)
     elif stage2_holdout is not None:
@@ -194,7 +200,7 @@ def _has_unseen_holdout(data: TrainingData) -> bool:
 
 def _write_classifier(
         folder: Path, result: Result, first: Result, chosen: Result | None, model: nn.Module, export: dict, metrics: dict,
-        metadata: dict) -> None:
+        metadata: dict, images: ImageSet) -> None:
     """Write metrics and tables of one classifier to `folder`/NAME, and the export if it is chosen or none is."""
     source = export['source']
     stage2 = dict(name=result.name, **result.settings, **metadata, seconds=round(result.seconds, 2))
@@ -209,9 +215,9 @@ def _write_classifier(
         'seconds': round(metrics.get('seconds', 0) + metadata['feature_seconds'] + seconds, 1)}
     own = folder / result.name
     own.mkdir(parents=True, exist_ok=True)
-    (own / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    (own / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', **ESCAPED)
     for place in (own, *([folder] if result is chosen else [])):
-        write_tables(place, metrics, export['class_names'], result.predictions)
+        write_tables(place, metrics, export['class_names'], result.predictions, images)
     if not result.is_exportable or chosen not in (None, result):
         return
     source = {**source, 'method': method, 'prior': result.prior, 'stage2': stage2,
@@ -250,7 +256,7 @@ def write_results(path: Path, runs: dict[str, Sequence[Result]]) -> None:
         runs: User's name of the stage-1 model -> results.
     """
     run = provenance()
-    with open(path, 'w', newline='', encoding='utf-8') as file:
+    with open(path, 'w', newline='', **NAMES) as file:
         writer = csv.writer(file)
         writer.writerow(('model', 'classifier', *METRICS, 'heldout_class_mean', 'seconds', 'settings', 'commit', 'command'))
         for name, results in runs.items():

@@ -33,6 +33,14 @@ class TaskHooks:
     def set_progress(self, progress: float) -> None:
         """Prepare an epoch; progress is T/T_max in [0, 1)."""
 
+    def before_batch(self, images: int, batch_fraction: float) -> None:
+        """Prepare a forward pass, outside the compiled graph.
+
+        Args:
+            images: Images of this process.
+            batch_fraction: These over the mean of all processes, 1 but for an uneven last step.
+        """
+
     def after_batch(self, outputs: dict[str, Tensor]) -> None:
         """Update queues and statistics after a forward and backward pass, outside the compiled graph.
 
@@ -75,17 +83,21 @@ class AuxiliaryHeadsTask(TaskHooks, TrainingTask):
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Tensor]:
         """Weights of the heads beside the backbone."""
-        module = unwrap_model(module if module is not None else self.get_trainable_module(ema))
-        return {name: value for name, value in module.state_dict().items() if not name.startswith('backbone.')}
+        return heads(unwrap_model(module if module is not None else self.get_trainable_module(ema)))
 
     def load_task_state(
             self, state: dict[str, Tensor], strict: bool = True, module: nn.Module | None = None,
             ema: bool = False) -> None:
         module = unwrap_model(module if module is not None else self.get_trainable_module(ema))
         _, unexpected = module.load_state_dict(state, strict=False)
-        missing = self.get_task_state(module).keys() - state.keys()
+        missing = heads(module).keys() - state.keys()
         if strict and (missing or unexpected):
             raise RuntimeError(f'training heads: missing {sorted(missing)}, unexpected {unexpected}')
+
+
+def heads(module: nn.Module) -> dict[str, Tensor]:
+    """State of a module without that of its `backbone`."""
+    return {name: value for name, value in module.state_dict().items() if not name.startswith('backbone.')}
 
 
 class FoldedTask(AuxiliaryHeadsTask):

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from glmc.training.engine import backward, finish_batch, mixture_params
+from glmc.training.engine import backward, mixture_params
 
 
 def sam_batch(
@@ -39,12 +39,13 @@ def sam_batch(
         outputs = train_step(*inputs)
         accelerator.backward(task.classification_loss(outputs))
     # Cloned, because a compiled second pass may reuse the memory.
-    outputs = finish_batch(task, {name: value.detach().clone() for name, value in outputs.items()})
+    outputs = {name: value.detach().clone() for name, value in outputs.items()}
     # BatchNorm's running statistics are those of the pass at w, which is evaluated. Restoring them instead of switching them
     # off keeps both passes one compiled graph.
     with restored(list(module.buffers())), perturbed(module, rho) as norm:
         # If g is not finite, neither is the gradient: all processes see it after the exchange, and skip the update.
         backward(accelerator, train_step(*inputs)['loss'] / divisor, outputs['loss'], norm)
+    task.after_batch(outputs)
     return outputs
 
 

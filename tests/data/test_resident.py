@@ -199,6 +199,15 @@ def test_when_images_stay_on_the_device(monkeypatch, choice, augmentation, max_b
     assert is_resident(choice, image_set(), augmentation, CONFIG['input_size']) is expected
 
 
+@pytest.mark.parametrize('augmentation, views, expected', [
+    (CIFAR, ('plain', 'global'), True), (CIFAR, ('strong', 'sim'), False), (NO_AUG, ('strong', 'sim'), True)])
+def test_views_with_an_augmentation_of_their_own_need_workers(augmentation, views, expected):
+    assert is_resident('auto', image_set(), augmentation, CONFIG['input_size'], views) is expected
+    if not expected:
+        with pytest.raises(InputError, match='--view-augmentation plain'):
+            is_resident('on', image_set(), augmentation, CONFIG['input_size'], views)
+
+
 @pytest.mark.parametrize('images, augmentation', [
     (image_set(), {**CIFAR, 'augmentation': 'imagenet_lt'}), (image_set(), {**CIFAR, 'auto_augment': 'v0'}),
     (IterableImageDataset.__new__(IterableImageDataset), CIFAR)])

@@ -11,8 +11,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from timm.data import create_transform
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision import transforms
 
-from glmc.data.transforms import VIEWS, CroppedViews, Views, view_transform
+from glmc.data.transforms import VIEWS, CroppedViews, Cutout, Views, view_transform
 
 FLIP = dict(hflip=0.5, color_jitter=0.0)
 COLOURS = dict(hflip=0.5, vflip=0.3, color_jitter=0.4, color_jitter_prob=0.8, grayscale_prob=0.3)
@@ -215,8 +216,7 @@ def test_a_policy_comes_after_cifars_crop_and_flip(policy, interpolation):
 
 
 @pytest.mark.parametrize('augmentation', ['cifar', 'timm', 'imagenet_lt'])
-def test_each_view_has_the_options_of_its_name(augmentation, monkeypatch):
-    monkeypatch.setitem(VIEWS, 'strong', dict(auto_augment='rand-m9-mstd0.5'))
+def test_each_view_has_the_options_of_its_name(augmentation):
     options = dict(augmentation=augmentation, hflip=0.5, mean=(0.5, 0.4, 0.3))
     make_views = view_transform((32, 32), ('strong', 'plain'), **options)
     in_turn = [view_transform((32, 32), (name,), **options) for name in ('strong', 'plain')]
@@ -227,6 +227,51 @@ def test_each_view_has_the_options_of_its_name(augmentation, monkeypatch):
         image = as_file(photo(300, 200)).convert('RGB')
         expected = [transform(image, 'RGB')[0] for transform in in_turn]
         assert all(torch.equal(one, other) for one, other in zip(views, expected, strict=True))
+
+
+@pytest.mark.parametrize('name', VIEWS)
+@pytest.mark.parametrize('augmentation', ['cifar', 'timm', 'imagenet_lt'])
+def test_every_view_has_its_size_in_both_modes(augmentation, name):
+    for mode in ('RGB', 'L'):
+        seed(3)
+        for _ in range(8):
+            view, = view_transform((32, 24), (name,), augmentation=augmentation)(photo(40, 36), mode)
+            assert view.shape == (3 if mode == 'RGB' else 1, 32, 24) and view.dtype == torch.uint8
+
+
+@pytest.mark.parametrize('name', VIEWS)
+def test_no_view_is_augmented_without_augmentation(name):
+    views = view_transform((32, 32), (name, 'plain'), augmentation='cifar', no_aug=True)(photo(40, 36), 'RGB')
+    assert torch.equal(*views)
+
+
+def test_the_strong_view_of_cifar_is_torchvisions_policy_and_a_black_box():
+    policy, cutout = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10), Cutout(16)
+    strong, plain = (view_transform((32, 32), (name,), augmentation='cifar') for name in ('strong', 'plain'))
+    for number in range(10):
+        seed(number)
+        found, = strong(photo(32, 32), 'RGB')
+        seed(number)
+        expected = cutout(policy(pil(plain(photo(32, 32), 'RGB')[0])))
+        assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+
+
+def test_a_black_box_has_its_side_but_at_the_border():
+    image, areas = Image.new('L', (32, 32), 255), []
+    seed(0)
+    for _ in range(200):
+        black = np.argwhere(np.array(Cutout(16)(image)) == 0)
+        (y0, x0), (y1, x1) = black.min(0), black.max(0) + 1
+        areas.append(len(black))
+        assert len(black) == (y1 - y0) * (x1 - x0) and 8 <= y1 - y0 <= 16 and 8 <= x1 - x0 <= 16
+    assert max(areas) == 256 and np.array(image).min() == 255
+
+
+@pytest.mark.parametrize('name, last', [('strong', 'RandAugment'), ('stack', 'RandAugment'), ('sim_blur', 'RandomApply')])
+def test_policies_come_last_as_in_the_released_code(name, last):
+    others = view_transform((32, 32), (name,), augmentation='imagenet_lt').others.transforms
+    assert type(others[-1]).__name__ == last
+    assert sum(type(other).__name__ == 'RandomGrayscale' for other in others) == (name != 'strong')
 
 
 @pytest.mark.parametrize('augmentation', ['cifar', 'timm'])

@@ -322,3 +322,13 @@ def test_two_processes_train(folders, tmp_path):
                            launcher=launcher)
     assert outcome.code == 0, outcome.err
     assert all(value.isfinite().all() for value in weights(tmp_path / 'run').values())
+
+
+def test_queues_change_after_both_passes(accelerator, monkeypatch):
+    """The second pass sees the candidates of the first."""
+    step, calls = new_step('resnet18', method='ce').train(), []
+    forward = step.task.forward
+    monkeypatch.setattr(step.task, 'forward', lambda *args: calls.append('forward') or forward(*args))
+    monkeypatch.setattr(step.task, 'after_batch', lambda outputs: calls.append('after'))
+    sam_batch(accelerator, step, *batch_for('ce'), step_generator(0, 0, 0), rho=RHO)
+    assert calls == ['forward', 'forward', 'after']
