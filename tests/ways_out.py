@@ -78,6 +78,7 @@ class Run:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
+        sys.stdout, sys.stderr = (open(number, 'w', buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
         os.environ['ACCELERATE_USE_CPU'] = '1'
         if self.processes > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.processes), MASTER_ADDR='127.0.0.1',
