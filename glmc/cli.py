@@ -315,7 +315,7 @@ def run_script(
         code = _exit_code(error)
         if exits:
             _end_process(code)
-        if debug or not isinstance(error, (InputError, RunError, KeyboardInterrupt)):
+        if debug or not isinstance(error, (InputError, RunError, KeyboardInterrupt, OSError)):
             raise
         if main_process or isinstance(error, ImageError):
             print('interrupted' if isinstance(error, KeyboardInterrupt) else f'error: {_one_line(error)}', file=sys.stderr)
@@ -356,6 +356,8 @@ def _end_process(code: int) -> None:
 def _one_line(error: Exception) -> str:
     """Return the message of an error without control characters; torch's loader workers wrap it in a traceback."""
     text = str(error).strip()
+    if isinstance(error, OSError) and error.filename is not None:  # a full disk, a file without permission
+        text = f'{error.filename}: {error.strerror}'
     return printable(text.splitlines()[-1].split('Error: ', 1)[-1] if 'Original Traceback' in text else text)
 
 

@@ -1,13 +1,16 @@
 """Folder of a run: its choice and lock, args.yaml, summary.csv, the log line of an epoch, and tables of its result."""
 import csv
 import errno
+import io
 import logging
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,10 +23,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from glmc.cli import duration
 from glmc.data.datasets import BadImages, ImageSet
-from glmc.errors import InputError, printable
+from glmc.errors import InputError, first_line, printable
 from glmc.evaluation.metrics import Predictions, confused_pairs
 from glmc.evaluation.text import shot_legend, shot_line
-from glmc.files import NAMES, atomic_write, disk_is_full
+from glmc.files import NAMES, atomic_write, set_aside
 
 try:
     import fcntl
@@ -78,7 +81,7 @@ class RunFolder:
     def log_epoch(
             self, row: dict, train: dict, metrics: dict | None, num_epochs: int, trackers: Callable[[dict], None],
             seconds: float) -> None:
-        """Write an epoch to summary.csv and the trackers, unless the disk is full, and log one line.
+        """Write an epoch to summary.csv and the trackers, or warn if that fails, and log one line.
 
         The time left is that of as many epochs of the mean duration so far. The first line with an evaluation explains it.
 
@@ -89,14 +92,11 @@ class RunFolder:
             trackers: Called with the row.
             seconds: Duration of training and evaluation; a resumed epoch counts as a whole one by its images per second.
         """
-        try:
-            if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
+            with record_errors_as_warnings(f"{SUMMARY}: epoch {row['epoch']}"):
                 write_summary(self.path, row)
+            with record_errors_as_warnings(f"Trackers: epoch {row['epoch']}"):
                 trackers(row)
-        except OSError as error:
-            if not disk_is_full(error):
-                raise
-            _logger.warning(f"{SUMMARY}: epoch {row['epoch']} not written: {error}")
         if metrics and not self.explained:
             self.explained = True
             _logger.info(f"In brackets: many- / medium- / few-shot classes. {shot_legend(metrics['shot_thresholds'])}")
@@ -121,6 +121,15 @@ class RunFolder:
                             f"{', '.join(names[:10])}{' …' if len(names) > 10 else ''}")
         self.num_bad = len(names)
         return self.num_bad
+
+
+@contextmanager
+def record_errors_as_warnings(name: str) -> Iterator[None]:
+    """Turn any error in the body into a warning: a file that records the training must not end it."""
+    try:
+        yield
+    except Exception as error:  # a disk, a server
+        _logger.warning(printable(f'{name} not written: {type(error).__name__}: {first_line(error)}'))
 
 
 def open_run_folder(output: str, experiment: str | None, default_name: str, resume: bool) -> Path:
@@ -206,12 +215,38 @@ def write_summary(folder: Path, row: dict) -> None:
     """Add an epoch to summary.csv and drop its later epochs, which a resumed run repeats."""
     path, rows = folder / SUMMARY, []
     if path.exists():
-        with open(path, newline='', encoding='utf-8') as file:
-            rows = [old for old in csv.DictReader(file) if int(old['epoch']) < row['epoch']]
+        rows, damaged = _read_rows(path)
+        rows = [old for old in rows if int(old['epoch']) < row['epoch']]
+        if damaged:
+            _logger.warning(f'{path}: is damaged, set aside as {set_aside(path).name}; its readable rows are kept')
     with atomic_write(path) as beside, open(beside, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, list(row), extrasaction='ignore')
         writer.writeheader()
         writer.writerows([*rows, row])
+
+
+def _read_rows(path: Path) -> tuple[list[dict[str, str]], bool]:
+    """Rows of summary.csv whose cells are numbers or empty, and whether the file has anything else."""
+    rows, damaged = [], False
+    try:
+        text = path.read_bytes().decode('utf-8', 'replace')
+        damaged = '\0' in text
+        for row in csv.DictReader(io.StringIO(text.replace('\0', ''), newline='')):
+            if _is_row(row):
+                rows.append(row)
+            else:
+                damaged = True
+    except (OSError, csv.Error):  # a folder, a cell of 100 kB
+        damaged = True
+    return rows, damaged or not rows
+
+
+def _is_row(row: dict) -> bool:
+    try:
+        return None not in row and re.fullmatch('[0-9]{1,18}', row['epoch']) and all(
+            not cell or isinstance(float(cell), float) for cell in row.values())
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | None, bad_images: int = 0) -> dict:
@@ -230,7 +265,7 @@ def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | No
 def write_tables(
         folder: Path, metrics: dict, class_names: Sequence[str] | None, predictions: Predictions | None = None,
         images=None) -> None:
-    """Write per_class.csv and, if there are predictions, predictions.csv and confused_pairs.csv.
+    """Write per_class.csv and, if there are predictions, predictions.csv and confused_pairs.csv; warn if one fails.
 
     Names are exact, byte by byte; a name that a spreadsheet would execute starts with a quote, a file with ./.
 
@@ -261,19 +296,17 @@ def spreadsheet_safe(name, prefix: str = "'") -> str:
 
 
 def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence]) -> None:
-    with open(path, 'w', newline='', **NAMES) as file:
+    with record_errors_as_warnings(str(path)), open(path, 'w', newline='', **NAMES) as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(rows)
 
 
 def read_summary(folder: Path) -> list[dict[str, float | None]]:
-    """Rows of summary.csv, None for an empty cell; an empty list without the file."""
+    """Readable rows of summary.csv, None for an empty cell; an empty list without the file."""
     path = folder / SUMMARY
-    if not path.exists():
-        return []
-    with open(path, newline='', encoding='utf-8') as file:
-        return [{name: float(cell) if cell else None for name, cell in row.items()} for row in csv.DictReader(file)]
+    rows = _read_rows(path)[0] if path.exists() else []
+    return [{name: float(cell) if cell else None for name, cell in row.items()} for row in rows]
 
 
 def provenance() -> dict:

@@ -354,10 +354,10 @@ def test_lack_of_memory_is_one_line(tmp_path):
 
 
 def test_an_export_that_reads_back_otherwise_is_one_line(train, tmp_path, monkeypatch):
-    save_file = glmc.export.export.save_file
+    write_tensors = glmc.export.export.write_tensors
     with monkeypatch.context() as patch:
-        patch.setattr(glmc.export.export, 'save_file', lambda tensors, path, metadata: save_file(
-            {name: value + 1 for name, value in tensors.items()}, path, metadata))
+        patch.setattr(glmc.export.export, 'write_tensors', lambda path, tensors, header: write_tensors(
+            path, {name: value + 1 for name, value in tensors.items()}, header))
         outcome = train()
     assert outcome.code == 1 and 'Traceback' not in outcome.err
     assert re.search(r'\nerror: .*export: not exported: the loaded model gives other logits than the trained one, or NaN; .*'
