@@ -244,7 +244,7 @@ def _read_rows(path: Path) -> tuple[list[dict[str, str]], bool]:
 def _is_row(row: dict) -> bool:
     try:
         return None not in row and re.fullmatch('[0-9]{1,18}', row['epoch']) and all(
-            not cell or isinstance(float(cell), float) for cell in row.values())
+            cell == '' or isinstance(float(cell), float) for cell in row.values())
     except (KeyError, TypeError, ValueError):
         return False
 

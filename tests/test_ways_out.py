@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT, run_command
 from ways_out import WAYS
 
-FAST = ['bad image', 'exception', 'SIGKILL of a process', 'worker stuck, two SIGINT']
+FAST = ['bad image', 'disk full', 'exception', 'SIGKILL of a process', 'worker stuck, two SIGINT']
 
 
 def check(*options) -> None:

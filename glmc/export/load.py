@@ -172,8 +172,9 @@ def _load_export(name: str) -> TrainedModel:
         export = find_export(path)
         if export is None:
             raise InputError(f'--model {name}: no config.json in this folder, expected an export or a run that has one')
-        _check_weights(export)
         name = f'local-dir:{export}'
+    if name.startswith('local-dir:'):
+        _check_weights(Path(name.removeprefix('local-dir:')))
     model = create_backbone(name, pretrained=True, trained=True)
     try:
         scheme, _, place = name.partition(':')

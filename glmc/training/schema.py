@@ -84,7 +84,7 @@ SCHEMA: dict[str, Callable[[object], bool]] = {
     'model': _is_weights,
     'ema': lambda value: value is None or _is_weights(value, '_ema'),
     'optimizer': lambda value: isinstance(value, dict) and isinstance(value.get('state'), dict) and isinstance(
-        value.get('param_groups'), list),
+        value.get('param_groups'), list) and all(isinstance(group, dict) for group in value['param_groups']),
     'scaler': lambda value: value is None or isinstance(value, dict),
     'best': lambda value: value is None or is_number(value),
     'since_best': is_integer,
