@@ -64,6 +64,7 @@ def main() -> None:
     position = checkpoints.resume(args.resume)
     options = {name: value for name, value in vars(args).items() if name not in ('config', 'resume', 'debug')}
     folder.create(options)
+    checkpoints.folder = folder.checkpoints  # of the next number, if another run has taken this one
     start_trackers(accelerator, trackers, folder.path, options)
     if checkpoints.metrics is None and setup.head_init != 'random':  # else they come from the checkpoint
         start_heads(setup, folder)

@@ -44,10 +44,11 @@ class RunFolder:
     Args:
         path: Path of the folder.
         accelerator: Accelerator of the run; the main process writes.
+        name: Name to number if another run takes the folder first; None for no other name.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator):
-        self.path, self.accelerator, self.num_bad = path, accelerator, 0
+    def __init__(self, path: Path, accelerator: Accelerator, name: str | None = None):
+        self.path, self.accelerator, self.name, self.num_bad = path, accelerator, name, 0
         self.seconds, self.explained = [], False  # seconds of each epoch; whether the log explains the shot groups
 
     @classmethod
@@ -66,17 +67,20 @@ class RunFolder:
             path = (path.parent if path.name == 'checkpoints' else path).resolve()
         elif accelerator.is_main_process:
             path = open_run_folder(output, experiment, default_name, resume=resume == 'auto')
-        return cls(broadcast_object_list([path])[0], accelerator)
+        path = broadcast_object_list([path])[0]
+        return cls(path, accelerator, None if experiment or resume else default_name)
 
     @property
     def checkpoints(self) -> Path:
         return self.path / 'checkpoints'
 
     def create(self, options: dict) -> None:
-        """Create and lock the folder, and write the options into it, on the main process."""
+        """Create and lock the folder, and write the options into it, on the main process; the next number if it is taken."""
         if self.accelerator.is_main_process:
+            if self.name:
+                self.path = _claim_folder(self.path.parent, self.name)
             self.lock = create_run_folder(self.path, options)
-        self.accelerator.wait_for_everyone()
+        self.path = broadcast_object_list([self.path])[0]
 
     def log_epoch(
             self, row: dict, train: dict, metrics: dict | None, num_epochs: int, trackers: Callable[[dict], None],
@@ -152,6 +156,9 @@ def open_run_folder(output: str, experiment: str | None, default_name: str, resu
         raise InputError(f'--output: {path} is not UTF-8, expected another --output or --experiment') from error
     if experiment:
         folder = parent / experiment
+        place = os.path.normpath(experiment)
+        if os.path.isabs(place) or place.split(os.sep)[0] in ('.', '..') or '\0' in place:
+            raise InputError(f'--experiment {printable(experiment)}: expected the name of a folder in --output {output}')
         if folder.exists() and not resume:
             raise InputError(f'--experiment {experiment}: {folder} exists; --resume auto continues it, '
                              'another name starts anew')
@@ -160,6 +167,20 @@ def open_run_folder(output: str, experiment: str | None, default_name: str, resu
     while (parent / _numbered(default_name, number)).exists():
         number += 1
     return parent / _numbered(default_name, max(number - 1, 1) if resume else number)
+
+
+def _claim_folder(parent: Path, name: str) -> Path:
+    """Create the first folder of this name and a number that no run has, even one that starts at the same moment."""
+    number = 1
+    while True:
+        folder = parent / _numbered(name, number)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
 
 
 def _numbered(name: str, number: int) -> str:
