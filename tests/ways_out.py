@@ -154,7 +154,7 @@ class Way(NamedTuple):
     """A way out.
 
     Args:
-        code: Promised exit code of one of the processes; the others have it, too, or 1.
+        code: Promised exit code of one of the processes; the others have it, too, or 1, or had finished.
         options: Options of train_glmc.py.
         act: Called with the run when it trains; None for a run that ends by itself.
         prepare: Called in each process before it starts.
@@ -212,7 +212,8 @@ def measure(name: str, workers: int, processes: int, launched: bool = False, lim
         problem = 'does not end: ' + run.log[-300:]
     run.kill()
     codes = run.codes()
-    promised = way.code in codes and set(codes) <= {way.code, 1}
+    others = {way.code, 1, 0} if name == 'disk full' else {way.code, 1}  # the first process alone exports
+    promised = way.code in codes and set(codes) <= others
     if launched:  # the launcher reports the codes of its processes
         promised = f'exitcode  : {way.code} ' in run.log and codes != [0]
     if not problem and seconds > limit and not (launched and way.act is None):

@@ -45,6 +45,20 @@ def test_a_few_stops_lose_no_step(tmp_path):
     assert row['kills'] >= 3 and row['equal'] == row['runs'] >= 1 and row['repeated'] == 0
 
 
+def test_a_kill_of_one_process_of_two_loses_no_checkpoint(tmp_path):
+    (row,) = torture(tmp_path, '--kills', '2', '--one', '--only', 'two processes, resident')
+    assert row['kills'] >= 2 and row['equal'] == row['runs'] >= 1 and row['unreadable'] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('options', [
+    ('--kills', '6', '--signal', 'STOP'), ('--kills', '6', '--one'), ('--kills', '4', '--one', '--signal', 'STOP'),
+    ('--kills', '6', '--one', '--signal', 'TERM')], ids=' '.join)
+def test_signals_to_some_processes_and_pauses(tmp_path, options):
+    rows = torture(tmp_path, *options)
+    assert all(row['equal'] == row['runs'] and row['unreadable'] == 0 for row in rows)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('number, kills', [('KILL', 100), ('TERM', 40), ('USR1', 10), ('INT', 10)])
 def test_many_kills(tmp_path, number, kills):
