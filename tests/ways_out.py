@@ -99,9 +99,13 @@ class Run:
                 return
             self.log += part.decode(errors='replace')
 
+    def ranks(self) -> list[int]:
+        """Ids of the processes that train."""
+        return _children(self.pids[0]) if self.launched else self.pids
+
     def worker(self) -> int:
         """Id of a loader process of the first process."""
-        return int(subprocess.run(['pgrep', '-P', str(self.pids[0])], capture_output=True, text=True).stdout.split()[0])
+        return _children(self.ranks()[0])[0]
 
     def signal_all(self, number: int) -> None:
         os.killpg(self.pids[0], number)
@@ -115,6 +119,10 @@ class Run:
         with suppress(ProcessLookupError):
             self.signal_all(signal.SIGCONT)
             self.signal_all(signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in subprocess.run(['pgrep', '-P', str(pid)], capture_output=True, text=True).stdout.split()]
 
 
 def fail_in_step(error: Exception) -> Callable[[], None]:
@@ -179,8 +187,8 @@ WAYS = {
     'SIGTERM': Way(75, act=lambda run: run.signal_all(signal.SIGTERM), text='Stopped by SIGTERM'),
     'SIGUSR1': Way(75, act=lambda run: run.signal_all(signal.SIGUSR1), text='Stopped by SIGUSR1'),
     'SIGINT': Way(75, act=lambda run: run.signal_all(signal.SIGINT), text='Stopped by SIGINT'),
-    'SIGTERM to one process': Way(75, act=lambda run: os.kill(run.pids[-1], signal.SIGTERM), text='Stopped by'),
-    'SIGKILL of a process': Way(-9, act=lambda run: os.kill(run.pids[-1], signal.SIGKILL)),
+    'SIGTERM to one process': Way(75, act=lambda run: os.kill(run.ranks()[-1], signal.SIGTERM), text='Stopped by'),
+    'SIGKILL of a process': Way(-9, act=lambda run: os.kill(run.ranks()[-1], signal.SIGKILL)),
     'SIGKILL of a worker': Way(1, act=lambda run: os.kill(run.worker(), signal.SIGKILL), least_workers=1,
                                text='error: a loader process'),
     'worker stuck, two SIGINT': Way(130, act=interrupt_a_stuck_run, least_workers=1, text='interrupted'),

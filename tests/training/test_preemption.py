@@ -335,7 +335,7 @@ def test_an_error_waits_for_the_checkpoint_that_is_being_written(script, folders
 
 def test_a_full_disk_is_survived(train, tmp_path, monkeypatch):
     """From the second epoch on there is no space; then there is."""
-    real, full = shutil.disk_usage, [False, True, True, False]
+    real, full = shutil.disk_usage, [False, True, True, False, False]  # the last for the export
 
     def disk_usage(path):
         return real(path)._replace(free=0) if full.pop(0) else real(path)
