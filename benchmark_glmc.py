@@ -110,4 +110,4 @@ def report_cells(name: str, row: dict) -> list[str]:
 
 
 if __name__ == '__main__':
-    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv))
+    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv, exits=True))

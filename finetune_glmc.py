@@ -251,4 +251,4 @@ def try_compare(folder: Path, stage1: Path, results: list[Result]) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv))
+    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv, exits=True))

@@ -64,6 +64,7 @@ def main() -> None:
     position = checkpoints.resume(args.resume)
     options = {name: value for name, value in vars(args).items() if name not in ('config', 'resume', 'debug')}
     folder.create(options)
+    checkpoints.folder = folder.checkpoints  # of the next number, if another run has taken this one
     start_trackers(accelerator, trackers, folder.path, options)
     if checkpoints.metrics is None and setup.head_init != 'random':  # else they come from the checkpoint
         start_heads(setup, folder)
@@ -184,4 +185,4 @@ def report_inputs(setup: Setup, folder: RunFolder, predictions: Predictions) -> 
 
 
 if __name__ == '__main__':
-    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv))
+    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv, exits=True))

@@ -194,4 +194,4 @@ def compare(args: Options, explicit: set[str]) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv))
+    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv, exits=True))

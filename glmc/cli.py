@@ -1,13 +1,15 @@
 """Strict options: defaults < YAML file < command line. Each mistake is one line that says what to do."""
 import argparse
 import ast
+import atexit
 import difflib
 import logging
 import math
+import multiprocessing
 import os
 import sys
+import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +20,7 @@ from tqdm import tqdm
 from glmc.errors import ImageError, InputError, RunError, printable
 
 _logger = logging.getLogger(__name__)
+EXIT_SECONDS = 3  # in which a process ends once its script has
 Options = argparse.Namespace  # parsed options, by name
 HELP = frozenset(('-h', '--help', '--help-all'))
 LOG_SECONDS = 30  # between two lines of a progress in a log file
@@ -289,7 +292,8 @@ def number(convert: type, low: float, high: float = float('inf'), open_low: bool
     return in_range
 
 
-def run_script(main: Callable[[], None], main_process: bool = True, debug: bool = False) -> int:
+def run_script(
+        main: Callable[[], None], main_process: bool = True, debug: bool = False, exits: bool = False) -> int:
     """Run a script and print an expected error as one line on standard error.
 
     Args:
@@ -297,6 +301,7 @@ def run_script(main: Callable[[], None], main_process: bool = True, debug: bool 
         main_process: Whether to print errors that every process finds. An ImageError is always printed, because only
             one process finds it.
         debug: Show the traceback instead.
+        exits: End this process a few seconds later, even if loader processes, a process group or a tracker hang.
 
     Returns:
         Exit code: 0, 1 for a run that failed, 2 for wrong input, 130 for an interrupt.
@@ -307,18 +312,52 @@ def run_script(main: Callable[[], None], main_process: bool = True, debug: bool 
     try:
         main()
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # ends loader workers: they ignore SIGTERM, so exit would wait
-        if debug or not isinstance(error, (InputError, RunError, KeyboardInterrupt)):
+        code = _exit_code(error)
+        if exits:
+            _end_process(code)
+        if debug or not isinstance(error, (InputError, RunError, KeyboardInterrupt, OSError)):
             raise
         if main_process or isinstance(error, ImageError):
             print('interrupted' if isinstance(error, KeyboardInterrupt) else f'error: {_one_line(error)}', file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1 if isinstance(error, RunError) else 130
+        return code
+    if exits:
+        _end_process(0)
     return 0
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _end_process(code: int) -> None:
+    """Let the exit of this process run its handlers, but for some seconds only, and leave its objects to the system."""
+    def exit_now() -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+    def run_handlers() -> None:
+        atexit.unregister(run_handlers)
+        atexit._run_exitfuncs()
+        exit_now()
+
+    def wait() -> None:
+        time.sleep(EXIT_SECONDS)
+        exit_now()
+    atexit.register(run_handlers)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _one_line(error: Exception) -> str:
     """Return the message of an error without control characters; torch's loader workers wrap it in a traceback."""
     text = str(error).strip()
+    if isinstance(error, OSError) and error.filename is not None:  # a full disk, a file without permission
+        text = f'{error.filename}: {error.strerror}'
     return printable(text.splitlines()[-1].split('Error: ', 1)[-1] if 'Original Traceback' in text else text)
 
 

@@ -3,7 +3,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from glmc.errors import RunError
@@ -23,23 +23,39 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     beside = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # two processes may write the same file
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # again, if it was deleted during the run
         yield beside
         sync(beside)
         os.replace(beside, path)
-        if os.name == 'posix':  # elsewhere a folder cannot be opened
-            sync(path.parent)
+        sync_folder(path.parent)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where a folder can be opened."""
+    if os.name == 'posix':
+        sync(folder)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file, or a folder in its place, to a free name; returns that."""
+    number = 1
+    while os.path.lexists(target := path.with_name(f'{path.name}.damaged-{number}')):
+        number += 1
+    os.replace(path, target)
+    return target
 
 
 def disk_is_full(error: Exception) -> bool:

@@ -304,4 +304,4 @@ def report(args: Options, tally: Tally, names: Sequence[str], seconds: float) ->
 
 
 if __name__ == '__main__':
-    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv))
+    sys.exit(run_script(main, is_main_process(), debug='--debug' in sys.argv, exits=True))

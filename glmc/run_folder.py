@@ -1,13 +1,16 @@
 """Folder of a run: its choice and lock, args.yaml, summary.csv, the log line of an epoch, and tables of its result."""
 import csv
 import errno
+import io
 import logging
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,10 +23,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from glmc.cli import duration
 from glmc.data.datasets import BadImages, ImageSet
-from glmc.errors import InputError, printable
+from glmc.errors import InputError, first_line, printable
 from glmc.evaluation.metrics import Predictions, confused_pairs
 from glmc.evaluation.text import shot_legend, shot_line
-from glmc.files import NAMES, atomic_write, disk_is_full
+from glmc.files import NAMES, atomic_write, set_aside
 
 try:
     import fcntl
@@ -41,10 +44,11 @@ class RunFolder:
     Args:
         path: Path of the folder.
         accelerator: Accelerator of the run; the main process writes.
+        name: Name to number if another run takes the folder first; None for no other name.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator):
-        self.path, self.accelerator, self.num_bad = path, accelerator, 0
+    def __init__(self, path: Path, accelerator: Accelerator, name: str | None = None):
+        self.path, self.accelerator, self.name, self.num_bad = path, accelerator, name, 0
         self.seconds, self.explained = [], False  # seconds of each epoch; whether the log explains the shot groups
 
     @classmethod
@@ -63,22 +67,25 @@ class RunFolder:
             path = (path.parent if path.name == 'checkpoints' else path).resolve()
         elif accelerator.is_main_process:
             path = open_run_folder(output, experiment, default_name, resume=resume == 'auto')
-        return cls(broadcast_object_list([path])[0], accelerator)
+        path = broadcast_object_list([path])[0]
+        return cls(path, accelerator, None if experiment or resume else default_name)
 
     @property
     def checkpoints(self) -> Path:
         return self.path / 'checkpoints'
 
     def create(self, options: dict) -> None:
-        """Create and lock the folder, and write the options into it, on the main process."""
+        """Create and lock the folder, and write the options into it, on the main process; the next number if it is taken."""
         if self.accelerator.is_main_process:
+            if self.name:
+                self.path = _claim_folder(self.path.parent, self.name)
             self.lock = create_run_folder(self.path, options)
-        self.accelerator.wait_for_everyone()
+        self.path = broadcast_object_list([self.path])[0]
 
     def log_epoch(
             self, row: dict, train: dict, metrics: dict | None, num_epochs: int, trackers: Callable[[dict], None],
             seconds: float) -> None:
-        """Write an epoch to summary.csv and the trackers, unless the disk is full, and log one line.
+        """Write an epoch to summary.csv and the trackers, or warn if that fails, and log one line.
 
         The time left is that of as many epochs of the mean duration so far. The first line with an evaluation explains it.
 
@@ -89,14 +96,11 @@ class RunFolder:
             trackers: Called with the row.
             seconds: Duration of training and evaluation; a resumed epoch counts as a whole one by its images per second.
         """
-        try:
-            if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
+            with record_errors_as_warnings(f"{SUMMARY}: epoch {row['epoch']}"):
                 write_summary(self.path, row)
+            with record_errors_as_warnings(f"Trackers: epoch {row['epoch']}"):
                 trackers(row)
-        except OSError as error:
-            if not disk_is_full(error):
-                raise
-            _logger.warning(f"{SUMMARY}: epoch {row['epoch']} not written: {error}")
         if metrics and not self.explained:
             self.explained = True
             _logger.info(f"In brackets: many- / medium- / few-shot classes. {shot_legend(metrics['shot_thresholds'])}")
@@ -123,6 +127,15 @@ class RunFolder:
         return self.num_bad
 
 
+@contextmanager
+def record_errors_as_warnings(name: str) -> Iterator[None]:
+    """Turn any error in the body into a warning: a file that records the training must not end it."""
+    try:
+        yield
+    except Exception as error:  # a disk, a server
+        _logger.warning(printable(f'{name} not written: {type(error).__name__}: {first_line(error)}'))
+
+
 def open_run_folder(output: str, experiment: str | None, default_name: str, resume: bool) -> Path:
     """Folder of a run: `output/experiment`, or `output/default_name` with a number if that is taken.
 
@@ -143,6 +156,9 @@ def open_run_folder(output: str, experiment: str | None, default_name: str, resu
         raise InputError(f'--output: {path} is not UTF-8, expected another --output or --experiment') from error
     if experiment:
         folder = parent / experiment
+        place = os.path.normpath(experiment)
+        if os.path.isabs(place) or place.split(os.sep)[0] in ('.', '..') or '\0' in place:
+            raise InputError(f'--experiment {printable(experiment)}: expected the name of a folder in --output {output}')
         if folder.exists() and not resume:
             raise InputError(f'--experiment {experiment}: {folder} exists; --resume auto continues it, '
                              'another name starts anew')
@@ -151,6 +167,20 @@ def open_run_folder(output: str, experiment: str | None, default_name: str, resu
     while (parent / _numbered(default_name, number)).exists():
         number += 1
     return parent / _numbered(default_name, max(number - 1, 1) if resume else number)
+
+
+def _claim_folder(parent: Path, name: str) -> Path:
+    """Create the first folder of this name and a number that no run has, even one that starts at the same moment."""
+    number = 1
+    while True:
+        folder = parent / _numbered(name, number)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
 
 
 def _numbered(name: str, number: int) -> str:
@@ -206,12 +236,38 @@ def write_summary(folder: Path, row: dict) -> None:
     """Add an epoch to summary.csv and drop its later epochs, which a resumed run repeats."""
     path, rows = folder / SUMMARY, []
     if path.exists():
-        with open(path, newline='', encoding='utf-8') as file:
-            rows = [old for old in csv.DictReader(file) if int(old['epoch']) < row['epoch']]
+        rows, damaged = _read_rows(path)
+        rows = [old for old in rows if int(old['epoch']) < row['epoch']]
+        if damaged:
+            _logger.warning(f'{path}: is damaged, set aside as {set_aside(path).name}; its readable rows are kept')
     with atomic_write(path) as beside, open(beside, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, list(row), extrasaction='ignore')
         writer.writeheader()
         writer.writerows([*rows, row])
+
+
+def _read_rows(path: Path) -> tuple[list[dict[str, str]], bool]:
+    """Rows of summary.csv whose cells are numbers or empty, and whether the file has anything else."""
+    rows, damaged = [], False
+    try:
+        text = path.read_bytes().decode('utf-8', 'replace')
+        damaged = '\0' in text
+        for row in csv.DictReader(io.StringIO(text.replace('\0', ''), newline='')):
+            if _is_row(row):
+                rows.append(row)
+            else:
+                damaged = True
+    except (OSError, csv.Error):  # a folder, a cell of 100 kB
+        damaged = True
+    return rows, damaged or not rows
+
+
+def _is_row(row: dict) -> bool:
+    try:
+        return None not in row and re.fullmatch('[0-9]{1,18}', row['epoch']) and all(
+            cell == '' or isinstance(float(cell), float) for cell in row.values())
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | None, bad_images: int = 0) -> dict:
@@ -230,7 +286,7 @@ def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | No
 def write_tables(
         folder: Path, metrics: dict, class_names: Sequence[str] | None, predictions: Predictions | None = None,
         images=None) -> None:
-    """Write per_class.csv and, if there are predictions, predictions.csv and confused_pairs.csv.
+    """Write per_class.csv and, if there are predictions, predictions.csv and confused_pairs.csv; warn if one fails.
 
     Names are exact, byte by byte; a name that a spreadsheet would execute starts with a quote, a file with ./.
 
@@ -261,19 +317,17 @@ def spreadsheet_safe(name, prefix: str = "'") -> str:
 
 
 def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence]) -> None:
-    with open(path, 'w', newline='', **NAMES) as file:
+    with record_errors_as_warnings(str(path)), open(path, 'w', newline='', **NAMES) as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(rows)
 
 
 def read_summary(folder: Path) -> list[dict[str, float | None]]:
-    """Rows of summary.csv, None for an empty cell; an empty list without the file."""
+    """Readable rows of summary.csv, None for an empty cell; an empty list without the file."""
     path = folder / SUMMARY
-    if not path.exists():
-        return []
-    with open(path, newline='', encoding='utf-8') as file:
-        return [{name: float(cell) if cell else None for name, cell in row.items()} for row in csv.DictReader(file)]
+    rows = _read_rows(path)[0] if path.exists() else []
+    return [{name: float(cell) if cell else None for name, cell in row.items()} for row in rows]
 
 
 def provenance() -> dict:

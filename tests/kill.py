@@ -2,10 +2,12 @@
 
     python tests/kill.py --signal KILL --kills 100 --csv kills.csv
     python tests/kill.py --signal TERM --kills 40
+    python tests/kill.py --signal KILL --one              to one process of two
+    python tests/kill.py --signal STOP                    stopped for up to two seconds, then continued
 
 A run is forked off a process that has imported everything, so that a try costs a second and not ten. The signal goes to all
 its processes at a random moment after its folder is claimed; a checkpoint is saved after every update, so that many
-moments fall into a save.
+moments fall into a save. With stage 2, many fall into its features, classifiers and exports.
 """
 import argparse
 import csv
@@ -45,6 +47,8 @@ CONFIGURATIONS = {  # name -> processes, options
     'two processes, resident': (2, ('--batch-size', '32')),
     'two processes, workers, 2 steps an update, EMA': (
         2, (*WORKERS, '--workers', '1', '--batch-size', '16', '--grad-accum-steps', '2', '--model-ema')),
+    'one process, stage 2': (
+        1, ('--batch-size', '128', '--method', 'ce', '--stage2', 'crt,tau_norm', '--feature-views', '1')),
 }
 
 
@@ -55,9 +59,11 @@ class Trial:
         folder: For it and its log.
         processes: Of the run.
         options: Of train_glmc.py.
+        one: Whether a signal goes to the last process only.
     """
 
-    def __init__(self, folder: Path, processes: int, options: Sequence[str]):
+    def __init__(self, folder: Path, processes: int, options: Sequence[str], one: bool = False):
+        self.one = one
         self.folder, self.processes, self.log = folder, processes, folder.with_suffix('.log')
         self.options = ('--output', str(folder.parent), '--experiment', folder.name, '--resume', 'auto', *COMMON, *options)
 
@@ -104,9 +110,11 @@ class Trial:
         pids, started = self.start(), time.time()
         if number is not None and self._claimed(started, pids[0]):
             time.sleep(delay())
-            for pid in pids:
-                if _running(pid):
-                    os.kill(pid, number)
+            aims = [pid for pid in pids[-1:] if self.one] or pids
+            _send(aims, number)
+            if number == signal.SIGSTOP:
+                time.sleep(random.uniform(0, 2))
+                _send(aims, signal.SIGCONT)
         return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
     def _claimed(self, started: float, pid: int) -> bool:
@@ -121,12 +129,20 @@ class Trial:
         """Results that must not depend on the kills: weights, all rows of summary.csv but their speed, metrics."""
         with open(self.folder / 'summary.csv', newline='') as file:
             rows = [{**row, 'images_per_second': ''} for row in csv.DictReader(file)]
-        return load_file(self.folder / 'export' / 'model.safetensors'), rows
+        exports = sorted(self.folder.rglob('model.safetensors'))
+        return {f'{path.relative_to(self.folder)}/{name}': weight for path in exports
+                for name, weight in load_file(path).items()}, rows
 
     def steps(self) -> list[tuple[int, int]]:
         """Epoch and step of each step that was done, as logged."""
         found = re.findall(r'^Train: (\d+) \[ *(\d+)/', self.log.read_text(), re.MULTILINE)
         return [(int(epoch), int(step)) for epoch, step in found]
+
+
+def _send(pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        if _running(pid):
+            os.kill(pid, number)
 
 
 def _running(pid: int) -> bool:
@@ -149,7 +165,7 @@ def readable_subset(folder: Path) -> bool:
         return False
 
 
-def torture(name: str, number: int, kills: int, folder: Path, rng: random.Random) -> dict:
+def torture(name: str, number: int, kills: int, folder: Path, rng: random.Random, one: bool = False) -> dict:
     """Kill runs of a configuration that many times.
 
     Returns:
@@ -165,12 +181,15 @@ def torture(name: str, number: int, kills: int, folder: Path, rng: random.Random
                runs=0, equal=0)
     print(f'{name}: {time.time() - started:.1f} s, {training:.1f} of them training and export', flush=True)
     while row['kills'] < kills:
-        trial = Trial(folder / f"run{row['runs']}", processes, options)
+        trial = Trial(folder / f"run{row['runs']}", processes, options, one)
         while True:
+            row['kills'] += number == signal.SIGSTOP
             codes = trial.run(number, lambda: rng.uniform(0, training * 0.7))
             if set(codes) == {0}:
                 break
-            assert set(codes) <= {-number, EXIT_CODE, 0}, (codes, trial.log.read_text()[-3000:])
+            log = trial.log.read_text()
+            others = {1} if one and 'error: another process of this run has ended' in log else set()
+            assert set(codes) <= {-number, EXIT_CODE, 0} | others, (codes, log[-3000:])
             row['kills'] += 1
             row['in_a_save'] += any(trial.folder.rglob('*.tmp'))
             row['unreadable'] += not readable_subset(trial.folder)
@@ -183,18 +202,19 @@ def torture(name: str, number: int, kills: int, folder: Path, rng: random.Random
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--signal', choices=('KILL', 'TERM', 'USR1', 'INT'), default='KILL')
+    parser.add_argument('--signal', choices=('KILL', 'TERM', 'USR1', 'INT', 'STOP'), default='KILL')
     parser.add_argument('--kills', type=int, default=100, help='of all configurations together, at least')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--only', choices=list(CONFIGURATIONS), help='one configuration')
+    parser.add_argument('--one', action='store_true', help='signal one process of two; configurations with two only')
     parser.add_argument('--csv', help='add the rows of the table there')
     args = parser.parse_args()
     number, rng = getattr(signal, f'SIG{args.signal}'), random.Random(args.seed)
-    names = [args.only] if args.only else list(CONFIGURATIONS)
+    names = [args.only] if args.only else [name for name, (n, _) in CONFIGURATIONS.items() if n > args.one]
     each = -(-args.kills // len(names))
     for k, name in enumerate(names):
         with tempfile.TemporaryDirectory() as folder:
-            row = torture(name, number, each, Path(folder) / str(k), rng)
+            row = torture(name, number, each, Path(folder) / str(k), rng, args.one)
         print(row, flush=True)
         if args.csv:
             new = not Path(args.csv).exists()

@@ -6,8 +6,6 @@ compares its row with the page.
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -287,14 +285,6 @@ def test_truncated_jpeg(split, workers, augmentation, script, document, folders,
     line = error_line(outcome)
     document('Folders', f'--data-dir {root}', '^--data-dir .*: cannot decode image ant/cut.jpg: .*truncated', line,
              ', with a truncated JPEG')
-
-
-@pytest.mark.parametrize('options, code', [([], 2), (['--debug'], 1)])
-def test_a_run_with_loader_workers_ends_after_a_broken_image(options, code, folders, tmp_path):
-    root = spoiled(folders, tmp_path, 'train')
-    command = [sys.executable, ROOT / 'train_glmc.py', *TINY, '--data-dir', root, '--output', tmp_path, '--workers', '2']
-    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=180)
-    assert done.returncode == code and 'cannot decode image ant/cut.jpg' in done.stderr
 
 
 # --- YAML ---

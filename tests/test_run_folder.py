@@ -2,10 +2,13 @@
 import csv
 
 import numpy as np
+import pytest
+from accelerate import Accelerator
 
 from glmc.data.datasets import ImageSet
+from glmc.errors import InputError
 from glmc.evaluation.metrics import Predictions
-from glmc.run_folder import write_tables
+from glmc.run_folder import RunFolder, open_run_folder, write_tables
 
 
 def read(path) -> list[list[str]]:
@@ -34,3 +37,28 @@ def test_a_set_without_an_index_has_positions_for_files(tmp_path):
                    per_class_predictions=[0, 2])
     write_tables(tmp_path, metrics, None, predictions)
     assert read(tmp_path / 'predictions.csv')[1:] == [['0', '1', '1', '0.500000'], ['1', '0', '1', '0.250000']]
+
+
+def test_runs_that_start_at_once_take_the_next_number(tmp_path):
+    start = [RunFolder.choose(Accelerator(cpu=True), 'name', str(tmp_path), None, None) for _ in range(3)]
+    for folder in start:
+        folder.create({})
+    assert [folder.path.name for folder in start] == ['name', 'name-2', 'name-3']
+    assert all((folder.path / 'args.yaml').is_file() for folder in start)
+
+
+@pytest.mark.parametrize('name', ['../x', '/x', 'a/../../x', '.', '..', 'a/..', 'a\0b'])
+def test_an_experiment_stays_in_the_output(name, tmp_path):
+    with pytest.raises(InputError, match='--experiment .*: expected the name of a folder in --output '):
+        open_run_folder(str(tmp_path), name, 'name', resume=False)
+
+
+def test_an_experiment_may_be_a_folder_of_a_folder(tmp_path):
+    assert open_run_folder(str(tmp_path), 'a/b', 'name', resume=False) == tmp_path / 'a' / 'b'
+
+
+def test_an_output_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / 'out').write_text('')
+    folder = RunFolder.choose(Accelerator(cpu=True), 'name', str(tmp_path / 'out'), None, None)
+    with pytest.raises(InputError, match='--output: cannot write to '):
+        folder.create({})

@@ -22,10 +22,11 @@ if __name__ == '__main__':
     show_help(check_parser)  # before the imports that take seconds
 # isort: split
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from glmc.data.advice import advise, measure
 from glmc.data.datasets import ImageSet
+from glmc.data.loaders import data_loader
 from glmc.data.profiles import Profile, classes_without_images, pluralize
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import ImageError, InputError, printable
@@ -95,7 +96,7 @@ def scan(images: ImageSet, workers: int = 0) -> list[ScanResult]:
     """
     results = []
     with Progress(len(images), name='data check') as progress:
-        for result in DataLoader(_ScanDataset(images), batch_size=None, num_workers=workers):
+        for result in data_loader(_ScanDataset(images), workers, persistent=False, batch_size=None):
             results.append(result)
             progress.update()
     return results
@@ -229,4 +230,4 @@ def three_splits(args: Options) -> list[str]:
 
 
 if __name__ == '__main__':
-    sys.exit(run_script(main))
+    sys.exit(run_script(main, exits=True))

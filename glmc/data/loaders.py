@@ -1,6 +1,10 @@
 """Batches of images on the device: decoded once, uint8 until the training step mixes and normalises them."""
+import multiprocessing
+import os
 import random
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -279,16 +283,34 @@ def image_mode(data_config: dict) -> str:
     return 'L' if data_config['input_size'][0] == 1 else 'RGB'
 
 
-def data_loader(dataset, workers: int, device: torch.device, seed: int, **kwargs) -> DataLoader:
-    """DataLoader whose workers ignore signals and whose random numbers are its own."""
+def data_loader(
+        dataset, workers: int, device: torch.device | None = None, seed: int = 0, persistent: bool = True,
+        **kwargs) -> DataLoader:
+    """DataLoader whose workers end with their main process and not before, and whose random numbers are its own."""
     return DataLoader(
-        dataset, num_workers=workers, pin_memory=device.type == 'cuda', persistent_workers=workers > 0,
-        generator=torch.Generator().manual_seed(seed), **kwargs,  # its own generator: none of the training's numbers
-        worker_init_fn=_ignore_signals if workers else None)
+        dataset, num_workers=workers, pin_memory=device is not None and device.type == 'cuda',
+        persistent_workers=persistent and workers > 0, worker_init_fn=_follow_main_process if workers else None,
+        generator=torch.Generator().manual_seed(seed), **kwargs)  # its own generator: none of the training's numbers
 
 
-def _ignore_signals(worker: int) -> None:
-    """Let the main process finish its step when a signal goes to all processes of a job."""
-    for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def _follow_main_process(worker: int) -> None:
+    """Ignore signals that go to all processes of a job, so that the main process can finish its step; end at a SIGTERM of
+    the main process, and within a second after it."""
+    signals = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
+    if hasattr(signal, 'sigtimedwait'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    else:  # macOS, Windows
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_wait_for_end, args=(signals, os.getppid()), daemon=True).start()
+
+
+def _wait_for_end(signals: list[int], parent: int) -> None:
+    while os.getppid() == parent:
+        if not hasattr(signal, 'sigtimedwait'):
+            time.sleep(1)
+            continue
+        caught = signal.sigtimedwait(signals, 1)
+        if caught and caught.si_signo == signal.SIGTERM and caught.si_pid == multiprocessing.parent_process().pid:
+            break
+    os._exit(0)

@@ -7,11 +7,10 @@ from timm.data import IterableImageDataset
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybePILToTensor
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Resize
 
 from glmc.data.datasets import BadImages, ImageSet
-from glmc.data.loaders import EvalDataset, Normalize, TrainLoader, create_normalize, eval_transform, image_mode
+from glmc.data.loaders import EvalDataset, Normalize, TrainLoader, create_normalize, data_loader, eval_transform, image_mode
 from glmc.data.sampling import PairSampler, stream
 from glmc.data.transforms import CIFAR_PADDING, view_options, view_transform
 from glmc.errors import InputError
@@ -155,7 +154,5 @@ def create_resident_eval_loader(
 def read_all(
         images: ImageSet, transform: Callable, workers: int, mode: str, bad: BadImages | None = None) -> Tensor:
     """All images, (N, H, W, c) uint8 on the CPU."""
-    generator = torch.Generator()  # its own generator: none of the training's numbers
-    dataset = EvalDataset(images, transform, mode, bad)
-    loader = DataLoader(dataset, batch_size=256, num_workers=workers, generator=generator)
+    loader = data_loader(EvalDataset(images, transform, mode, bad), workers, persistent=False, batch_size=256)
     return torch.cat([batch.permute(0, 2, 3, 1) for batch, _ in loader]).contiguous()

@@ -4,23 +4,25 @@
 """
 import copy
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from glmc.cli import Parser, run_script
 from glmc.errors import InputError, RunError, first_line
 from glmc.export.card import write_card
-from glmc.files import ESCAPED
-from glmc.models.backbone import create_backbone
+from glmc.export.load import WEIGHTS, build_from_checkpoint, file_digest
+from glmc.files import ESCAPED, set_aside, sync, sync_folder
 from glmc.models.lora import merge_adapters
-from glmc.training.checkpoint import load_checkpoint
+from glmc.training.checkpoint import write_tensors
+
+_logger = logging.getLogger(__name__)
 
 
 def export_model(
@@ -48,16 +50,24 @@ def export_model(
     partial = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        if os.path.lexists(partial):
+            set_aside(partial)
         _write_files(partial, model, data_config, class_names, metrics, source or {})
         error = verify_export(partial, model)
         if error:
             raise RunError(f'{folder}: not exported: {error}; an earlier export and the checkpoints are unchanged; '
                            '`python -m glmc.export CHECKPOINT FOLDER` tries again from a checkpoint')
+        for path in partial.iterdir():
+            sync(path)
+        sync_folder(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
+    if os.path.lexists(folder):  # a file
+        _logger.warning(f'{folder}: is no folder of an export, set aside as {set_aside(folder).name}')
     os.replace(partial, folder)
+    sync_folder(folder.parent)
     return folder
 
 
@@ -67,13 +77,13 @@ def _write_files(
     folder.mkdir(parents=True)
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, value in model.state_dict().items()}
-    save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
-    os.chmod(folder / 'model.safetensors', (folder.stat().st_mode & 0o666))
+    write_tensors(folder / WEIGHTS, tensors, {'format': 'pt'})
     config = dict(label_names=list(class_names), glmc=source, pretrained_cfg=dict(
         tag='glmc', license=source.get('license'), origin_url=None, paper_ids=None, hf_hub_id=None))
     save_config_for_hf(model, str(folder / 'config.json'), model_config=config, data_config=data_config)
     if metrics is None:
         return
+    metrics = {**metrics, 'weights_sha256': file_digest(folder / WEIGHTS)}
     (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', **ESCAPED)
     write_card(folder)
 
@@ -110,11 +120,8 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path | None = None) 
     folder = Path(folder or checkpoint.parent.parent / 'export')
     if folder.exists():
         raise InputError(f'{folder}: exists, expected a new folder for the export')
-    state = load_checkpoint(checkpoint)
-    description = state['description']
-    model = create_backbone(**description['model'])
-    model.load_state_dict(state['ema']['state_dict_ema'] if state['ema'] else state['model']['state_dict'])
-    return export_model(folder, model, **description['export'], metrics=state['metrics'])
+    state, model, _ = build_from_checkpoint(checkpoint)
+    return export_model(folder, model, **state['description']['export'], metrics=state['metrics'])
 
 
 def main() -> int:

@@ -1,4 +1,5 @@
 """Loading of trained models: export folder, run folder, checkpoint, Hub id, or a plain timm model."""
+import hashlib
 import json
 import logging
 import os
@@ -18,9 +19,11 @@ from glmc.models.lora import merge_adapters
 from glmc.training.checkpoint import load_checkpoint
 from glmc.training.checkpoints import BEST
 from glmc.training.resume import epoch_checkpoints
+from glmc.training.schema import MAX_SIDE, check_no_nan, check_state, is_data_config
 from glmc.training.state import trained_weights
 
 _logger = logging.getLogger(__name__)
+WEIGHTS = 'model.safetensors'  # of an export
 FLAGS = {'checkpoint': '--checkpoint', 'num_classes': '--num-classes', 'in_chans': '--in-chans', 'global_pool': '--gp'}
 
 
@@ -85,17 +88,51 @@ def load_trained(
 
 
 def _load_checkpoint(path: Path) -> TrainedModel:
-    state = load_checkpoint(path)
-    description = state['description']
-    model = create_backbone(**description['model'])
-    weights, task_state = trained_weights(state, ema=bool(state['ema']))
-    model.load_state_dict(weights)
+    state, model, task_state = build_from_checkpoint(path)
     model = merge_adapters(model)
-    export = description['export']
+    export = state['description']['export']
     metadata = {**export['source'], 'precision': state['metrics'].get('precision')}
     model.pretrained_cfg = {**model.pretrained_cfg, **export['data_config']}
     return TrainedModel(
         str(path), model, {}, export['class_names'], metadata, _conventional_classifier(task_state or {}))
+
+
+def build_from_checkpoint(path: Path) -> tuple[dict, nn.Module, dict | None]:
+    """Return the state of a checkpoint, its model with the weights, or their average if there is one, and the task's state.
+
+    Raises:
+        InputError: If the file is no checkpoint of train_glmc.py, or its parts do not fit each other.
+    """
+    state = check_state(path, load_checkpoint(path))
+    model = create_backbone(**state['description']['model'])
+    weights, task_state = trained_weights(state, ema=bool(state['ema']))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path}: its weights are not those of {state['description']['model']['name']}: "
+                         f'{first_line(error)}') from error
+    return state, model, task_state
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while part := file.read(2 ** 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _check_weights(export: Path) -> None:
+    """Raise an InputError if the weights of an export differ from the checksum in its metrics.json."""
+    try:
+        metrics = json.loads((export / 'metrics.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError):
+        return  # an export without figures
+    recorded = metrics.get('weights_sha256') if isinstance(metrics, dict) else None
+    if recorded is not None and (export / WEIGHTS).is_file() and file_digest(export / WEIGHTS) != recorded:
+        raise InputError(f'--model {export}: {WEIGHTS} is damaged or not from this run: its sha256 differs from '
+                         'weights_sha256 in metrics.json')
 
 
 def find_export(folder: Path) -> Path | None:
@@ -120,8 +157,11 @@ def _conventional_classifier(task_state: dict) -> nn.Linear | None:
     """Create GLMC's conventional classifier from the task's state; None for another method."""
     if not {'projector.weight', 'classifier.weight'} <= task_state.keys():
         return None
-    classifier = nn.Linear(*reversed(task_state['classifier.weight'].shape))
-    classifier.load_state_dict({name: task_state[f'classifier.{name}'] for name in ('weight', 'bias')})
+    try:
+        classifier = nn.Linear(*reversed(task_state['classifier.weight'].shape))
+        classifier.load_state_dict({name: task_state[f'classifier.{name}'] for name in ('weight', 'bias')})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f'conventional classifier of a checkpoint: cannot be read: {first_line(error)}') from error
     return classifier
 
 
@@ -133,6 +173,8 @@ def _load_export(name: str) -> TrainedModel:
         if export is None:
             raise InputError(f'--model {name}: no config.json in this folder, expected an export or a run that has one')
         name = f'local-dir:{export}'
+    if name.startswith('local-dir:'):
+        _check_weights(Path(name.removeprefix('local-dir:')))
     model = create_backbone(name, pretrained=True, trained=True)
     try:
         scheme, _, place = name.partition(':')
@@ -142,6 +184,7 @@ def _load_export(name: str) -> TrainedModel:
         raise InputError(f'--model {name}: cannot be loaded: {first_line(error)}') from error
     class_names = valid_class_names(config.get('label_names'), model.num_classes)
     metadata = valid_metadata(config.get('glmc'), model.num_classes)
+    check_no_nan(f'--model {name}', model.state_dict())
     return TrainedModel(name.removeprefix('local-dir:'), model, {}, class_names, metadata)
 
 
@@ -226,8 +269,11 @@ def _set_input_size(trained: TrainedModel, img_size: int | list[int] | None) -> 
 def _with_data_config(trained: TrainedModel, data_options: dict) -> TrainedModel:
     try:
         data_config = resolve_input_data_config(trained.model, data_options)
-    except (ValueError, AssertionError) as error:
+    except Exception as error:  # config files of others make timm raise anything
         raise InputError(f'--model {trained.name}: {first_line(error)}') from error
+    if not is_data_config(data_config):
+        raise InputError(f'--model {trained.name}: found a wrong data config, expected input_size of at most {MAX_SIDE:,} '
+                         'pixels, mean, std, interpolation and crop_pct')
     return replace(trained, model=trained.model.eval(), data_config=data_config)
 
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from glmc.cli import Progress
 from glmc.config import PRECISIONS
 from glmc.data.datasets import ImageSet
-from glmc.data.loaders import EvalDataset, ViewDataset, create_normalize, eval_transform, image_mode
+from glmc.data.loaders import EvalDataset, ViewDataset, create_normalize, data_loader, eval_transform, image_mode
 from glmc.data.transforms import view_transform
 from glmc.stage2.feature_file import BLOCK, FeatureFile, StoredViews
 
@@ -206,8 +206,7 @@ class Extractor:
                 pending.append((block, len(indices)))
                 yield from (indices[start:start + self.batch_size] for start in range(0, len(indices), self.batch_size))
         dataset = ImageViews(images, num_views, self.data_config, self.augmentation, self.seed)
-        loader = DataLoader(dataset, batch_sampler=batches(), num_workers=self.workers, generator=torch.Generator(),
-                            pin_memory=self.device.type == 'cuda')
+        loader = data_loader(dataset, self.workers, self.device, persistent=False, batch_sampler=batches())
         encoded, count = [], 0
         with self._inference(self.chosen):
             for batch in loader:  # (B, 1 + V, c, H, W)

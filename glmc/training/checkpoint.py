@@ -3,6 +3,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glmc.errors import InputError
-from glmc.files import atomic_write, disk_is_full
+from glmc.files import atomic_write
 
 SUFFIX = '.safetensors'
 _logger = logging.getLogger(__name__)
@@ -41,24 +42,29 @@ def _freeze(state: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    try:
-        with atomic_write(path) as beside:
-            beside.touch()
-            mode = beside.stat().st_mode
-            _require_space(path.parent, tensors, header)
-            save_file(tensors, beside, metadata={**header, 'crc32': _checksum(tensors, header['state'])})
-            beside.chmod(mode)  # safetensors makes files that only their owner may read
-    except SafetensorError as error:
-        if 'No space left' in str(error):  # safetensors has its own kind of error
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
+    with atomic_write(path) as beside:
+        write_tensors(beside, tensors, {**header, 'crc32': _checksum(tensors, header['state'])})
 
 
-def _require_space(folder: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    need = sum(tensor.nbytes for tensor in tensors.values()) + len(header['state']) + 2 ** 20
-    free = shutil.disk_usage(folder).free
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write contiguous CPU tensors and text as a safetensors file, if the disk has the space.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    need = sum(tensor.nbytes for tensor in tensors.values()) + sum(map(len, header.values())) + 2 ** 20
+    free = shutil.disk_usage(path.parent).free
     if free < need:
-        raise OSError(errno.ENOSPC, f'needs {need / 2 ** 20:.0f} MiB, {free / 2 ** 20:.0f} MiB are free', str(folder))
+        raise OSError(errno.ENOSPC, f'needs {need / 2 ** 20:.0f} MiB, {free / 2 ** 20:.0f} MiB are free', str(path.parent))
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata=header)
+    except SafetensorError as error:  # which hides the error of the system
+        found = re.search(r'\(os error (\d+)\)', str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error), str(path)) from error
+    path.chmod(mode)  # safetensors makes files that only their owner may read
 
 
 def _checksum(tensors: dict[str, Tensor], state: str) -> str:
@@ -85,10 +91,7 @@ class CheckpointWriter:
         """Wait for the pending save.
 
         Returns:
-            False, with a warning, if the disk is full; the previous file is kept.
-
-        Raises:
-            OSError, SafetensorError: If the save failed for another reason.
+            False, with a warning, if the file cannot be written, as on a full disk; the previous file is kept.
         """
         pending, self._pending = self._pending, None
         try:
@@ -96,8 +99,6 @@ class CheckpointWriter:
                 pending.result()
             return True
         except OSError as error:
-            if not disk_is_full(error):
-                raise
             _logger.warning(f'Checkpoint not saved, the previous one is kept: {error}')
             return False
 

@@ -3,15 +3,16 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from glmc.errors import RunError
+from glmc.errors import InputError, RunError, first_line
 from glmc.files import atomic_write
 from glmc.training.checkpoint import SUFFIX, CheckpointWriter, load_checkpoint
 from glmc.training.meter import Meter, NotFiniteError
 from glmc.training.preemption import CheckpointClock, Preempted, Preemption, Request
 from glmc.training.resume import check_origin, epoch_checkpoints, find_checkpoint, translate
+from glmc.training.schema import check_state
 from glmc.training.state import Position, trained_weights
 
 _logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Checkpoints:
         self.steps, self.hist = len(setup.train_loader), setup.args.checkpoint_hist
         self.position = Position(global_batch=setup.global_batch, accum_steps=setup.args.grad_accum_steps)
         self.preemption, self.clock = Preemption(setup.accelerator.device), CheckpointClock(setup.args.checkpoint_interval)
-        self.writer, self.started = CheckpointWriter(), time.time()
+        self.writer, self.started = CheckpointWriter(), time.monotonic()
         self.meter, self.best, self.metrics = None, None, None  # the meter only inside an epoch
         self.since_best = 0  # evaluations on the held-out images
 
@@ -46,17 +47,25 @@ class Checkpoints:
             return self.position
         path, saved = found
         check_origin(path, saved, setup.description(), setup.args.method, setup.data.profile.fingerprint)
-        meter = setup.state.restore(saved)
+        self._restore(path, saved)
         self.best, self.metrics, self.since_best = saved['best'], saved['metrics'], saved.get('since_best', 0)
         self.started -= saved['seconds']
-        self.position = translate(Position(**saved['position']), self.position, self.steps)
-        if meter is not None and self.position.step:
-            self.meter = self._new_meter()
-            self.meter.load(meter)
         setup.set_schedule(self.position)
         step = f', step {self.position.step + 1}' if self.position.step else ''
         _logger.info(f'Resumed from {path}, epoch {self.position.epoch + 1} of {setup.num_epochs}{step} comes next')
         return self.position
+
+    def _restore(self, path: Path, saved: dict) -> None:
+        """Restore weights, optimizer, generators and the meter; contradictions between them are an InputError."""
+        try:
+            meter = self.setup.state.restore(saved)
+            self.position = translate(Position(**saved['position']), self.position, self.steps)
+            if meter is not None and self.position.step:
+                self.meter = self._new_meter()
+                self.meter.load(meter)
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise InputError(f'--resume {path}: its content does not fit this run: {type(error).__name__}: '
+                             f'{first_line(error)}') from error
 
     def _new_meter(self) -> Meter:
         return Meter(('loss', *self.setup.task.loss_names), self.accelerator.device)
@@ -78,6 +87,10 @@ class Checkpoints:
             except NotFiniteError as error:
                 self.position = self.position.at(self.position.epoch, error.step)
                 raise RunError(f'{error} ({self._save_now()})') from error
+            except Exception:
+                with suppress(Exception):
+                    self.writer.wait()  # the process may soon end
+                raise
 
     def begin_epoch(self) -> dict:
         """Arguments of `engine.train_one_epoch` that start, or continue, the epoch of the position."""
@@ -120,7 +133,12 @@ class Checkpoints:
 
     def load_best(self) -> None:
         """Load the weights and the metrics of the best epoch on the held-out images."""
-        state, ema = load_checkpoint(self.folder / BEST), self.setup.task.has_ema()
+        try:
+            state = check_state(self.folder / BEST, load_checkpoint(self.folder / BEST))
+            ema = self.setup.task.has_ema()
+        except InputError as error:
+            _logger.warning(f'The last weights are used instead of the best: {error}')
+            return
         self.setup.task.load_checkpoint_state(*trained_weights(state, ema), ema=ema)
         self.metrics = state['metrics']
         images = self.setup.args.select_split or 'held-out images'
@@ -128,7 +146,7 @@ class Checkpoints:
 
     def seconds(self) -> float:
         """Seconds of the run so far, in all its processes one after the other."""
-        return time.time() - self.started
+        return time.monotonic() - self.started
 
     def _stop(self) -> None:
         """Save and end the run."""
@@ -144,7 +162,7 @@ class Checkpoints:
     def _save_now(self) -> str:
         """Save, unless the position is saved already, wait for the disk, and return a phrase for the log."""
         path = self._path() if self.meter is None else self._save({})
-        return f'saved as {path}' if self.writer.wait() else 'NOT saved: the disk is full'
+        return f'saved as {path}' if self.writer.wait() else 'NOT saved, as the warning says'
 
     def _save(self, metrics: dict) -> Path:
         """Write a checkpoint while training continues; keep it as the best if its metrics are."""
@@ -175,7 +193,7 @@ class Checkpoints:
 
 
 def checkpoint_path(folder: Path, epoch: int, step: int = 0) -> Path:
-    """Path of a checkpoint after 0-based `epoch`, or after `step` steps of it; newer names sort later."""
+    """Path of a checkpoint after 0-based `epoch`, or after `step` steps of it."""
     return folder / f"epoch-{epoch:04d}{f'-step-{step:08d}' if step else ''}{SUFFIX}"
 
 
@@ -186,6 +204,7 @@ def keep_best(path: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+    """Delete all but the newest `keep` checkpoints; ignore those that cannot be deleted."""
     for path in epoch_checkpoints(folder)[:-keep]:
-        path.unlink()
+        with suppress(OSError):
+            path.unlink()

@@ -93,10 +93,16 @@ def end_processes() -> None:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn running out of memory, on the device or the host, into a RunError of one line."""
+    """Turn lack of memory, on the device or the host, and the death of another process into a RunError of one line."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if 'DataLoader worker' in str(error):
+            raise RunError(f'a loader process has died, as when memory runs out: {first_line(error)}; use fewer --workers '
+                           'or a smaller --batch-size; --resume auto continues from the newest checkpoint') from error
+        if 'closed by peer' in str(error) or 'reset by peer' in str(error):
+            raise RunError('another process of this run has ended; --resume auto continues from the newest checkpoint'
+                           ) from error
         signs = ('out of memory', "can't allocate memory")
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in str(error) for sign in signs):
             raise

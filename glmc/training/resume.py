@@ -1,13 +1,17 @@
 """Resuming: find the checkpoint, check where it comes from, and translate its position to this run's batch size."""
 import logging
+import math
+import re
 from pathlib import Path
 
 from glmc.errors import InputError
 from glmc.methods import canonical_name
 from glmc.training.checkpoint import SUFFIX, load_checkpoint
+from glmc.training.schema import check_state
 from glmc.training.state import Position
 
 _logger = logging.getLogger(__name__)
+_NAME = re.compile(rf'epoch-([0-9]{{1,18}})(?:-step-([0-9]{{1,18}}))?{re.escape(SUFFIX)}')
 
 
 def find_checkpoint(resume: str | None, folder: Path) -> tuple[Path, dict] | None:
@@ -27,7 +31,7 @@ def find_checkpoint(resume: str | None, folder: Path) -> tuple[Path, dict] | Non
         return load_newest(folder) if resume else None
     path = Path(resume)
     if not path.is_dir():
-        return path, load_checkpoint(path)
+        return path, check_state(path, load_checkpoint(path))
     found = load_newest(path)
     if found is None:
         raise InputError(f'--resume {path}: no checkpoint in this folder')
@@ -35,8 +39,10 @@ def find_checkpoint(resume: str | None, folder: Path) -> tuple[Path, dict] | Non
 
 
 def epoch_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    return sorted(folder.glob(f'epoch-*{SUFFIX}'))
+    """Checkpoints of a run, oldest first, by the numbers in their names."""
+    found = {path: _NAME.fullmatch(path.name) for path in folder.glob(f'epoch-*{SUFFIX}')}
+    order = {path: (int(name[1]), int(name[2]) if name[2] else math.inf) for path, name in found.items() if name}
+    return sorted(order, key=order.__getitem__)
 
 
 def load_newest(path: Path) -> tuple[Path, dict] | None:
@@ -48,7 +54,7 @@ def load_newest(path: Path) -> tuple[Path, dict] | None:
     found = epoch_checkpoints(path / 'checkpoints') or epoch_checkpoints(path)
     for candidate in reversed(found):
         try:
-            return candidate, load_checkpoint(candidate)
+            return candidate, check_state(candidate, load_checkpoint(candidate))
         except InputError as error:
             _logger.warning(f'Checkpoint ignored: {error}')
     if found:

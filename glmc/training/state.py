@@ -16,6 +16,7 @@ from glmc.models.classifier import Folding
 from glmc.training.meter import Meter
 
 _logger = logging.getLogger(__name__)
+PER_WEIGHT = ('momentum_buffer', 'exp_avg')  # values of an optimizer that have the shape of their weight
 STATISTICS = ('running_mean', 'running_var', 'feature_norm')  # buffers that follow the images of one process
 
 
@@ -91,6 +92,7 @@ class TrainingState:
         elif self.ema:
             self.task.get_trainable_module(ema=True).set(unwrap_model(self.task.get_trainable_module()))
             _logger.info('The checkpoint has no average of the weights: the average starts from its weights')
+        _check_groups(state['optimizer']['param_groups'], self.optimizer.param_groups)
         self.optimizer.load_state_dict(state['optimizer'])
         self._match_layout()
         if state['scaler'] and self.accelerator.scaler:
@@ -129,8 +131,18 @@ class TrainingState:
         inner = getattr(self.optimizer, 'optimizer', self.optimizer)
         for parameter, values in inner.state.items():
             for name, value in values.items():
+                if name in PER_WEIGHT and value is not None and getattr(value, 'shape', None) != parameter.shape:
+                    raise ValueError(f'{name} of the optimizer has not the shape of its weight')
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _check_groups(saved: list[dict], groups: list[dict]) -> None:
+    """Raise a ValueError if a number of the optimizer's options is none in the saved groups."""
+    for found, group in zip(saved, groups, strict=False):  # torch compares their number
+        for name, value in group.items():
+            if isinstance(value, (int, float)) and not isinstance(found.get(name, value), (int, float)):
+                raise ValueError(f'{name} of the optimizer is no number')
 
 
 def statistics(module: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from conftest import COUNTS, ROOT, TINY, free_port, in_two_processes, run_comman
 from safetensors.torch import load_file
 
 import glmc.export.export
+import glmc.training.checkpoint
 import train_glmc
 from glmc.config import interval
 from glmc.errors import InputError
@@ -42,6 +43,20 @@ def test_a_few_kills(tmp_path):
 def test_a_few_stops_lose_no_step(tmp_path):
     (row,) = torture(tmp_path, '--kills', '3', '--signal', 'TERM', '--only', 'two processes, resident')
     assert row['kills'] >= 3 and row['equal'] == row['runs'] >= 1 and row['repeated'] == 0
+
+
+def test_a_kill_of_one_process_of_two_loses_no_checkpoint(tmp_path):
+    (row,) = torture(tmp_path, '--kills', '2', '--one', '--only', 'two processes, resident')
+    assert row['kills'] >= 2 and row['equal'] == row['runs'] >= 1 and row['unreadable'] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('options', [
+    ('--kills', '6', '--signal', 'STOP'), ('--kills', '6', '--one'), ('--kills', '4', '--one', '--signal', 'STOP'),
+    ('--kills', '6', '--one', '--signal', 'TERM')], ids=' '.join)
+def test_signals_to_some_processes_and_pauses(tmp_path, options):
+    rows = torture(tmp_path, *options)
+    assert all(row['equal'] == row['runs'] and row['unreadable'] == 0 for row in rows)
 
 
 @pytest.mark.slow
@@ -304,9 +319,23 @@ def test_half_written_files_are_deleted(train, tmp_path):
     assert train('--epochs', '2', '--resume', 'auto').code == 0 and not half.exists()
 
 
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(script, folders, tmp_path, monkeypatch):
+    """The process may end soon after its script."""
+    save_file = glmc.training.checkpoint.save_file
+
+    def save_slowly_and_fail(*args, **kwargs):
+        monkeypatch.setattr(train_glmc, 'log_epoch', lambda *args: 1 / 0)
+        time.sleep(0.5)
+        save_file(*args, **kwargs)
+    monkeypatch.setattr(glmc.training.checkpoint, 'save_file', save_slowly_and_fail)
+    with pytest.raises(ZeroDivisionError):
+        script(*TINY, '--epochs', '9', '--data-dir', folders, '--output', tmp_path, '--experiment', 'run')
+    assert load_newest(tmp_path / 'run')[1]['position']['epoch'] == 1
+
+
 def test_a_full_disk_is_survived(train, tmp_path, monkeypatch):
     """From the second epoch on there is no space; then there is."""
-    real, full = shutil.disk_usage, [False, True, True, False]
+    real, full = shutil.disk_usage, [False, True, True, False, False]  # the last for the export
 
     def disk_usage(path):
         return real(path)._replace(free=0) if full.pop(0) else real(path)
@@ -339,10 +368,10 @@ def test_lack_of_memory_is_one_line(tmp_path):
 
 
 def test_an_export_that_reads_back_otherwise_is_one_line(train, tmp_path, monkeypatch):
-    save_file = glmc.export.export.save_file
+    write_tensors = glmc.export.export.write_tensors
     with monkeypatch.context() as patch:
-        patch.setattr(glmc.export.export, 'save_file', lambda tensors, path, metadata: save_file(
-            {name: value + 1 for name, value in tensors.items()}, path, metadata))
+        patch.setattr(glmc.export.export, 'write_tensors', lambda path, tensors, header: write_tensors(
+            path, {name: value + 1 for name, value in tensors.items()}, header))
         outcome = train()
     assert outcome.code == 1 and 'Traceback' not in outcome.err
     assert re.search(r'\nerror: .*export: not exported: the loaded model gives other logits than the trained one, or NaN; .*'
