@@ -17,16 +17,19 @@ parts are measured in turns, in one process, so that ratios hold although the sp
 Each turn warms up, which also fills the queues of the loaders, and then times --steps steps as a whole. The start of
 worker processes is not timed.
 """
-import argparse
 import csv
 import json
 import sys
 from pathlib import Path
 
+from glmc.cli import parse_args, run_script, show_help
+from glmc.config import benchmark_parser, method_rows
+
+if __name__ == '__main__':
+    show_help(lambda: benchmark_parser(method_rows(), __doc__))  # before the imports that take seconds
+# isort: split
 from glmc.benchmark.agreement import compare_loss
-from glmc.benchmark.measure import PARTS, SPEED_COLUMNS, Benchmark
-from glmc.cli import Parser, parse_args, run_script
-from glmc.config import positive_int, train_parser
+from glmc.benchmark.measure import SPEED_COLUMNS, Benchmark
 from glmc.evaluation.text import aligned
 from glmc.methods import METHODS
 from glmc.setup import Setup
@@ -38,7 +41,7 @@ METADATA_COLUMNS = (
 
 
 def main() -> None:
-    args, explicit = parse_args(benchmark_parser())
+    args, explicit = parse_args(benchmark_parser(METHODS, __doc__))
     bench = Benchmark(Setup(args, explicit, create_accelerator(args.amp, args.amp_dtype)))
     agreement = compare_loss(bench) if args.compare_loss else None
     result = {'metadata': bench.metadata(), 'parts': bench.measure(args.rounds, args.steps), 'agreement': agreement}
@@ -50,25 +53,6 @@ def main() -> None:
         append_rows(Path(args.csv), **result)
     if agreement and not agreement['agrees']:
         sys.exit(1)
-
-
-def benchmark_parser() -> Parser:
-    """Parser with the options of train_glmc.py, which its help does not list, and those of the benchmark."""
-    parser = train_parser(METHODS)
-    for action in parser._actions:
-        action.help = action.help if action.dest == 'help' else argparse.SUPPRESS
-    parser.prog, parser.description = 'benchmark_glmc.py', __doc__
-    parser.usage = 'benchmark_glmc.py [options of the benchmark] [options of train_glmc.py]'
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument_group('benchmark').add_argument
-    add('--rounds', type=positive_int, default=5, metavar='N', help='turns of each part; default: 5')
-    add('--steps', type=positive_int, default=20, metavar='N', help='timed steps in a turn; default: 20')
-    add('--skip', nargs='*', default=[], choices=PARTS, metavar='PART', help=f"parts to skip: {', '.join(PARTS)}")
-    add('--compare-loss', action='store_true',
-        help='first compare losses and gradients of plain and run on the same images; exit code 1 if they differ')
-    add('--json', metavar='FILE', help='write all measurements to this file')
-    add('--csv', metavar='FILE', help='append one row for each part to this file')
-    return parser
 
 
 def append_rows(path: Path, metadata: dict, parts: dict, agreement: dict | None) -> None:

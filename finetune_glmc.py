@@ -14,9 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate import Accelerator
-
-from glmc.cli import Options, parse_args, pick, run_script
+from glmc.cli import Options, parse_args, pick, run_script, show_help
 from glmc.config import (
     DATA,
     DEMONSTRATION,
@@ -28,11 +26,17 @@ from glmc.config import (
     names,
     unused_options,
 )
+
+if __name__ == '__main__':
+    show_help(finetune_parser)  # before the imports that take seconds
+# isort: split
+from accelerate import Accelerator
+
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
 from glmc.export.hub import try_push, warn_without_token
 from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
-from glmc.report.compare import write_comparison
+from glmc.report.compare import read_results, write_comparison
 from glmc.report.report import report_errors_as_warnings
 from glmc.run_folder import open_run_folder
 from glmc.stage2.finetune import CHOICE, OPTIONS, TABLE, check_stage2, results_table, run_stage2, write_results
@@ -190,6 +194,8 @@ def export_options(args: Options, trained: TrainedModel, data: TrainingData) -> 
     source = {'profile': data.profile.as_dict(), **trained.metadata}
     if args.hub_license != 'unknown':
         source['license'] = args.hub_license
+    if args.dataset_name:
+        source['dataset_name'] = args.dataset_name
     return dict(data_config=trained.data_config, class_names=list(map(str, data.class_names)), source=source)
 
 
@@ -231,7 +237,8 @@ def try_compare(folder: Path, stage1: Path, results: list[Result]) -> None:
     """Write one report of both stages; a failure is only a warning."""
     before = [stage1] if any((stage1 / name / 'metrics.json').is_file() for name in ('.', 'export')) else []
     with report_errors_as_warnings():
-        write_comparison(folder, [*before, *(folder / result.name for result in results if result.name != STAGE1)])
+        after = (folder / result.name for result in results if result.name != STAGE1)
+        write_comparison(folder, read_results([*before, *after]))
 
 
 if __name__ == '__main__':

@@ -11,11 +11,16 @@ At SIGTERM, SIGUSR1 or Ctrl-C the run finishes the step, saves a checkpoint and 
 import logging
 import shutil
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
-from glmc.cli import Options, parse_args, pick, run_script
-from glmc.config import train_parser
+from glmc.cli import Options, parse_args, pick, run_script, show_help
+from glmc.config import method_rows, train_parser
+
+if __name__ == '__main__':
+    show_help(lambda: train_parser(method_rows()))  # before the imports that take seconds
+# isort: split
 from glmc.data.check import readable_subset
 from glmc.errors import RunError
 from glmc.evaluation.metrics import Predictions
@@ -24,6 +29,7 @@ from glmc.export.export import export_model
 from glmc.export.hub import try_push, warn_without_token
 from glmc.files import disk_is_full
 from glmc.methods import METHODS
+from glmc.models.lora import merge_adapters
 from glmc.report.pictures import mixed_views
 from glmc.report.report import ReportInputs, classifier_norms, try_report
 from glmc.report.trackers import finish_trackers, log_pictures, log_row, require_trackers, start_trackers
@@ -59,9 +65,10 @@ def main() -> None:
         start_heads(setup, folder)
     with checkpoints.stoppable(before_exit=partial(finish_trackers, accelerator)):
         for epoch in range(position.epoch, setup.num_epochs):
+            start = time.perf_counter()
             train_metrics = setup.train_epoch(epoch, **checkpoints.begin_epoch())
             metrics = evaluate(setup, checkpoints, epoch)
-            log_epoch(setup, folder, epoch, train_metrics, metrics)
+            log_epoch(setup, folder, epoch, train_metrics, metrics, time.perf_counter() - start)
             checkpoints.end_epoch(metrics)
     finish(setup, checkpoints, folder)
 
@@ -77,8 +84,9 @@ def start_heads(setup: Setup, folder: RunFolder) -> None:
     args, images, cache = setup.args, setup.data.train, Path(setup.args.feature_cache or folder.path / 'features')
     if setup.bad_images is not None:
         images, _ = readable_subset(images, args.workers)
+    encoder = merge_adapters(setup.task.get_eval_model())  # which gives the features of the pretrained weights
     features = Extractor(
-        setup.task.get_eval_model(), data_config=setup.data_config, augmentation=setup.augmentation, cache=cache,
+        encoder, data_config=setup.data_config, augmentation=setup.augmentation, cache=cache,
         accelerator=setup.accelerator, **pick(args, ('batch_size', 'workers', 'seed')))(images)
     init_heads(setup.task, features, setup.data.profile.counts, setup.description()['export']['source']['prior'],
                kind=setup.head_init, seed=args.seed, accelerator=setup.accelerator)
@@ -100,12 +108,14 @@ def evaluate(setup: Setup, checkpoints: Checkpoints, epoch: int) -> dict | None:
     return metrics
 
 
-def log_epoch(setup: Setup, folder: RunFolder, epoch: int, train_metrics: dict, metrics: dict | None) -> None:
+def log_epoch(
+        setup: Setup, folder: RunFolder, epoch: int, train_metrics: dict, metrics: dict | None, seconds: float) -> None:
     """Log an epoch to summary.csv, the trackers and standard error."""
     alpha = getattr(setup.task, 'alpha', None)
     row = summary_row(epoch, train_metrics, metrics, None if alpha is None else alpha.item(),
                       folder.count_bad(setup.bad_images))
-    folder.log_epoch(row, train_metrics, metrics, setup.num_epochs, trackers=partial(log_row, setup.accelerator))
+    folder.log_epoch(row, train_metrics, metrics, setup.num_epochs, trackers=partial(log_row, setup.accelerator),
+                     seconds=seconds)
 
 
 def finish(setup: Setup, checkpoints: Checkpoints, folder: RunFolder) -> None:
@@ -132,8 +142,8 @@ def finish(setup: Setup, checkpoints: Checkpoints, folder: RunFolder) -> None:
             raise
         raise RunError(f'{folder.path}/export: no space left; with space, the same command with --resume auto '
                        'exports') from error
-    print(f"\n{args.method} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n{shot_table(metrics)}\n"
-          f'Exported to {exported}', flush=True)
+    print(f"\n{args.method} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n"
+          f'{shot_table(metrics, data.class_names)}\nExported to {exported}', flush=True)
     if args.stage2:
         run_stage2(folder.path / 'stage2', args.stage2, model=setup.eval_model, data=setup.readable_data(),
                    conventional=setup.conventional, export=export, metrics=metrics, accelerator=accelerator,
@@ -144,7 +154,7 @@ def finish(setup: Setup, checkpoints: Checkpoints, folder: RunFolder) -> None:
 def share(setup: Setup, folder: RunFolder, exported: Path, metrics: dict, predictions: Predictions) -> None:
     """Write tables and report, close the trackers, push to the Hub; none of them can fail the run."""
     args = setup.args
-    write_tables(folder.path, metrics, setup.data.class_names, predictions)
+    write_tables(folder.path, metrics, setup.data.class_names, predictions, setup.data.validation or setup.data.holdout)
     if args.report:
         try_report(folder.path, metrics, lambda: report_inputs(setup, folder, predictions), exported)
     finish_trackers(setup.accelerator)

@@ -14,50 +14,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from glmc.cli import Options, parse_args, pick, run_script, show_help
+from glmc.config import NEEDS, Need, names, unused_options, validate_parser
+
+if __name__ == '__main__':
+    show_help(validate_parser)  # before the imports that take seconds
+# isort: split
 import torch
 from timm.data import IterableImageDataset
 from torch import Tensor, nn
 
-from glmc.cli import Options, Parser, parse_args, pick, run_script
-from glmc.config import (
-    COMMON,
-    NEEDS,
-    Need,
-    add_config,
-    add_groups,
-    adjustment_options,
-    count,
-    job_options,
-    names,
-    unused_options,
-)
 from glmc.data.loaders import create_eval_loader
 from glmc.data.profiles import long_tail_indices
 from glmc.data.sources import load_evaluation_data
 from glmc.errors import InputError
 from glmc.evaluation.metrics import LongTailEvaluator
-from glmc.evaluation.priors import (
-    TARGETS,
-    AdjustedModel,
-    ranked_counts,
-    resolve_shift,
-)
-from glmc.evaluation.text import detail_table, shot_table
+from glmc.evaluation.priors import AdjustedModel, ranked_counts, resolve_shift
+from glmc.evaluation.text import detail_table, shot_legend, shot_table
 from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
-from glmc.report.compare import write_comparison
+from glmc.report.compare import comparison_table, read_results, write_comparison
 from glmc.report.report import ReportInputs, classifier_norms, try_report
 from glmc.run_folder import open_run_folder, provenance, write_tables
 from glmc.training.engine import evaluate
 from glmc.training.launch import create_accelerator, is_main_process, setup_logging
 
 _logger = logging.getLogger('glmc.validate')
-HELP = {  # help of options that train_glmc.py has with another meaning
-    'class_counts': "training images per class, which decide the shot groups: JSON list, metrics.json of a run, or one "
-    "number per line; default: the export's",
-    'num_classes': 'classes of a timm architecture; default: those of its pretrained weights',
-}
 DATA_CONFIG = ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')
-SHARED = ('data', 'model input')  # argument groups of train_glmc.py
 VALIDATE_NEEDS = (
     Need(('source_prior',), 'without --target-prior', lambda o: o.target_prior),
     Need(('target_imbalance',), 'without forward or backward in --target-prior or --test-distribution',
@@ -94,37 +76,6 @@ def validate(args: Options, explicit: set[str]) -> None:
     if accelerator.is_main_process:
         metrics = {**describe(args, trained, accelerator), **metrics, **provenance()}
         write_results(args, folder, trained, metrics, predictions, images)
-
-
-def validate_parser() -> Parser:
-    parser = Parser(
-        prog='validate_glmc.py',
-        description='Evaluate an export, checkpoint, Hub id or timm model on long-tailed classes.')
-    add_config(parser)
-    add_groups(parser, 'data')
-    add = parser.add_argument_group('model').add_argument
-    add('--model', default='resnet18', metavar='NAME',
-        help='export folder, run folder, checkpoint, hf-hub:ORG/NAME, or timm architecture with its pretrained weights')
-    add('--checkpoint', metavar='FILE', help='weights for an architecture (.safetensors or .pth)')
-    add_groups(parser, 'model input')
-    _evaluation_group(parser)
-    job_options(parser.add_argument_group('running and output'), experiment='validate-MODEL')
-    for action in parser._actions:
-        action.help = HELP.get(action.dest, action.help)
-    parser.hide({*names(*SHARED)} - COMMON - {*HELP})
-    return parser
-
-
-def _evaluation_group(parser: Parser) -> None:
-    group = parser.add_argument_group('evaluation')
-    add = group.add_argument
-    add('--shot-thresholds', type=count, nargs=2, metavar=('FEW', 'MANY'),
-        help="few-shot <= FEW < medium-shot <= MANY < many-shot training images; default: the training's, else 20 100")
-    add('--test-distribution', choices=TARGETS,
-        help='keep test images so that their class distribution is uniform, that of the training set (forward) or its '
-        'reverse (backward), as in the test-agnostic benchmark (arXiv 2107.09249)')
-    adjustment_options(group, measured='test (that of the evaluated images), ')
-    add('--compare', nargs='+', metavar='FOLDER', help='compare the results in these folders in one report; no evaluation')
 
 
 def warn_unused(args: Options, explicit: set[str], needs: Sequence[Need]) -> None:
@@ -208,11 +159,12 @@ def write_results(
     try:
         folder.mkdir(parents=True)
         (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-        write_tables(folder, metrics, class_names, predictions)
+        write_tables(folder, metrics, class_names, predictions, images)
     except OSError as error:
         raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
-    print(f"{args.model} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n{shot_table(metrics)}\n"
-          f'{detail_table(metrics)}\nWritten to {folder}', flush=True)
+    print(f"{args.model} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n"
+          f'{shot_table(metrics, class_names)}\n{detail_table(metrics)}\n{shot_legend(metrics["shot_thresholds"])}\n'
+          f'Written to {folder}', flush=True)
     if args.report:
         norms = classifier_norms(classifier=trained.model.get_classifier())
         try_report(folder, metrics, lambda: ReportInputs(class_names, predictions, images, norms))
@@ -222,7 +174,9 @@ def compare(args: Options, explicit: set[str]) -> None:
     """Write one report of several folders of results."""
     setup_logging(main_process=True)
     folder = results_folder(args, 'compare')
-    print(write_comparison(folder, [Path(name) for name in args.compare]))
+    results = read_results([Path(name) for name in args.compare])
+    path = write_comparison(folder, results)
+    print(f'{comparison_table(results)}\nWritten to {path}')
     others = explicit - {'compare', 'output', 'experiment', 'debug'}
     warn_unused(args, explicit, [Need(tuple(others), 'with --compare', lambda options: False)])
 

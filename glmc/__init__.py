@@ -1,4 +1,7 @@
 """GLMC: one-stage long-tailed image classification on timm (CVPR 2023, arXiv 2305.08661)."""
-from glmc import models as _models  # noqa: F401  registers resnet32_cifar and resnet32x4_cifar in timm
+import sys
+
+if {'-h', '--help', '--help-all'}.isdisjoint(sys.argv[1:]):  # a help needs no torch, whose import takes seconds
+    from glmc import models as _models  # noqa: F401  registers resnet32_cifar and resnet32x4_cifar in timm
 
 __version__ = '0.1.0'

@@ -1,18 +1,26 @@
 """Strict options: defaults < YAML file < command line. Each mistake is one line that says what to do."""
 import argparse
+import ast
 import difflib
+import logging
 import math
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
-from timm.utils.misc import ParseKwargs as TimmParseKwargs
+from tqdm import tqdm
 
 from glmc.errors import ImageError, InputError, RunError, printable
 
+_logger = logging.getLogger(__name__)
 Options = argparse.Namespace  # parsed options, by name
+HELP = frozenset(('-h', '--help', '--help-all'))
+LOG_SECONDS = 30  # between two lines of a progress in a log file
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -91,14 +99,34 @@ class HelpAll(argparse.Action):
         parser.exit()
 
 
-class ParseKwargs(TimmParseKwargs):
-    """timm's KEY=VALUE options; any other word is an error."""
+class ParseKwargs(argparse.Action):
+    """KEY=VALUE options as in timm: a value is a Python literal, or else text."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        for value in values:
-            if value and '=' not in value:
+        pairs = {}
+        for value in filter(None, values):
+            key, equals, text = value.partition('=')
+            if not equals:
                 parser.error(f'{option_string}: expected KEY=VALUE, found {value!r}')
-        super().__call__(parser, namespace, values, option_string)
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+def show_help(create_parser: Callable[[], Parser]) -> None:
+    """Print the help and exit if the command line asks for it.
+
+    The scripts call this before the imports of torch, timm and accelerate, which take seconds.
+
+    Args:
+        create_parser: Function that creates the parser.
+    """
+    if HELP.isdisjoint(sys.argv[1:]):
+        return
+    with suppress(InputError):  # of an earlier option; the script reports it
+        create_parser().parse_args()
 
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
@@ -258,3 +286,49 @@ def _one_line(error: Exception) -> str:
     """Return the message of an error without control characters; torch's loader workers wrap it in a traceback."""
     text = str(error).strip()
     return printable(text.splitlines()[-1].split('Error: ', 1)[-1] if 'Original Traceback' in text else text)
+
+
+class Progress:
+    """Progress of a loop, shown by the main process: a moving line on a terminal, else a log line every LOG_SECONDS.
+
+    Args:
+        total: Number of items.
+        unit: Plural of an item.
+        name: Name of the loop, at the start of each line.
+        done: Items that were finished before.
+    """
+
+    def __init__(self, total: int, unit: str = 'images', name: str = '', done: int = 0):
+        self.total, self.unit, self.name, self.first, self.count = total, unit, name, done, done
+        self.start = self.logged = time.perf_counter()
+        shown = sys.stderr.isatty() and os.environ.get('RANK', '0') == '0'
+        self.bar = tqdm(total=total, initial=done, desc=name or None, unit=f' {unit}', leave=False, disable=not shown)
+
+    def __enter__(self) -> 'Progress':
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+
+    def update(self, items: int = 1) -> None:
+        """Count more items."""
+        self.show(self.count + items)
+
+    def show(self, count: int) -> None:
+        """Show that `count` of all items are done."""
+        self.bar.update(count - self.count)
+        self.count, now = count, time.perf_counter()
+        if self.bar.disable and now - self.logged >= LOG_SECONDS:
+            self.logged = now
+            rate = (count - self.first) / (now - self.start)
+            left = f', {duration((self.total - count) / rate)} left' if rate else ''
+            start = f'{self.name}: ' if self.name else ''
+            speed = f'{rate:,.0f}' if rate >= 10 else f'{rate:.2g}'
+            _logger.info(f'{start}{count:,} of {self.total:,} {self.unit}, {speed} {self.unit}/s{left}')
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as `8.2 s`, `42 s`, `12 min` or `3.4 h`."""
+    if seconds < 100:
+        return f'{seconds:.1f} s' if seconds < 9.95 else f'{seconds:.0f} s'
+    return f'{seconds / 60:.0f} min' if seconds < 6000 else f'{seconds / 3600:.1f} h'

@@ -20,26 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from glmc.cli import Options, Progress, parse_args, run_script, show_help
+from glmc.config import PRECISIONS, Need, predict_parser, unused_options
+
+if __name__ == '__main__':
+    show_help(predict_parser)  # before the imports that take seconds
+# isort: split
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from glmc.cli import Options, Parser, parse_args, run_script
-from glmc.config import (
-    PRECISIONS,
-    Need,
-    add_config,
-    adjustment_options,
-    count,
-    fraction,
-    positive_int,
-    precision_options,
-    unused_options,
-)
 from glmc.data.datasets import to_mode
 from glmc.data.loaders import create_normalize, data_loader, eval_transform, image_mode, prefetched
 from glmc.data.profiles import pluralize
@@ -49,12 +42,12 @@ from glmc.evaluation.priors import AdjustedModel, resolve_shift
 from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
 from glmc.files import atomic_write
 from glmc.models.classifier import float32_classifier
+from glmc.run_folder import spreadsheet_safe
 from glmc.training.launch import create_accelerator, is_main_process
 
 _logger = logging.getLogger('glmc.predict')
 STDOUT = '-'  # --output
 LISTED_CLASSES = 10  # classes in the summary
-FORMULA = ('=', '+', '-', '@', '\t', '\r')  # first characters of cells that spreadsheets execute
 ADJUSTMENT_NEEDS = (
     Need(('source_prior', 'class_counts'), 'without --target-prior', lambda o: o.target_prior),
     Need(('target_imbalance',), 'without --target-prior forward or backward',
@@ -200,36 +193,6 @@ def main() -> None:
         raise RunError(f'{printable(args.files[0])}: no image can be read; see column error')
 
 
-def predict_parser() -> Parser:
-    parser = Parser(
-        prog='python -m glmc.predict', usage='%(prog)s MODEL FOLDER_OR_FILES … [options]',
-        description='Predict the classes of images with a trained model, as a CSV: file, label, probability, then the next '
-        'classes.',
-        epilog='exit code: 0, also if some images cannot be read; 1 if none can be predicted; 2 for wrong input')
-    add_config(parser)
-    add = parser.add_argument
-    add('model', metavar='MODEL', help='run folder, export folder, checkpoint, hf-hub:ORG/NAME, or timm architecture')
-    add('files', nargs='+', metavar='FOLDER_OR_FILES', help='images, and folders that are searched with their subfolders')
-    add = parser.add_argument_group('output').add_argument
-    add('--output', default='predictions.csv', metavar='FILE', help='CSV to write or replace; - for standard output')
-    add('--topk', type=positive_int, default=5, metavar='K', help='classes per image, at most all')
-    add('--threshold', type=fraction, metavar='P',
-        help='empty the label of images whose probability is below P; a column `uncertain` names the class')
-    group = parser.add_argument_group('prediction')
-    adjustment_options(group)
-    add = group.add_argument
-    add('--class-counts', metavar='FILE', help="training images per class, for --target-prior: JSON list, metrics.json of a "
-        "run, or one number per line; default: the export's")
-    add('--img-size', type=positive_int, metavar='N', help="side of the input in pixels; default: the model's")
-    group = parser.add_argument_group('running')
-    add = group.add_argument
-    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per step')
-    add('-j', '--workers', type=count, default=2, metavar='N', help='loader processes')
-    precision_options(group, "the launcher's, else that of the training")
-    add('--debug', action='store_true', help='show the traceback of an error')
-    return parser
-
-
 def logit_shift(args: Options, trained: TrainedModel) -> Tensor | None:
     """Return the (C,) shift of the logits for `--target-prior`, or None without it."""
     if not args.target_prior:
@@ -303,19 +266,19 @@ def write_predictions(
         threshold: Probability below which the label is empty; None for no threshold and no column `uncertain`.
     """
     k, tally = min(topk, len(names)), Tally()
-    labels = [f"'{name}" if name.startswith(FORMULA) else name for name in names]
+    labels = list(map(spreadsheet_safe, names))
     shown = printable if file.isatty() else str  # a terminal would obey control characters
     writer = csv.writer(file)
     ranks = [f'{column}_{rank}' for rank in range(2, k + 1) for column in ('label', 'probability')]
     uncertain = [] if threshold is None else ['uncertain']
     writer.writerow(['file', 'label', 'probability', *ranks, *uncertain, 'error'])
     remaining = iter(files)
-    with tqdm(total=len(files), unit=' images', leave=False, disable=not sys.stderr.isatty()) as bar:
+    with Progress(len(files), name='prediction') as progress:
         for probabilities, errors in batches:
             values, classes = (part[:, :k].tolist() for part in probabilities.sort(descending=True, stable=True))
             for error, p, top in zip(errors, values, classes, strict=True):
                 name = next(remaining)
-                path = f'.{os.sep}{name}' if name.startswith(FORMULA) else name
+                path = spreadsheet_safe(name, f'.{os.sep}')
                 cells = [cell for value, c in zip(p, top, strict=True) for cell in (labels[c], f'{value:.6f}')]
                 below = threshold is not None and p[0] < threshold
                 if error:
@@ -328,7 +291,7 @@ def write_predictions(
                     tally.classes[top[0]] += 1
                 doubt = [labels[top[0]] if below and not error else ''] * len(uncertain)
                 writer.writerow(map(shown, [path, *cells, *doubt, error]))
-            bar.update(len(errors))
+            progress.update(len(errors))
     return tally
 
 

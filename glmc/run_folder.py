@@ -17,10 +17,11 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from glmc.data.datasets import BadImages
+from glmc.cli import duration
+from glmc.data.datasets import BadImages, ImageSet
 from glmc.errors import InputError
 from glmc.evaluation.metrics import Predictions, confused_pairs
-from glmc.evaluation.text import shot_line
+from glmc.evaluation.text import shot_legend, shot_line
 from glmc.files import atomic_write, disk_is_full
 
 try:
@@ -30,6 +31,7 @@ except ImportError:  # Windows
 
 _logger = logging.getLogger(__name__)
 SUMMARY = 'summary.csv'
+FORMULA = ('=', '+', '-', '@', '\t', '\r')  # first characters of cells that spreadsheets execute
 
 
 class RunFolder:
@@ -42,6 +44,7 @@ class RunFolder:
 
     def __init__(self, path: Path, accelerator: Accelerator):
         self.path, self.accelerator, self.num_bad = path, accelerator, 0
+        self.seconds, self.explained = [], False  # seconds of each epoch; whether the log explains the shot groups
 
     @classmethod
     def choose(
@@ -72,14 +75,18 @@ class RunFolder:
         self.accelerator.wait_for_everyone()
 
     def log_epoch(
-            self, row: dict, train: dict, metrics: dict | None, num_epochs: int, trackers: Callable[[dict], None]) -> None:
+            self, row: dict, train: dict, metrics: dict | None, num_epochs: int, trackers: Callable[[dict], None],
+            seconds: float) -> None:
         """Write an epoch to summary.csv and the trackers, unless the disk is full, and log one line.
+
+        The time left is that of as many epochs of the mean duration so far. The first line with an evaluation explains it.
 
         Args:
             row: Result of `summary_row`.
             train, metrics: Metrics of the training and, if there was one, of the evaluation.
             num_epochs: Epochs of the run.
             trackers: Called with the row.
+            seconds: Duration of training and evaluation; a resumed epoch counts as a whole one by its images per second.
         """
         try:
             if self.accelerator.is_main_process:
@@ -89,10 +96,16 @@ class RunFolder:
             if not disk_is_full(error):
                 raise
             _logger.warning(f"{SUMMARY}: epoch {row['epoch']} not written: {error}")
+        if metrics and not self.explained:
+            self.explained = True
+            _logger.info(f"In brackets: many- / medium- / few-shot classes. {shot_legend(metrics['shot_thresholds'])}")
+        self.seconds.append(max(seconds, train['images'] / max(train['images_per_second'], 1e-9)))
+        left = sum(self.seconds) / len(self.seconds) * (num_epochs - row['epoch'] - 1)
         evaluation = f'{shot_line(metrics)}, ' if metrics else ''
         skipped = f"{train['skipped_steps']} steps skipped, " if train['skipped_steps'] else ''
         _logger.info(f"Epoch {row['epoch'] + 1}/{num_epochs}: loss {train['loss']:.3f}, {evaluation}{skipped}"
-                     f"{train['images']:,} images at {train['images_per_second']:.0f}/s")
+                     f"{train['images']:,} images at {train['images_per_second']:.0f}/s, "
+                     f"{duration(self.seconds[-1])} per epoch{f', {duration(left)} left' if left else ''}")
 
     def count_bad(self, bad_images: BadImages | None) -> int:
         """Number of training images that could not be decoded; all processes must call this together.
@@ -208,19 +221,40 @@ def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | No
 
 
 def write_tables(
-        folder: Path, metrics: dict, class_names: Sequence[str] | None, predictions: Predictions | None = None) -> None:
-    """Write per_class.csv and, if there are predictions, the most frequent mistakes as confused_pairs.csv."""
-    names = class_names or list(map(str, range(len(metrics['train_counts']))))
+        folder: Path, metrics: dict, class_names: Sequence[str] | None, predictions: Predictions | None = None,
+        images=None) -> None:
+    """Write per_class.csv and, if there are predictions, predictions.csv and confused_pairs.csv.
+
+    Names are exact, byte by byte; a name that a spreadsheet would execute starts with a quote, a file with ./.
+
+    Args:
+        folder: Folder of the results.
+        metrics: Result of an evaluation.
+        class_names: C names; None for 0…C-1.
+        predictions: Predictions of every evaluated image.
+        images: Evaluated set, whose names are in predictions.csv; a set without an index has positions instead.
+    """
+    names = list(map(spreadsheet_safe, class_names or range(len(metrics['train_counts']))))
     columns = ('train_counts', 'per_class_images', 'per_class_accuracy', 'per_class_predictions')
     rows = zip(range(len(names)), names, *(metrics[column] for column in columns), strict=True)
     _write_csv(folder / 'per_class.csv', ('class', 'name', 'train_images', 'images', 'accuracy', 'predictions'), rows)
-    if predictions is not None:
-        pairs = ((names[label], names[predicted], images) for label, predicted, images in confused_pairs(predictions, 100))
-        _write_csv(folder / 'confused_pairs.csv', ('label', 'prediction', 'images'), pairs)
+    if predictions is None:
+        return
+    pairs = ((names[label], names[predicted], count) for label, predicted, count in confused_pairs(predictions, 100))
+    _write_csv(folder / 'confused_pairs.csv', ('label', 'prediction', 'images'), pairs)
+    files = images.names if isinstance(images, ImageSet) else range(len(predictions.labels))
+    rows = ((spreadsheet_safe(file, f'.{os.sep}'), names[label], names[predicted], f'{confidence:.6f}')
+            for file, label, predicted, confidence in zip(files, *(part.tolist() for part in predictions), strict=True))
+    _write_csv(folder / 'predictions.csv', ('file', 'label', 'prediction', 'probability'), rows)
+
+
+def spreadsheet_safe(name, prefix: str = "'") -> str:
+    """The name, after a prefix if a spreadsheet would execute it."""
+    return f'{prefix}{name}' if str(name).startswith(FORMULA) else str(name)
 
 
 def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence]) -> None:
-    with open(path, 'w', newline='', encoding='utf-8') as file:
+    with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(rows)

@@ -32,6 +32,7 @@ from glmc.config import (
 from glmc.data.check import readable_subset
 from glmc.data.datasets import BadImages, ImageSet
 from glmc.data.loaders import create_eval_loader, create_train_loader
+from glmc.data.profiles import classes_without_images
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
@@ -40,6 +41,7 @@ from glmc.methods import METHODS, unused_method_options
 from glmc.models.backbone import create_backbone
 from glmc.models.classifier import linear_classifier
 from glmc.models.freeze import freeze, frozen_norms
+from glmc.models.lora import adapters, merge_adapters
 from glmc.run_folder import provenance
 from glmc.training.engine import TrainStep, evaluate, train_one_epoch
 from glmc.training.launch import device_name
@@ -50,7 +52,7 @@ from glmc.training.state import Position, TrainingState
 _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
           'warmup_epochs', 'imbalance_factor', 'head_init')  # on the model card, with the options of the method
-LEVERS = dict(sam_rho=0.0, swa_start=None, aa=None, reprob=0.0)  # on the card, too, unless off
+LEVERS = dict(lora_rank=0, sam_rho=0.0, swa_start=None, aa=None, reprob=0.0)  # on the card, too, unless off
 SGD = ('sgd', 'momentum', 'nesterov')  # in the names of timm's optimizers that --lr-base fits
 
 
@@ -110,6 +112,11 @@ class Setup:
             self.data = replace(self.data, validation=self._readable('validation'), holdout=self._readable('holdout'))
         profile = self.data.profile
         _logger.info(f'Training set: {profile.summary()}, fingerprint {str(profile.fingerprint)[:16]}')
+        for name in ('validation', 'holdout'):
+            images = getattr(self.data, name)
+            missing = isinstance(images, ImageSet) and classes_without_images(images.counts(), self.data.class_names)
+            if missing:
+                _logger.warning(f'{name}: {missing}')
 
     def _readable(self, name: str):
         """Images of an evaluation set that can be decoded, found by one pass over the set."""
@@ -126,6 +133,8 @@ class Setup:
         self.model_options = dict(
             name=args.model, num_classes=len(counts), img_size=args.img_size, in_chans=args.in_chans, drop_rate=args.drop,
             drop_path_rate=args.drop_path, global_pool=args.gp, **args.model_kwargs)
+        if args.lora_rank:
+            self.model_options['lora'] = dict(rank=args.lora_rank, targets=args.lora_targets)
         backbone = create_backbone(
             **self.model_options, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
         self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if args.pretrained else None
@@ -140,18 +149,22 @@ class Setup:
         except ValueError as error:
             raise InputError(f'--mean, --std: {error}') from error
         model = self.method.module(backbone, **pick(args, self.method.module_options))
-        self.num_parameters = sum(p.numel() for p in backbone.parameters())
+        adapted = adapters(backbone)
+        in_adapters = sum(p.numel() for layer in adapted.values() for p in layer.parameters() if p.requires_grad)
+        self.num_parameters = sum(p.numel() for p in backbone.parameters()) - in_adapters  # those of the export
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.task = self.method.task(model, counts, **pick(args, self.method.task_options))
-        frozen = frozen_norms(backbone, args.freeze_bn)
+        frozen = frozen_norms(backbone, args.freeze_bn or bool(adapted))
         names = [name for name, module in backbone.named_modules() if module in frozen]
         copies = [module for module in self.task.modules() if type(module) is type(backbone)]  # a key encoder has one
         self.frozen_norms = [each.get_submodule(name) for each in copies for name in names]
         self.mixer = self.method.mixer(counts, **pick(args, self.method.mixer_options))
-        frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad) if args.freeze else 0
+        frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad) if args.freeze or adapted else 0
+        if adapted:
+            _logger.info(f'LoRA: adapters of rank {args.lora_rank} beside {len(adapted)} layers, {in_adapters:,} parameters')
         _logger.info(f'Model: {args.model}, {self.num_parameters / 1e6:.2f} M parameters'
                      f"{f' ({frozen / 1e6:.2f} M frozen)' if frozen else ''}, "
                      f"input {'x'.join(map(str, self.data_config['input_size']))}, method {args.method}")
@@ -252,8 +265,8 @@ class Setup:
 
     @property
     def eval_model(self) -> torch.nn.Module:
-        """The backbone that is evaluated and exported: of the average of the weights, if there is one."""
-        return self.task.get_eval_model(ema=self.task.has_ema())
+        """The backbone that is evaluated and exported: of the average of the weights, if there is one, without adapters."""
+        return merge_adapters(self.task.get_eval_model(ema=self.task.has_ema()))
 
     @property
     def conventional(self) -> torch.nn.Linear | None:
@@ -266,7 +279,7 @@ class Setup:
         Running statistics of all processes become equal.
         """
         self.state.equalize_statistics(self.args.dist_bn == 'reduce')
-        model = self.eval_model if average else self.task.get_eval_model()
+        model = self.eval_model if average else merge_adapters(self.task.get_eval_model())
         return evaluate(self.accelerator, model, loader, self.evaluator, between=between)
 
     def readable_data(self) -> TrainingData:
@@ -312,6 +325,7 @@ class Setup:
             prior=self.method.class_prior(self.data.profile.counts, pick(args, self.method.options)),
             recipe={**pick(args, RECIPE), **pick(args, sorted(self.method.options)), **levers},
             license=None if args.hub_license == 'unknown' else args.hub_license,
+            dataset_name=args.dataset_name,
             base_model=self.base_model, other_weights=bool(args.initial_checkpoint) or ':' in args.model)
         export = dict(data_config=self.data_config, class_names=list(self.data.class_names), source=source)
         return dict(model=model, training=training, export=export)

@@ -66,6 +66,7 @@ OPTIONS = {  # command line -> pattern of the error line
     '--report-to nonsense': '--report-to: expected names of tensorboard, wandb, trackio; found',
     '--checkpoint-interval 10s': '--checkpoint-interval: expected steps as 500 or minutes as 10m, found 10s',
     '--model hf-hub:nowhere/nothing': '--model hf-hub:nowhere/nothing: cannot download nowhere/nothing: ',
+    '--lora-rank 4': '--lora-rank 4: adapts pretrained weights, expected --pretrained or --initial-checkpoint',
     '--sam-rho -1': '--sam-rho: expected a number >= 0, found -1',
     '--sam-rho 0.05 --grad-accum-steps 2': '--sam-rho 0.05: an update is one batch, expected --grad-accum-steps 1, found 2',
     '--sam-rho 0.05 --amp': '--sam-rho 0.05: not with the loss scaling of float16, expected --amp-dtype bfloat16',

@@ -233,7 +233,7 @@ def test_not_training_are_the_options_that_do_not_change_the_training():
         'class_counts', 'input_key', 'target_key', 'num_classes', 'workers', 'resident', 'channels_last', 'torchcompile',
         'grad_checkpointing', 'seed', 'output', 'experiment', 'resume', 'debug', 'val_interval', 'log_interval',
         'checkpoint_interval', 'checkpoint_hist', 'report', 'report_to', 'push_to_hub', 'hub_private', 'hub_revision',
-        'hub_license', 'stage2', 'feature_views', 'stage2_holdout', 'stage2_kwargs', 'feature_cache'}
+        'hub_license', 'dataset_name', 'stage2', 'feature_views', 'stage2_holdout', 'stage2_kwargs', 'feature_cache'}
 
 
 # --- options without effect ---
@@ -287,6 +287,8 @@ UNUSED = {  # command line -> its only warning; one line or more for each row of
     '--decay-rate 0.5': '--decay-rate has no effect without --sched step, multistep or poly',
     '--amp --amp-dtype bfloat16': '--amp has no effect with --amp-dtype',
     '--model-ema-decay 0.9': '--model-ema-decay has no effect without --model-ema',
+    '--lora-targets qkv': '--lora-targets has no effect without --lora-rank',
+    '--pretrained --lora-rank 4 --no-freeze-bn': '--freeze-bn has no effect with --lora-rank, which freezes BatchNorm',
     '--sync-bn': '--sync-bn has no effect with one process',
     '--dist-bn broadcast': '--dist-bn has no effect with one process',
     '--hub-private': '--hub-private has no effect without --push-to-hub',
@@ -312,7 +314,8 @@ USED = [  # command lines of which each option has an effect
     '--model-ema --model-ema-decay 0.9 --model-ema-warmup', '--push-to-hub a/b --hub-private --hub-revision x',
     '--stage2 ncm --feature-views 3 --feature-cache x', '--dataset wds/x --data-dir images --class-counts c.txt',
     '--train-list a.txt --on-bad-image skip', '--partner batch --resample-power 1', '--alpha-power 3 --weight-decay 0',
-    '--hub-license mit', '--feature-cache x --head-init probe', '--feature-cache x --pretrained']
+    '--hub-license mit', '--feature-cache x --head-init probe', '--feature-cache x --pretrained',
+    '--pretrained --lora-rank 4 --lora-targets qkv --freeze-bn', '--pretrained --no-freeze-bn']
 
 
 def warnings(*argv: str, processes: int = 1) -> list[str]:
@@ -363,6 +366,9 @@ REFUSED = {  # command line -> start of the error
     '--sam-rho 0.05': '--sam-rho 0.05: not with the loss scaling of float16',
     '--swa-start 0 --model-ema': '--swa-start 0: one average of the weights at a time, expected no --model-ema',
     '--torchcompile max-autotune --grad-accum-steps 2': '--torchcompile max-autotune: its CUDA graphs overwrite the losses',
+    '--lora-rank 4': '--lora-rank 4: adapts pretrained weights, expected --pretrained or --initial-checkpoint',
+    '--lora-rank 4 --pretrained --freeze stem.*': '--lora-rank 4: freezes all but the adapters and the classifier',
+    '--lora-rank 4 --pretrained --sync-bn': '--sync-bn: not with --lora-rank, which freezes BatchNorm',
     '--sync-bn --freeze-bn': '--sync-bn: the statistics of BatchNorm are frozen, expected --no-freeze-bn',
     '--sync-bn': '--sync-bn: needs GPUs, found 2 processes on the CPU',
 }

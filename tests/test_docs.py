@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT
 
 from glmc.config import finetune_parser, train_parser
+from glmc.data.check import check_parser
 from glmc.methods import METHODS
 from glmc.predict import predict_parser
 from glmc.sweep.__main__ import parse_sweep, plan
@@ -71,7 +72,8 @@ def test_commands_run(page, workplace, monkeypatch):
 
 def known_flags() -> set[str]:
     import validate_glmc
-    parsers = (train_parser(METHODS), validate_glmc.validate_parser(), finetune_parser(), predict_parser())
+    parsers = (train_parser(METHODS), validate_glmc.validate_parser(), finetune_parser(), predict_parser(),
+               check_parser())
     return {flag for parser in parsers for flag in parser._option_string_actions} | LAUNCHERS | HUBS | SWEEPS
 
 

@@ -71,12 +71,48 @@ def test_summary(finished_run):
     assert float(second['eval_top1']) == pytest.approx(metrics['top1'])
 
 
+def test_predictions_are_beside_the_table_of_classes(finished_run):
+    with open(finished_run / 'predictions.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    metrics = json.loads((finished_run / 'export' / 'metrics.json').read_text())
+    assert len({row['file'] for row in rows}) == len(rows) == metrics['num_images']
+    hits = [row['label'] == row['prediction'] for row in rows]
+    assert 100 * sum(hits) / len(hits) == pytest.approx(metrics['top1'])
+    assert all(row['file'].startswith(f"{row['label']}/") and 0 < float(row['probability']) <= 1 for row in rows)
+
+
+def test_epoch_lines_have_a_legend_the_duration_and_the_time_left(finished_run):
+    messages = (finished_run.parent / 'stderr.txt').read_text()
+    legend = ('In brackets: many- / medium- / few-shot classes. Training images per class: many-shot: more than 100, '
+              'medium-shot: 21 to 100, few-shot: at most 20\n')
+    assert messages.count(legend) == 1 and messages.index(legend) < messages.index('Epoch 1/2')
+    assert re.search(r'Epoch 1/2: .* 25 images at \d+/s, \d+(\.\d)? s per epoch, \d+(\.\d)? s left\n', messages)
+    assert re.search(r'Epoch 2/2: .* \d+(\.\d)? s per epoch\n', messages)
+
+
 def test_messages(finished_run):
     messages = (finished_run.parent / 'stderr.txt').read_text()
     assert 'Training set: 25 images of 3 classes, 14 … 4 per class (0 many, 0 medium, 3 few), fingerprint' in messages
     assert 'Warning' not in messages and 'No data given' not in messages
     table = (finished_run.parent / 'stdout.txt').read_text().splitlines()[3]
     assert table.split()[2:4] == ['–', '–']  # empty groups
+
+
+def test_classes_without_test_images_are_named_and_not_counted(train, folders, tmp_path):
+    """Numbers of two classes without images: at the start, in the tables of both stages, metrics, report and card."""
+    data = tmp_path / 'data'
+    shutil.copytree(folders, data)
+    for name in ('bee', 'cat'):
+        shutil.rmtree(data / 'validation' / name)
+    outcome, run = train('--report', '--stage2', 'balanced_softmax', data_dir=data)
+    missing = '2 classes without images, not evaluated: bee, cat'
+    assert f'validation: {missing}\n' in outcome.err
+    assert outcome.out.count(f'\n{missing}\n') == 2 and outcome.out.count('  few (1)  ') == 2
+    metrics = json.loads((run / 'export' / 'metrics.json').read_text())
+    assert metrics['shot_classes'] == {'many': 0, 'medium': 0, 'few': 1}
+    assert missing in (run / 'report.html').read_text()
+    card = (run / 'export' / 'README.md').read_text()
+    assert '2 classes without images, not evaluated: `bee`, `cat`.' in card and '| few-shot | at most 20 | 1 |' in card
 
 
 def test_args_are_accepted_back(finished_run, script, tmp_path):

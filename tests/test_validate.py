@@ -95,7 +95,7 @@ def test_files_of_an_evaluation(validate, finished_run, folders, tmp_path):
     assert outcome.code == 0, outcome.err
     result = tmp_path / 'out' / 'result'
     assert {path.name for path in result.iterdir()} == {
-        'metrics.json', 'per_class.csv', 'confused_pairs.csv', 'report.html', 'plots'}
+        'metrics.json', 'per_class.csv', 'confused_pairs.csv', 'predictions.csv', 'report.html', 'plots'}
     with open(result / 'per_class.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert [(row['name'], int(row['train_images'])) for row in rows] == list(COUNTS.items())
@@ -103,6 +103,13 @@ def test_files_of_an_evaluation(validate, finished_run, folders, tmp_path):
     with open(result / 'confused_pairs.csv', newline='') as file:
         wrong = sum(int(row['images']) for row in csv.DictReader(file))
     assert wrong == round(metrics['num_images'] * (1 - metrics['top1'] / 100))
+    with open(result / 'predictions.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ['file', 'label', 'prediction', 'probability']
+    assert sorted(row['file'] for row in rows) == sorted(
+        f'{path.parent.name}/{path.name}' for path in (folders / 'validation').rglob('*.png'))
+    assert all(row['label'] == row['file'].split('/')[0] for row in rows)
+    assert sum(row['label'] != row['prediction'] for row in rows) == wrong
     again, _ = validate('--model', finished_run, '--data-dir', folders)
     assert again.code == 2 and 'exists' in again.err
 
@@ -217,6 +224,7 @@ def test_an_option_without_effect_is_warned_about(validate, finished_run, folder
 
 def test_options_of_an_evaluation_are_warned_about_with_compare(validate, finished_run):
     outcome, _ = validate('--compare', finished_run, '--flip-tta')
+    assert outcome.out.split()[:2] == ['result', 'top-1'] and outcome.out.splitlines()[1].startswith('first ')
     assert outcome.code == 0, outcome.err
     assert outcome.err.splitlines() == [f'--{name} has no effect with --compare' for name in ('flip-tta', 'workers')]
 
@@ -256,8 +264,11 @@ def test_a_plain_timm_model_with_counts_from_a_file(validate, folders, tmp_path)
 
 def test_a_folder_of_classes_in_another_order_and_with_one_missing(validate, finished_run, folders, tmp_path):
     write_folders(tmp_path / 'other' / 'validation', {'cat': 1, 'ant': 2})
-    _, metrics = validate('--model', finished_run, '--data-dir', tmp_path / 'other', '--no-report')
-    assert metrics['per_class_images'] == [2, 0, 1]
+    outcome, metrics = validate('--model', finished_run, '--data-dir', tmp_path / 'other')
+    assert metrics['per_class_images'] == [2, 0, 1] and metrics['shot_classes'] == {'many': 0, 'medium': 0, 'few': 2}
+    assert '  few (2)  ' in outcome.out and '\n1 class without images, not evaluated: bee\n' in outcome.out
+    report = (tmp_path / 'out' / 'result' / 'report.html').read_text()
+    assert '1 class without images, not evaluated: bee' in report and 'few-shot (2 classes)' in report
 
 
 def test_two_processes_count_what_one_counts(finished_run, folders, tmp_path, validate):

@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from glmc.benchmark.plain import PILImages, PlainLoop, pil_transform, timm_loader
-from glmc.config import PRECISIONS
+from glmc.cli import Progress
+from glmc.config import PARTS, PRECISIONS
 from glmc.data.datasets import ImageSet
 from glmc.data.loaders import image_mode
 from glmc.data.resident import ResidentTrainLoader
@@ -20,7 +21,6 @@ from glmc.setup import Setup
 from glmc.training.engine import step_generator
 from glmc.training.launch import device_name
 
-PARTS = ('plain', 'run', 'step', 'input', 'timm')  # methods of Benchmark
 SPEED_COLUMNS = (
     'images_per_second', 'views_per_second', 'views_per_second_per_core', 'ms_per_step', 'ms_min', 'ms_max',
     'ratio_to_plain', 'tflops', 'matmul_share', 'peak_memory')
@@ -102,12 +102,14 @@ class Benchmark:
         skipped, flops = self.skipped(), self.step_flops()
         seconds = {name: [] for name in PARTS if name not in skipped}
         peaks, rates = dict.fromkeys(seconds, 0), []
-        for _ in range(rounds):
-            for name, turns in seconds.items():
-                turn, peak = self._turn(name, steps)
-                turns.append(turn)
-                peaks[name] = max(peaks[name], peak)
-            rates.append(self.matmul_rate())
+        with Progress(rounds * len(seconds), 'turns', 'benchmark') as progress:
+            for _ in range(rounds):
+                for name, turns in seconds.items():
+                    turn, peak = self._turn(name, steps)
+                    turns.append(turn)
+                    peaks[name] = max(peaks[name], peak)
+                    progress.update()
+                rates.append(self.matmul_rate())
         rate = statistics.median(rates)
         rows = {name: self._row(name, seconds, flops, rate) | {'peak_memory': peaks[name] or None} for name in seconds}
         return {'rows': rows, 'step_gflop': flops / 1e9, 'matmul_tflops': rate / 1e12, 'bottleneck': bottleneck(rows),
@@ -121,11 +123,12 @@ class Benchmark:
             before = 0 if name in ('run', 'step', 'input') else torch.cuda.memory_allocated(self.device)
         work = getattr(self, name)()
         work(3 if name == 'step' else 2 * self.args.workers + 2)
-        seconds = self._time(work, steps) / steps
+        duration = self.seconds(work, steps) / steps
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == 'cuda' else 0
-        return seconds, peak - before
+        return duration, peak - before
 
-    def _time(self, work: Callable[[int], None], n: int) -> float:
+    def seconds(self, work: Callable[[int], None], n: int) -> float:
+        """Duration of n steps of a part."""
         self._synchronize()
         start = time.perf_counter()
         work(n)
@@ -157,7 +160,7 @@ class Benchmark:
         dtype = getattr(torch, PRECISIONS[self.setup.accelerator.mixed_precision])
         a, b = torch.randn(2, size, size, device=self.device).to(dtype)
         a @ b
-        return 2 * size ** 3 * repeats / self._time(lambda n: [a @ b for _ in range(n)], repeats)
+        return 2 * size ** 3 * repeats / self.seconds(lambda n: [a @ b for _ in range(n)], repeats)
 
     # --- results ---
 

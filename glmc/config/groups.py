@@ -15,6 +15,7 @@ fraction = number(float, 0, 1)
 below_one = number(float, 0, 1 - 1e-9, open_low=True)
 positive_fraction = number(float, 0, 1, open_low=True)
 finite = number(float, float('-inf'))
+TARGETS = ('uniform', 'forward', 'backward')  # class distributions of a test set
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
 PRECISIONS = {'no': 'float32', 'fp16': 'float16', 'bf16': 'bfloat16'}  # Accelerate's names -> torch's
 
@@ -195,6 +196,12 @@ def _model(parser: Parser) -> None:
     add('--freeze-bn', action=argparse.BooleanOptionalAction, default=False,
         help='keep the running statistics of BatchNorm, which small batches of new images spoil; default: with pretrained '
         'weights')
+    add('--lora-rank', type=count, default=0, metavar='R',
+        help='rank of trained adapters beside the frozen pretrained weights (LoRA, by the library peft), merged in the '
+        'export, e.g. 8; 0: off')
+    add('--lora-targets', nargs='+', metavar='NAME',
+        help='layers with an adapter, e.g. qkv proj or blocks.1?.*; default: all linear layers, and all convolutions of one '
+        'group but the first')
     add('--drop', type=fraction, metavar='PCT', help='dropout rate before the classifier')
     add('--drop-path', type=fraction, metavar='PCT', help='stochastic depth rate')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
@@ -222,7 +229,7 @@ def input_group(parser: Parser) -> None:
 def _method(parser: Parser) -> None:
     group = parser.add_argument_group('method')
     add = group.add_argument
-    add('--method', default='glmc', metavar='NAME', help='training method')
+    add('--method', metavar='NAME', help='training method; default: glmc, balanced_softmax with pretrained weights')
     add('--resample-power', type=finite, default=0.0, metavar='Q',
         help='q: the second image of a pair is sampled with P ∝ n^-q; 0: uniform over images, 1: uniform over classes; '
         'default: 0, 1 for ce_resample and cmo, 2 for bbn')
@@ -382,7 +389,10 @@ def hub_options(group) -> None:
         help='upload the export at the end; the token is that of HF_TOKEN or of a login')
     add('--hub-private', action='store_true', help='create a new repository as private')
     add('--hub-revision', metavar='NAME', help='branch to upload to')
-    add('--hub-license', default='unknown', metavar='ID', help='licence on the model card, e.g. apache-2.0')
+    add('--hub-license', default='unknown', metavar='ID',
+        help='licence on the model card, e.g. apache-2.0; unknown: none is named')
+    add('--dataset-name', metavar='NAME',
+        help='name of the data set on the model card; ORG/NAME links it on the Hub; default: the last part of its path')
 GROUPS = {  # title of an argument group -> function that adds it, in pipeline order
     'data': data_group, 'training data': training_data_group, 'long tail': long_tail_group, 'augmentation': _augmentation,
     'random erasing': _erasing, 'model': _model, 'model input': input_group, 'method': _method,

@@ -1,17 +1,44 @@
-"""Parsers of train_glmc.py and finetune_glmc.py."""
+"""Parsers of the scripts, of glmc.predict and of glmc.data.check, without the imports of torch and timm."""
+import argparse
+import ast
+from importlib.util import find_spec
+from types import SimpleNamespace
+
 from glmc.cli import Options, Parser
-from glmc.config.groups import DATA, GROUPS, actions, add_groups, count, hub_options, job_options, names
+from glmc.config.groups import (
+    DATA,
+    GROUPS,
+    TARGETS,
+    actions,
+    add_groups,
+    adjustment_options,
+    count,
+    fraction,
+    hub_options,
+    job_options,
+    names,
+    positive_int,
+    precision_options,
+)
 
 OBSOLETE = {'aug_views': 'both', 'mix_lambda': 'shared'}  # removed options -> the default that older files contain
 INPUT = ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')  # options of create_model and the data config
 # Defaults for the embedded digits, which are used if no data is given.
 DEMONSTRATION = dict(model='resnet10t', epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
 # Defaults with pretrained weights (hparams/pretrained.yaml), compared on held-out images (results/pretrained-choices.csv).
-FINE_TUNING = dict(head_init='probe', freeze_bn=True, smoothing=0.1, lr_base=0.02, scale=[0.4, 1.0], epochs=5)
+FINE_TUNING = dict(
+    method='balanced_softmax', head_init='probe', freeze_bn=True, smoothing=0.1, lr_base=0.02, sched_on_updates=True,
+    scale=[0.4, 1.0], epochs=5)
 FINETUNE_HELP = {  # additions to the help of finetune_glmc.py
     'stage2': '; a linear_probe comes first if the model has no trained classifier for these classes',
     'feature_views': '; 0 by default with a linear_probe', 'stage2_holdout': '; 0.2 with a linear_probe',
     'workers': '; default: one per core, at most 16'}
+VALIDATE_HELP = {  # help of options that train_glmc.py has with another meaning
+    'class_counts': "training images per class, which decide the shot groups: JSON list, metrics.json of a run, or one "
+    "number per line; default: the export's",
+    'num_classes': 'classes of a timm architecture; default: those of its pretrained weights',
+}
+PARTS = ('plain', 'run', 'step', 'input', 'timm')  # of a benchmark; methods of `benchmark.measure.Benchmark`
 COMMON = frozenset((  # options that `--help` shows; `--help-all` shows all
     'config', 'data_dir', 'dataset', 'train_list', 'val_list', 'val_split', 'holdout', 'imbalance_factor', 'augmentation',
     'model', 'pretrained', 'img_size', 'method', 'stage2', 'batch_size', 'opt', 'lr', 'weight_decay', 'epochs',
@@ -39,12 +66,24 @@ def train_parser(methods: dict) -> Parser:
     method.full_help = f"{method.help}. " + '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
     method.help += f": {', '.join(methods)}; see docs/methods.md"
     parser.obsolete = OBSOLETE
-    parser.resolve = _resolve_balanced
+    parser.resolve = _resolve_method
     parser.presets = lambda options: {
         **(FINE_TUNING if is_pretrained(options) else {}), **methods[options.method].defaults,
-        **({} if has_data(options) else DEMONSTRATION)}
+        **({} if has_data(options) else DEMONSTRATION), 'method': options.method}
     parser.hide({*names(*GROUPS)} - COMMON)
     return parser
+
+
+def method_rows() -> dict[str, SimpleNamespace]:
+    """Return names, summaries and aliases of METHODS for a help, read from its source, since its import takes seconds."""
+    tree = ast.parse(find_spec('glmc.methods').loader.get_source('glmc.methods'))
+    (table,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == 'METHODS')
+    rows = {}
+    for name, row in zip(table.keys, table.values, strict=True):
+        fields = {keyword.arg: keyword.value for keyword in row.keywords if keyword.arg in ('summary', 'aliases')}
+        rows[name.value] = SimpleNamespace(
+            **{'aliases': (), 'defaults': {}, **{key: ast.literal_eval(value) for key, value in fields.items()}})
+    return rows
 
 
 def has_data(options: Options) -> bool:
@@ -57,10 +96,11 @@ def is_pretrained(options: Options) -> bool:
     return bool(options.pretrained or options.initial_checkpoint)
 
 
-def _resolve_balanced(options: Options) -> None:
-    """Replace `--balanced` by the method that it is an alias of."""
-    if options.balanced and options.method == 'glmc':
+def _resolve_method(options: Options) -> None:
+    """Replace `--balanced` by the method that it is an alias of, and a missing method by the default."""
+    if options.balanced and options.method in (None, 'glmc'):
         options.method = 'glmc_balanced'
+    options.method = options.method or (FINE_TUNING['method'] if is_pretrained(options) else 'glmc')
 
 
 def finetune_parser() -> Parser:
@@ -95,3 +135,106 @@ def _input_options(group) -> None:
 def add_config(parser: Parser) -> None:
     """Add `--config`."""
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line takes precedence')
+
+
+def validate_parser() -> Parser:
+    """Return the parser of validate_glmc.py."""
+    parser = Parser(
+        prog='validate_glmc.py',
+        description='Evaluate an export, checkpoint, Hub id or timm model on long-tailed classes.')
+    add_config(parser)
+    add_groups(parser, 'data')
+    add = parser.add_argument_group('model').add_argument
+    add('--model', default='resnet18', metavar='NAME',
+        help='export folder, run folder, checkpoint, hf-hub:ORG/NAME, or timm architecture with its pretrained weights')
+    add('--checkpoint', metavar='FILE', help='weights for an architecture (.safetensors or .pth)')
+    add_groups(parser, 'model input')
+    _evaluation_group(parser)
+    job_options(parser.add_argument_group('running and output'), experiment='validate-MODEL')
+    for action in parser._actions:
+        action.help = VALIDATE_HELP.get(action.dest, action.help)
+    parser.hide({*names('data', 'model input')} - COMMON - {*VALIDATE_HELP})
+    return parser
+
+
+def _evaluation_group(parser: Parser) -> None:
+    """Add the options of an evaluation."""
+    group = parser.add_argument_group('evaluation')
+    add = group.add_argument
+    add('--shot-thresholds', type=count, nargs=2, metavar=('FEW', 'MANY'),
+        help="few-shot <= FEW < medium-shot <= MANY < many-shot training images; default: the training's, else 20 100")
+    add('--test-distribution', choices=TARGETS,
+        help='keep test images so that their class distribution is uniform, that of the training set (forward) or its '
+        'reverse (backward), as in the test-agnostic benchmark (arXiv 2107.09249)')
+    adjustment_options(group, measured='test (that of the evaluated images), ')
+    add('--compare', nargs='+', metavar='FOLDER', help='compare the results in these folders in one report; no evaluation')
+
+
+def predict_parser() -> Parser:
+    """Return the parser of glmc.predict."""
+    parser = Parser(
+        prog='python -m glmc.predict', usage='%(prog)s MODEL FOLDER_OR_FILES … [options]',
+        description='Predict the classes of images with a trained model, as a CSV: file, label, probability, then the next '
+        'classes.',
+        epilog='exit code: 0, also if some images cannot be read; 1 if none can be predicted; 2 for wrong input')
+    add_config(parser)
+    add = parser.add_argument
+    add('model', metavar='MODEL', help='run folder, export folder, checkpoint, hf-hub:ORG/NAME, or timm architecture')
+    add('files', nargs='+', metavar='FOLDER_OR_FILES', help='images, and folders that are searched with their subfolders')
+    add = parser.add_argument_group('output').add_argument
+    add('--output', default='predictions.csv', metavar='FILE', help='CSV to write or replace; - for standard output')
+    add('--topk', type=positive_int, default=5, metavar='K', help='classes per image, at most all')
+    add('--threshold', type=fraction, metavar='P',
+        help='empty the label of images whose probability is below P; a column `uncertain` names the class')
+    group = parser.add_argument_group('prediction')
+    adjustment_options(group)
+    add = group.add_argument
+    add('--class-counts', metavar='FILE', help="training images per class, for --target-prior: JSON list, metrics.json of a "
+        "run, or one number per line; default: the export's")
+    add('--img-size', type=positive_int, metavar='N', help="side of the input in pixels; default: the model's")
+    group = parser.add_argument_group('running')
+    add = group.add_argument
+    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per step')
+    add('-j', '--workers', type=count, default=2, metavar='N', help='loader processes')
+    precision_options(group, "the launcher's, else that of the training")
+    add('--debug', action='store_true', help='show the traceback of an error')
+    return parser
+
+
+def check_parser() -> Parser:
+    """Return the parser of glmc.data.check."""
+    parser = Parser(
+        prog='python -m glmc.data.check', usage='%(prog)s [DIR] [options]',
+        description='Scan an image set before training: decode every image once, list unreadable and duplicate images, and '
+        'suggest options. No file is changed.',
+        epilog='exit code: 0 without problems, 1 if an image cannot be decoded, is in two sets or has two labels, 2 for '
+        'wrong options')
+    parser.add_argument('folder', nargs='?', metavar='DIR', help='the same as --data-dir DIR')
+    add_groups(parser, *DATA)
+    parser.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='processes that decode')
+    parser.add_argument('--measure', action='store_true',
+        help='train three steps of the advised model to estimate time and memory')
+    return parser
+
+
+def benchmark_parser(methods: dict, description: str) -> Parser:
+    """Return the parser of benchmark_glmc.py: options of train_glmc.py, which only `--help-all` lists, and its own.
+
+    Args:
+        methods: Name -> row of the table of methods.
+        description: Text of the help.
+    """
+    parser = train_parser(methods)
+    parser.hidden = frozenset(action.dest for action in parser._actions if action.dest not in ('help', argparse.SUPPRESS))
+    parser.prog, parser.description = 'benchmark_glmc.py', description
+    parser.usage = 'benchmark_glmc.py [options of the benchmark] [options of train_glmc.py]'
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument_group('benchmark').add_argument
+    add('--rounds', type=positive_int, default=5, metavar='N', help='turns of each part; default: 5')
+    add('--steps', type=positive_int, default=20, metavar='N', help='timed steps in a turn; default: 20')
+    add('--skip', nargs='*', default=[], choices=PARTS, metavar='PART', help=f"parts to skip: {', '.join(PARTS)}")
+    add('--compare-loss', action='store_true',
+        help='first compare losses and gradients of plain and run on the same images; exit code 1 if they differ')
+    add('--json', metavar='FILE', help='write all measurements to this file')
+    add('--csv', metavar='FILE', help='append one row for each part to this file')
+    return parser

@@ -2,8 +2,6 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from timm.optim import get_optimizer_info
-
 from glmc.cli import Options
 from glmc.config.groups import GROUPS, actions, names
 from glmc.errors import InputError
@@ -48,6 +46,7 @@ def _iterable(options: Options) -> bool:
 
 def _optimizer_has(options: Options, argument: str) -> bool:
     """Whether timm's optimizer has `momentum`, `eps` or `betas`; an unknown optimizer is an error elsewhere."""
+    from timm.optim import get_optimizer_info  # late: a help does without
     try:
         return getattr(get_optimizer_info(options.opt.lower().split('_')[-1]), f'has_{argument}')
     except ValueError:
@@ -94,6 +93,8 @@ NEEDS = (
     Need(('amp',), 'with --amp-dtype', lambda o: not o.amp_dtype),
     Need(('model_ema_decay', 'model_ema_warmup'), 'without --model-ema', lambda o: o.model_ema),
     Need(('sync_bn', 'dist_bn'), 'with one process', lambda o: o.processes > 1),
+    Need(('lora_targets',), 'without --lora-rank', lambda o: o.lora_rank),
+    Need(('freeze_bn',), 'with --lora-rank, which freezes BatchNorm', lambda o: o.freeze_bn or not o.lora_rank),
     Need(('hub_private', 'hub_revision'), 'without --push-to-hub', lambda o: o.push_to_hub),
     Need(('feature_views', 'stage2_holdout', 'stage2_kwargs'), 'without --stage2', lambda o: o.stage2),
     Need(('feature_cache',), 'without --stage2 and with --head-init random',
@@ -118,6 +119,11 @@ CONFLICTS = (
     Conflict('torchcompile', 'its CUDA graphs overwrite the losses of an earlier step, expected --grad-accum-steps 1 or '
              '--torchcompile default, found {grad_accum_steps} steps',
              lambda o: o.torchcompile in ('reduce-overhead', 'max-autotune') and o.grad_accum_steps > 1),
+    Conflict('lora_rank', 'adapts pretrained weights, expected --pretrained or --initial-checkpoint',
+             lambda o: o.lora_rank and not (o.pretrained or o.initial_checkpoint)),
+    Conflict('lora_rank', 'freezes all but the adapters and the classifier, expected no --freeze',
+             lambda o: o.freeze and o.lora_rank),
+    Conflict('sync_bn', 'not with --lora-rank, which freezes BatchNorm', lambda o: o.sync_bn and o.lora_rank),
     Conflict('sync_bn', 'the statistics of BatchNorm are frozen, expected --no-freeze-bn',
              lambda o: o.sync_bn and o.freeze_bn),
     Conflict('sync_bn', 'needs GPUs, found {processes} processes on the CPU',

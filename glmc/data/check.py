@@ -7,25 +7,30 @@ The scan takes the data options of train_glmc.py, decodes every image once and c
 image cannot be decoded, is in two sets or has two labels.
 """
 import hashlib
+import logging
 import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from glmc.cli import Options, Progress, pick, run_script, show_help
+from glmc.config import DATA, as_words, check_parser, has_data, names
+
+if __name__ == '__main__':
+    show_help(check_parser)  # before the imports that take seconds
+# isort: split
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from glmc.cli import Options, Parser, pick, run_script
-from glmc.config import DATA, add_groups, as_words, has_data, names
+from glmc.data.advice import advise, measure
 from glmc.data.datasets import ImageSet
-from glmc.data.profiles import Profile, pluralize
+from glmc.data.profiles import Profile, classes_without_images, pluralize
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import ImageError, InputError, printable
 
 ORIENTATION = 0x112  # EXIF
 MAX_LISTED = 10  # findings of each kind
-PHOTO_SIDE = 64  # median shorter side, in pixels, from which images profit from weights pretrained on photos
 NOTES = {  # attribute of ScanResult -> the images and how training and evaluation handle them
     'rotated': 'with an EXIF rotation, which is ignored, as in timm',
     'animated': 'with several frames, of which the first is used',
@@ -87,7 +92,12 @@ def scan(images: ImageSet, workers: int = 0) -> list[ScanResult]:
     Returns:
         N results in the order of the set.
     """
-    return list(DataLoader(_ScanDataset(images), batch_size=None, num_workers=workers))
+    results = []
+    with Progress(len(images), name='data check') as progress:
+        for result in DataLoader(_ScanDataset(images), batch_size=None, num_workers=workers):
+            results.append(result)
+            progress.update()
+    return results
 
 
 def readable_subset(images: ImageSet, workers: int = 0) -> tuple[ImageSet, list[str]]:
@@ -99,6 +109,8 @@ def readable_subset(images: ImageSet, workers: int = 0) -> tuple[ImageSet, list[
 
 def main() -> None:
     args = check_parser().parse_args()
+    logging.basicConfig(format='%(message)s')
+    logging.getLogger('glmc').setLevel(logging.INFO)
     args.data_dir = args.data_dir or args.folder
     data = load_training_data(**pick(args, names(*DATA)))
     sets = {name: images for name, images in (('train', data.train), ('holdout', data.holdout),
@@ -109,23 +121,10 @@ def main() -> None:
     results = {name: scan(images, args.workers) for name, images in sets.items()}
     problems = list(find_problems(sets, results))
     lines = [*describe(data, sets), '', *describe_images(results), '', *(problems or ['no problems found']), '',
-             *suggest(data.profile), *next_commands(args, results['train'])]
+             *final_advice(args, data.profile, results['train'])]
     print('\n'.join(map(printable, lines)))
     if problems:
         sys.exit(1)
-
-
-def check_parser() -> Parser:
-    parser = Parser(
-        prog='python -m glmc.data.check', usage='%(prog)s [DIR] [options]',
-        description='Scan an image set before training: decode every image once, list unreadable and duplicate images, and '
-        'suggest options. No file is changed.',
-        epilog='exit code: 0 without problems, 1 if an image cannot be decoded, is in two sets or has two labels, 2 for '
-        'wrong options')
-    parser.add_argument('folder', nargs='?', metavar='DIR', help='the same as --data-dir DIR')
-    add_groups(parser, *DATA)
-    parser.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='processes that decode')
-    return parser
 
 
 def describe(data: TrainingData, sets: dict[str, ImageSet]) -> Iterable[str]:
@@ -137,9 +136,9 @@ def describe(data: TrainingData, sets: dict[str, ImageSet]) -> Iterable[str]:
             continue
         counts = images.counts()
         yield f"{name}: {pluralize(len(images), 'image')}, {counts.max():,} … {counts.min():,} per class"
-        missing = [str(data.class_names[c]) for c in np.flatnonzero(counts == 0)]
+        missing = classes_without_images(counts, data.class_names)
         if missing:
-            yield f"{name}: {pluralize(len(missing), 'class')} without images, not evaluated: {', '.join(shorten(missing))}"
+            yield f'{name}: {missing}'
 
 
 def describe_images(results: dict[str, list[ScanResult]]) -> Iterable[str]:
@@ -183,25 +182,12 @@ def shorten(items: Sequence[str]) -> list[str]:
     return [*items[:MAX_LISTED], *([f'{more:,} more'] if more > 0 else [])]
 
 
-def suggest(profile: Profile) -> Iterable[str]:
-    """Lines on options whose defaults do not suit this profile."""
-    counts = np.array(profile.counts)
-    imbalance = counts.max() / counts.min()
-    if imbalance < 1.5:
-        yield 'suggestion: --balanced, the classes have about the same number of images'
-        return
-    if imbalance < 100:
-        yield 'suggestion for --method glmc: --resample-power 0.2 (published for an imbalance below 100)'
-    if not all(len(classes) for classes in profile.groups().values()) and len(counts) >= 3:
-        few, many = (int(t) for t in np.quantile(counts, (1 / 3, 2 / 3)))
-        yield f'suggestion: --shot-thresholds {few} {many} (thirds of the classes), since a shot group is empty'
-
-
-def next_commands(args: Options, results: Sequence[ScanResult]) -> Iterable[str]:
-    """A heading and the commands to run next, with the data options of this command.
+def final_advice(args: Options, profile: Profile, results: Sequence[ScanResult]) -> Iterable[str]:
+    """Lines of advice, and the commands to run next, with the data options of this command.
 
     Args:
         args: Options of `check_parser`.
+        profile: Profile of the training images.
         results: Results of the training set.
     """
     parser, words = check_parser(), []
@@ -209,16 +195,21 @@ def next_commands(args: Options, results: Sequence[ScanResult]) -> Iterable[str]
         value = getattr(args, name)
         if value != parser.get_default(name):
             words += as_words(name, value)
-    data, train = shlex.join(words), 'accelerate launch train_glmc.py'
-    sides = [result.side for result in results if not result.error]
-    if has_data(args) and sides and np.median(sides) >= PHOTO_SIDE:
-        yield 'next: classifiers on the features of a pretrained model, then training of the whole model:'
-        yield f'python finetune_glmc.py --model resnet50 {data}'
-        yield f'{train} --model resnet50 --pretrained {data}'
+    advice = advise(profile, [result.side for result in results if not result.error], default_data=not has_data(args))
+    if args.shot_thresholds == parser.get_default('shot_thresholds'):
+        words += advice.data
+    yield from ('advice:', *(f'    {line}' for line in advice.lines))
+    if args.measure:
+        yield f'    {measure(advice, words, profile.num_images)}'
     else:
-        small = '--model resnet32_cifar --img-size 32 --augmentation cifar' if has_data(args) else ''
-        yield 'next: training from scratch, since the images are small:'
-        yield ' '.join(filter(None, (train, small, data)))
+        yield '    time and memory: --measure trains three steps'
+    train = shlex.join(['accelerate', 'launch', 'train_glmc.py', *advice.training, *words])
+    if advice.photos:
+        yield 'next: classifiers on the features of a pretrained model, then training of the whole model:'
+        yield shlex.join(['python', 'finetune_glmc.py', '--model', 'resnet50', *words])
+    else:
+        yield 'next: training from scratch:'
+    yield train
 
 
 if __name__ == '__main__':

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from glmc.errors import printable
+
 SHOT_NAMES = ('many', 'medium', 'few')
 
 
@@ -100,6 +102,23 @@ def shot_groups(counts: Sequence[int], few: int = 20, many: int = 100) -> dict[s
 def pluralize(number: int, noun: str) -> str:
     """The number with its noun: `1 image`, `2 images`, `2 classes`."""
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def classes_without_images(
+        counts: Sequence[int], class_names: Sequence[str] | None = None, max_names: int = 10) -> str:
+    """One line with the number and the names of the classes that no evaluation measures; empty if each has images.
+
+    Args:
+        counts: (C,) evaluated images per class.
+        class_names: C names; None for 0…C-1.
+        max_names: Maximal number of names.
+    """
+    empty = np.flatnonzero(np.asarray(counts) == 0).tolist()
+    if not empty:
+        return ''
+    names = [printable(str(class_names[c] if class_names else c)) for c in empty[:max_names]]
+    names += [f'{len(empty) - max_names:,} more'] if len(empty) > max_names else []
+    return f"{pluralize(len(empty), 'class')} without images, not evaluated: {', '.join(names)}"
 
 
 def fingerprint(names: Iterable[str]) -> str:

@@ -68,6 +68,8 @@ class LongTailEvaluator(ClassificationEvaluator):
     def compute(self, distributed: bool = False) -> dict:
         """Compute all metrics, accuracies in percent; None for a group or class without images.
 
+        `shot_classes` counts the classes of each group that have images.
+
         Args:
             distributed: Sum the counters of all processes.
         """
@@ -94,7 +96,7 @@ class LongTailEvaluator(ClassificationEvaluator):
                for index, name in enumerate(SHOT_NAMES)},
             **dict(zip(('bin_images', 'bin_confidence', 'bin_hits'), bins.sum(1).tolist(), strict=True)),
             num_images=int(images.sum()),
-            shot_classes={name: len(self.groups[name]) for name in SHOT_NAMES},
+            shot_classes={name: int(seen[classes].sum()) for name, classes in self.groups.items()},
             shot_thresholds=self.thresholds,
             per_class_accuracy=[value if ok else None for value, ok in zip(accuracy.tolist(), seen.tolist(), strict=True)],
             per_class_images=images.long().tolist(),

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glmc.config import TARGETS
 from glmc.data.profiles import long_tail_counts
 from glmc.errors import InputError
 
 PRIOR_IMAGES = 10 ** 6  # total images of a prior given as weights: zero weight counts as half an image
-TARGETS = ('uniform', 'forward', 'backward')
 
 
 def ranked_counts(train_counts: Sequence[int], n_max: int, kind: str, imbalance_factor: float) -> np.ndarray:

@@ -18,6 +18,7 @@ from glmc.cli import Parser, run_script
 from glmc.errors import InputError, RunError, first_line
 from glmc.export.card import write_card
 from glmc.models.backbone import create_backbone
+from glmc.models.lora import merge_adapters
 from glmc.training.checkpoint import load_checkpoint
 
 
@@ -28,12 +29,12 @@ def export_model(
 
     Args:
         folder: Target; an earlier export there is replaced once the new one is verified.
-        model: Bare timm model.
+        model: Bare timm model; its adapters are merged.
         data_config: timm's data config of the evaluation: input_size, mean, std, interpolation, crop_pct, crop_mode.
         class_names: C names.
         metrics: Content of metrics.json.
         source: `glmc` entry of config.json: `method`, `profile`, `prior` ('train', 'uniform' or C weights), `precision`,
-            `recipe`, `license`, `base_model`.
+            `recipe`, `license`, `dataset_name`, `base_model`.
 
     Returns:
         The folder.
@@ -42,7 +43,7 @@ def export_model(
         RunError: If the written files cannot be loaded or give other logits; an earlier export is kept.
         OSError: If a file cannot be written; an earlier export is kept.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), merge_adapters(model)
     partial = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(partial, ignore_errors=True)
     try:

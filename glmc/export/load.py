@@ -13,6 +13,7 @@ from glmc.config import PRECISIONS
 from glmc.data.lists import read_class_counts
 from glmc.errors import InputError, first_line
 from glmc.models.backbone import create_backbone
+from glmc.models.lora import merge_adapters
 from glmc.training.checkpoint import load_checkpoint
 from glmc.training.state import trained_weights
 
@@ -82,6 +83,7 @@ def _load_checkpoint(path: Path) -> TrainedModel:
     model = create_backbone(**description['model'])
     weights, task_state = trained_weights(state, ema=bool(state['ema']))
     model.load_state_dict(weights)
+    model = merge_adapters(model)
     export = description['export']
     metadata = {**export['source'], 'precision': state['metrics'].get('precision')}
     model.pretrained_cfg = {**model.pretrained_cfg, **export['data_config']}
@@ -165,7 +167,7 @@ def _is_prior(value) -> bool:
 
 METADATA_CHECKS = {
     'method': _is_text, 'precision': _is_text, 'license': _is_text, 'base_model': _is_text, 'prior': _is_prior,
-    'recipe': lambda value: isinstance(value, dict)}
+    'dataset_name': _is_text, 'recipe': lambda value: isinstance(value, dict)}
 PROFILE_CHECKS = {'class_counts': _is_counts, 'shot_thresholds': _is_thresholds, 'fingerprint': _is_text}
 
 

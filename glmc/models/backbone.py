@@ -21,13 +21,15 @@ from timm.models._hub import (
 from torch import Tensor, nn
 
 from glmc.errors import InputError, first_line
+from glmc.models.lora import add_adapters
 
 _logger = logging.getLogger(__name__)
 
 
 def create_backbone(
         name: str, num_classes: int | None = None, img_size: int | None = None, in_chans: int | None = None,
-        pretrained: bool = False, checkpoint_path: str | None = None, trained: bool = False, **kwargs) -> nn.Module:
+        pretrained: bool = False, checkpoint_path: str | None = None, trained: bool = False, lora: dict | None = None,
+        **kwargs) -> nn.Module:
     """Create a timm model, with the image size for models that need it, and errors a user can act on.
 
     Weights of a file, a folder or the Hub are adapted as timm adapts its own: prefixes, the first convolution to the
@@ -42,12 +44,21 @@ def create_backbone(
         pretrained: Whether to start from the pretrained weights of `name`.
         checkpoint_path: Weights to start from instead, safetensors or tensors of `torch.save` (`--initial-checkpoint`).
         trained: Whether the weights are those of a trained model to evaluate, whose classifier must fit (`--checkpoint`).
+        lora: `rank` and `targets` of `lora.add_adapters`; None for no adapters.
         **kwargs: More arguments of `timm.create_model`; None is omitted.
 
     Raises:
         InputError: If timm does not know the model, cannot create it with these options, or the weights cannot be fetched,
             contain anything but tensors, or do not fit.
     """
+    model = _create_model(name, num_classes, img_size, in_chans, pretrained, checkpoint_path, trained, **kwargs)
+    return add_adapters(model, **lora) if lora else model
+
+
+def _create_model(
+        name: str, num_classes: int | None, img_size: int | None, in_chans: int | None, pretrained: bool,
+        checkpoint_path: str | None, trained: bool, **kwargs) -> nn.Module:
+    """Create a timm model without adapters; arguments and errors as those of `create_backbone`."""
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         nearest = ', '.join(difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.3)) or 'none'
         raise InputError(f'--model {name}: not a model of timm {timm.__version__}; nearest: {nearest}')
@@ -207,6 +218,8 @@ def _loading(model_class: type[nn.Module], classifiers: tuple[str, ...], trained
 def _tensors(values: dict, prefix: str = '') -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of nested dicts with their names."""
     for name, value in values.items():
+        if '.lora_A.' in str(name):
+            raise ValueError('adapters that are not merged; python -m glmc.export CHECKPOINT FOLDER merges them')
         if isinstance(value, dict):
             yield from _tensors(value, f'{prefix}{name}.')
         elif isinstance(value, Tensor):

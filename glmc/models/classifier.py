@@ -83,15 +83,26 @@ def float32_classifier(model: nn.Module):
     Args:
         model: A timm model, or a wrapper with `get_classifier`.
     """
-    classifier = model.get_classifier()
-    parts = classifier if isinstance(classifier, (tuple, nn.ModuleList)) else [classifier]  # some have several heads
+    heads = classifier_heads(model)
     try:
-        for part in parts:
-            part.forward = _without_autocast(part.forward)
+        for head in heads:
+            head.forward = _without_autocast(head.forward)
         yield
     finally:
-        for part in parts:
-            vars(part).pop('forward', None)
+        for head in heads:
+            vars(head).pop('forward', None)
+
+
+def classifier_heads(model: nn.Module) -> list[nn.Module]:
+    """The classifier of a model as a list; some have several heads.
+
+    Raises:
+        InputError: If the model has no classifier.
+    """
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    if classifier is None:
+        raise _encoder_error(model)
+    return list(classifier) if isinstance(classifier, (tuple, nn.ModuleList)) else [classifier]
 
 
 def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

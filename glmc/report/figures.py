@@ -21,7 +21,7 @@ CURVES = {  # file name -> title, vertical axis, column of summary.csv -> label
 
 def create_figures(
         results: dict[str, dict], predictions: Predictions | None = None, norms: dict[str, Sequence[float]] | None = None,
-        history: Sequence[dict] = ()) -> dict:
+        history: Sequence[dict] = (), names: Sequence[str] | None = None) -> dict:
     """Draw the figures of one or several results.
 
     Args:
@@ -29,6 +29,7 @@ def create_figures(
         predictions: Predictions of every evaluated image of a single result.
         norms: Classifier -> (C,) norms of its weights, of a single result.
         history: Rows of summary.csv of a single result.
+        names: C names of the classes.
 
     Returns:
         File name -> (title, figure); empty, with a warning, without matplotlib.
@@ -40,10 +41,10 @@ def create_figures(
         return {}
     train_counts = next(iter(results.values()))['train_counts']
     figures = {
-        'accuracy': ('Accuracy by training images per class', plots.make_figure(plots.accuracy_over_count, results)),
+        'accuracy': ('Accuracy by training images per class', plots.make_figure(plots.accuracy_over_count, results, names)),
         'reliability': ('Calibration', plots.make_figure(plots.reliability, results))}
     if predictions is not None:
-        figures['confusion'] = ('Confusion matrix', plots.make_figure(plots.confusion, predictions, train_counts))
+        figures['confusion'] = ('Confusion matrix', plots.make_figure(plots.confusion, predictions, train_counts, names))
     if norms:
         norms = {CLASSIFIERS.get(name, name): values for name, values in norms.items()}
         figures['norms'] = ('Weight norms of the classifier', plots.make_figure(plots.classifier_norms, norms, train_counts))

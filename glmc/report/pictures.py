@@ -2,6 +2,7 @@
 import base64
 import io
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ HIDDEN = ('Cc', 'Cf', 'Cs', 'Co', 'Cn')  # Unicode's control, direction, unpaire
 JOINERS = '\u200c\u200d'  # of several scripts and of emoji
 SIDE = 160  # longest side of a picture, in pixels
 MAX_LENGTH = 60  # characters of a name in the report; per_class.csv and confused_pairs.csv contain it in full
+PER_PAIR = 2  # pictures of mistakes with the same classes
 SMALL = 64  # longest side, in pixels, of pictures that are enlarged without smoothing
 
 
@@ -37,7 +39,9 @@ class Picture:
 
 def worst_mistakes(
         images: ImageSet, predictions: Predictions, class_names: Sequence[str], limit: int = 16) -> list[Picture]:
-    """Return the misclassified images of the highest confidence, captioned with classes and file name.
+    """Return the misclassified images of the highest confidence, at most two of each pair of classes.
+
+    The caption has the classes and the file name.
 
     Args:
         images: Evaluated images.
@@ -46,12 +50,17 @@ def worst_mistakes(
         limit: Maximal number of pictures.
     """
     wrong = np.flatnonzero(predictions.labels != predictions.predicted)
-    chosen = wrong[np.argsort(-predictions.confidence[wrong], kind='stable')][:limit]
-    pictures = []
-    for index in chosen.tolist():
+    pictures, pairs = [], Counter()
+    for index in wrong[np.argsort(-predictions.confidence[wrong], kind='stable')].tolist():
+        if len(pictures) == limit:
+            break
+        pair = predictions.labels[index], predictions.predicted[index]
+        pairs[pair] += 1
+        if pairs[pair] > PER_PAIR:
+            continue
         image = images.image(index)
         image.thumbnail((SIDE, SIDE))
-        label, predicted = (class_names[classes[index]] for classes in (predictions.labels, predictions.predicted))
+        label, predicted = (class_names[c] for c in pair)
         caption = (f'{display_name(label)} predicted as {display_name(predicted)} '
                    f'({100 * predictions.confidence[index]:.0f} %)')
         pictures.append(Picture([image], caption, display_name(images.names[index], keep_end=True)))

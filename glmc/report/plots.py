@@ -2,6 +2,7 @@
 import io
 import warnings
 from collections.abc import Callable, Sequence
+from html import escape
 from itertools import cycle
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from glmc.evaluation.metrics import Predictions
+from glmc.evaluation.metrics import Predictions, confused_pairs
+from glmc.report.pictures import display_name
 
 INK, GRID = '#1a1c20', '#c9ccd1'  # in SVG both are replaced by colours of the HTML
 SERIES = ('#2f7fc1', '#d1495b', '#3a9e6c', '#b07d1e', '#8a63c9', '#3aa0a8', '#c9639a', '#7d8590')
@@ -24,6 +26,7 @@ STYLE = {
 }
 THOUSANDS = FuncFormatter(lambda value, _: f'{value:,.0f}')
 MAX_CELLS = 100  # rows and columns of the confusion matrix; with more classes several share a cell
+MAX_MARKS = 1000  # named dots or cells of a plot, which a reader sees under the pointer
 CROWDED = 300  # more points than this are small and faint, one bitmap inside the SVG
 
 
@@ -42,13 +45,41 @@ def make_figure(plot: Callable[..., None], *args, size: tuple[float, float] = (4
 
 
 def as_svg(figure: Figure) -> str:
-    """Return a figure as inline SVG, transparent, with text and grid in the colours of the HTML."""
+    """Return a figure as inline SVG, transparent, with text and grid in the colours of the HTML, and named marks."""
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(file, format='svg', transparent=True, dpi=144, metadata={'Date': None})
         figure.set_layout_engine('none')  # keeps the layout for the next format
     text = file.getvalue()
-    return text[text.index('<svg'):].replace(INK, 'currentColor').replace(GRID, 'var(--grid)')
+    text = text[text.index('<svg'):].replace(INK, 'currentColor').replace(GRID, 'var(--grid)')
+    return text.replace('</svg>', f'{_named_marks(figure)}</svg>')
+
+
+def add_marks(axes: Axes, marks: Sequence[tuple[float, float, str]], size: tuple[float, float] | None = None) -> None:
+    """Name points or cells of a plot; `as_svg` shows the text of the one under the pointer.
+
+    Args:
+        axes: Axes of the plot.
+        marks: (x, y, text) in data coordinates, the centre of a cell; those after MAX_MARKS are ignored.
+        size: Width and height of the cells in data coordinates; None for points.
+    """
+    axes.figure.marks = [*getattr(axes.figure, 'marks', []), (axes, list(marks)[:MAX_MARKS], size)]
+
+
+def _named_marks(figure: Figure) -> str:
+    """Transparent SVG shapes with titles over the marks of a figure, in the coordinates of its SVG file."""
+    width, height = 72 * figure.get_size_inches()
+    parts = []
+    for axes, marks, size in getattr(figure, 'marks', []):
+        points = np.array([mark[:2] for mark in marks], dtype=float).reshape(-1, 2)
+        half = np.array([0, 0] if size is None else size) / 2
+        corners = [(axes.transData - figure.transFigure).transform(points + sign * half) * (width, -height) + (0, height)
+                   for sign in (-1, 1)]
+        for (x0, y0), (x1, y1), (_, _, text) in zip(*corners, marks, strict=True):
+            shape = f'circle cx="{x0:.1f}" cy="{y0:.1f}" r="4"' if size is None else (
+                f'rect x="{min(x0, x1):.1f}" y="{min(y0, y1):.1f}" width="{abs(x1 - x0):.1f}" height="{abs(y1 - y0):.1f}"')
+            parts.append(f'<{shape}><title>{escape(text)}</title></{shape.split()[0]}>')
+    return f'<g class="hover" fill="transparent">{"".join(parts)}</g>' if parts else ''
 
 
 def save_png(figure: Figure, path: Path) -> None:
@@ -58,12 +89,13 @@ def save_png(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=144)
 
 
-def accuracy_over_count(axes: Axes, results: dict[str, dict]) -> None:
+def accuracy_over_count(axes: Axes, results: dict[str, dict], names: Sequence[str] | None = None) -> None:
     """Plot the accuracy of each class over its training images, with shot groups and a running mean.
 
     Args:
         axes: Target.
         results: Label -> metrics; the shot groups are those of the first result.
+        names: C names of the classes, shown under the pointer; None for 0…C-1.
     """
     first = next(iter(results.values()))
     counts = np.maximum(first['train_counts'], 1)
@@ -75,6 +107,9 @@ def accuracy_over_count(axes: Axes, results: dict[str, dict]) -> None:
         axes.scatter(counts[seen], accuracy[seen], s=4 if crowded else 22, alpha=0.25 if crowded else 0.6,
                      color=colour, linewidths=0, rasterized=crowded)
         axes.plot(*_running_mean(counts[seen], accuracy[seen]), color=colour, label=name)
+        start = f'{name}: ' if len(results) > 1 else ''
+        add_marks(axes, [(counts[c], accuracy[c], f'{start}{display_name(names[c] if names else c)}: {accuracy[c]:.1f} %, '
+                          f"{first['train_counts'][c]:,} training images") for c in np.argsort(accuracy)[:seen.sum()]])
     axes.set(xscale='log', xlabel='training images per class', ylabel='accuracy, %', ylim=(-3, 103))
     _format_counts(axes)
     if len(results) > 1:
@@ -187,18 +222,21 @@ def curves(axes: Axes, rows: Sequence[dict], columns: dict[str, str], label: str
         axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=ncols, handlelength=1.2, columnspacing=1.2)
 
 
-def confusion(axes: Axes, predictions: Predictions, train_counts: Sequence[int]) -> None:
+def confusion(
+        axes: Axes, predictions: Predictions, train_counts: Sequence[int], names: Sequence[str] | None = None) -> None:
     """Plot the confusion matrix in % of each true class, most frequent class first.
 
     Args:
         axes: Target.
         predictions: Predictions of every evaluated image.
         train_counts: (C,) training images per class.
+        names: C names of the classes, shown under the pointer; None for 0…C-1.
     """
     matrix, per_cell = confusion_matrix(predictions, train_counts)
     colours = LinearSegmentedColormap.from_list('share', [(0.82, 0.29, 0.36, 0.0), (0.82, 0.29, 0.36, 1.0)])
     image = axes.imshow(matrix, cmap=colours, norm=PowerNorm(0.5, 0, 100), interpolation='nearest', aspect='auto',
                         extent=(0.5, len(train_counts) + 0.5, len(train_counts) + 0.5, 0.5))
+    add_marks(axes, _cell_marks(predictions, train_counts, per_cell, names), (per_cell, per_cell))
     axes.grid(False)
     shared = f', {per_cell:.0f} per cell' if per_cell > 1 else ''
     axes.set(xlabel=f'predicted class, most frequent first{shared}', ylabel='true class')
@@ -208,6 +246,28 @@ def confusion(axes: Axes, predictions: Predictions, train_counts: Sequence[int])
     bar = axes.figure.colorbar(image, ax=axes, label='% of the true class')
     bar.outline.set_visible(False)
     bar.solids.set(rasterized=True)
+
+
+def _cell_marks(
+        predictions: Predictions, train_counts: Sequence[int], per_cell: float,
+        names: Sequence[str] | None) -> list[tuple[float, float, str]]:
+    """Marks of the cells with mistakes, most images first; a cell of several classes has its most frequent mistake."""
+    cell, names = _cells(train_counts), names or range(len(train_counts))
+    images, marks = np.bincount(predictions.labels, minlength=len(train_counts)), {}
+    for label, predicted, number in confused_pairs(predictions, len(predictions.labels)):
+        marks.setdefault((cell[predicted], cell[label]), (
+            *((np.array([cell[predicted], cell[label]]) + 0.5) * per_cell + 0.5).tolist(),
+            f'{display_name(names[label])} predicted as {display_name(names[predicted])}: {number} of {images[label]} '
+            'images'))
+    return list(marks.values())
+
+
+def _cells(train_counts: Sequence[int]) -> np.ndarray:
+    """(C,) row of each class in the confusion matrix, most frequent class first; several share one of MAX_CELLS rows."""
+    num_classes = len(train_counts)
+    rank = np.empty(num_classes, dtype=np.int64)
+    rank[np.argsort(-np.asarray(train_counts), kind='stable')] = np.arange(num_classes)
+    return rank * min(num_classes, MAX_CELLS) // num_classes
 
 
 def confusion_matrix(predictions: Predictions, train_counts: Sequence[int]) -> tuple[np.ndarray, float]:
@@ -223,9 +283,7 @@ def confusion_matrix(predictions: Predictions, train_counts: Sequence[int]) -> t
     """
     num_classes = len(train_counts)
     size = min(num_classes, MAX_CELLS)
-    rank = np.empty(num_classes, dtype=np.int64)
-    rank[np.argsort(-np.asarray(train_counts), kind='stable')] = np.arange(num_classes)
-    cell = rank * size // num_classes
+    cell = _cells(train_counts)
     matrix = np.zeros((size, size))
     np.add.at(matrix, (cell[predictions.labels], cell[predictions.predicted]), 1)
     return 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1), num_classes / size

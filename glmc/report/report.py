@@ -3,18 +3,31 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from glmc.data.datasets import ImageSet
+from glmc.data.profiles import classes_without_images, pluralize
 from glmc.evaluation.metrics import Predictions, confused_pairs
-from glmc.export.card import write_card
+from glmc.evaluation.text import shot_legend
+from glmc.export.card import dataset_name, public_command, write_card
+from glmc.report.diagnosis import ClassResult, class_results, diagnosis, failing, next_steps
 from glmc.report.figures import create_figures, render_figures, save_pictures
-from glmc.report.html import bar, columns, html_document, picture_section, section, table, tiles
+from glmc.report.html import (
+    bar,
+    columns,
+    details,
+    html_document,
+    items,
+    paragraph,
+    picture_section,
+    section,
+    table,
+    tiles,
+)
 from glmc.report.pictures import Picture, display_name, worst_mistakes
 
 _logger = logging.getLogger(__name__)
@@ -30,6 +43,7 @@ METADATA = ('model', 'parameters', 'method', 'evaluated_on', 'num_images', 'trai
 LABELS = {'num_images': 'evaluated images', 'train_images': 'training images', 'precision': 'mixed precision',
           'seconds': 'run time, s', 'fingerprint': 'data fingerprint', 'flip_tta': 'flip TTA',
           'shot_thresholds': 'shot thresholds, images'}
+MAX_OPEN = 30  # rows of a table that is open at first
 PRIVATE_PICTURES = ('mistakes', 'mixed-views')  # PNG files with images of the data set, which an export must not contain
 
 
@@ -54,7 +68,7 @@ class ReportInputs:
 
 
 def write_report(folder: Path, metrics: dict, inputs: ReportInputs, export: Path | None = None) -> Path:
-    """Write report.html and plots/ into a folder, and into an export without any image of the data set.
+    """Write report.html and plots/ into a folder, and into an export without any image of the data set or local path.
 
     Args:
         folder: Folder of the results.
@@ -71,12 +85,14 @@ def write_report(folder: Path, metrics: dict, inputs: ReportInputs, export: Path
         mistakes = worst_mistakes(inputs.images, inputs.predictions, names)
     label = metrics.get('method') or metrics['model']
     figures = render_figures(folder / 'plots', create_figures(
-        {label: metrics}, inputs.predictions, inputs.norms, inputs.history))
-    _write_html(folder, metrics, inputs.predictions, names, figures, mistakes, inputs.views)
+        {label: metrics}, inputs.predictions, inputs.norms, inputs.history, names))
+    _write_html(folder, metrics, inputs, names, figures, mistakes, None if export is None else folder)
     if export is not None:
         private = shutil.ignore_patterns(*(f'{name}.png' for name in PRIVATE_PICTURES))  # of an earlier report
         shutil.copytree(folder / 'plots', export / 'plots', ignore=private, dirs_exist_ok=True)
-        _write_html(export, metrics, inputs.predictions, names, figures)
+        public = {**metrics, 'command': public_command(metrics.get('command', '')),
+                  'evaluated_on': dataset_name(metrics['evaluated_on'])}
+        _write_html(export, public, replace(inputs, views=()), names, figures)
     if figures:
         for name, pictures in zip(PRIVATE_PICTURES, (mistakes, inputs.views), strict=True):
             save_pictures(folder / 'plots' / f'{name}.png', pictures)
@@ -116,17 +132,33 @@ def try_report(
 
 
 def _write_html(
-        folder: Path, metrics: dict, predictions: Predictions | None, names: Sequence[str], figures: str,
-        mistakes: Sequence[Picture] = (), views: Sequence[Picture] = ()) -> None:
+        folder: Path, metrics: dict, inputs: ReportInputs, names: Sequence[str], figures: str,
+        mistakes: Sequence[Picture] = (), run: Path | None = None) -> None:
+    """Write report.html in the order of a reader's questions: which classes fail, why, what next; then the details.
+
+    Args:
+        folder: Folder of report.html.
+        metrics: Content of metrics.json.
+        inputs: Optional inputs; their `views` are shown.
+        names: C names.
+        figures: HTML of the figures.
+        mistakes: Pictures of mistakes.
+        run: Folder of the run for commands; None where no folder of this machine may be shown.
+    """
+    results = class_results(metrics, names, inputs.predictions)
     about_views = 'Inputs of the model from the training loader and mixer, with their labels.'
-    if any(len(view.images) > 1 for view in views):
+    if any(len(view.images) > 1 for view in inputs.views):
         about_views += (' The global view (MixUp) is above the local view (CutMix); where their labels differ, a bar '
                         'separates the two.')
     parts = [
-        tiles({label: _format_metric(metrics.get(name)) for name, label in HEADLINE.items()}), figures,
-        picture_section('Most confident mistakes', 'Misclassified images with the highest confidence.', mistakes),
-        picture_section('Training inputs', about_views, views),
-        _class_tables(metrics, predictions, names),
+        *_summary(metrics, names), _worst_classes(metrics, results, names),
+        columns(_confusions(inputs.predictions, names),
+                section('Next steps', items(next_steps(metrics, names, results, inputs.predictions, run)))),
+        picture_section('Most confident mistakes', 'Misclassified images with the highest confidence, at most two of each '
+                        'pair of classes.', mistakes),
+        figures,
+        picture_section('Training inputs', about_views, inputs.views),
+        _all_classes(results, names),
         columns(section('All metrics', table(('metric', '%'), metric_rows([metrics]))),
                 section('Model and run', table(('', ''), metadata_rows(METADATA, [metrics]))))]
     title = ' · '.join(filter(None, (metrics['model'], metrics.get('method'))))
@@ -134,18 +166,42 @@ def _write_html(
     (folder / 'report.html').write_text(html_document(title, subtitle, parts), encoding='utf-8')
 
 
-def _class_tables(metrics: dict, predictions: Predictions | None, names: Sequence[str]) -> str:
-    accuracy = np.array(metrics['per_class_accuracy'], dtype=float)
-    order = [c for c in np.argsort(accuracy, kind='stable').tolist() if not np.isnan(accuracy[c])]
-    rows = [(display_name(names[c]), metrics['train_counts'][c], metrics['per_class_images'][c], bar(accuracy[c]))
-            for c in order[:12]]
-    num_zero = int((accuracy == 0).sum())
-    title = 'Worst classes' + (f' ({num_zero:,} of {len(names):,} have accuracy 0)' if num_zero else '')
-    parts = [section(title, table(('class', 'training images', 'evaluated images', 'accuracy, %'), rows))]
-    if predictions is not None:
-        pairs = [(display_name(names[a]), display_name(names[b]), n) for a, b, n in confused_pairs(predictions, 12)]
-        parts.append(section('Most frequent confusions', table(('true class', 'predicted class', 'images'), pairs)))
-    return columns(*parts)
+def _summary(metrics: dict, names: Sequence[str]) -> list[str]:
+    """Tiles of the metrics that exist, and lines on the shot groups and on classes without images."""
+    groups = {name: number for name, number in (metrics.get('shot_classes') or {}).items() if number}
+    labels = {**HEADLINE, **{name: f"{name}-shot ({pluralize(number, 'class')}), %" for name, number in groups.items()}}
+    shown = {labels[name]: f'{metrics[name]:.1f}' for name in HEADLINE if isinstance(metrics.get(name), (int, float))}
+    notes = (shot_legend(metrics['shot_thresholds']), classes_without_images(metrics.get('per_class_images') or [], names))
+    return [tiles(shown), *(paragraph(note) for note in notes if note)]
+
+
+def _worst_classes(metrics: dict, results: Sequence[ClassResult], names: Sequence[str]) -> str:
+    """The worst classes with the likely cause of each."""
+    worst = failing(results, metrics.get('class_mean'))
+    if not worst:
+        return section('Which classes fail', paragraph('None: every evaluated image is classified correctly.'))
+    num_zero = sum(result.accuracy == 0 for result in results)
+    title = 'Which classes fail, and why' + (f' ({num_zero:,} of {len(names):,} have accuracy 0)' if num_zero else '')
+    rows = [(result.name, result.train_images, result.images, bar(result.accuracy), diagnosis(result, metrics, names))
+            for result in worst]
+    return section(title, table(('class', 'training images', 'test images', 'accuracy, %', 'likely cause'), rows, 'causes'))
+
+
+def _confusions(predictions: Predictions | None, names: Sequence[str]) -> str:
+    """The most frequent mistakes; empty without any."""
+    pairs = [] if predictions is None else confused_pairs(predictions, 12)
+    rows = [(display_name(names[a]), display_name(names[b]), number) for a, b, number in pairs]
+    return section('Most frequent confusions', table(('true class', 'predicted class', 'images'), rows)) if rows else ''
+
+
+def _all_classes(results: Sequence[ClassResult], names: Sequence[str]) -> str:
+    """A sortable table of all classes, open if it is short."""
+    rows = [(result.name, result.group, result.train_images, result.images,
+             '–' if result.accuracy is None else f'{result.accuracy:.1f}',
+             '' if result.mistaken_for is None else f'{display_name(names[result.mistaken_for])} ({result.mistakes})')
+            for result in results]
+    head = ('class', 'shot group', 'training images', 'test images', 'accuracy, %', 'most frequent mistake')
+    return details(f"All {pluralize(len(rows), 'class')}", table(head, rows, 'sortable'), is_open=len(rows) <= MAX_OPEN)
 
 
 def metric_rows(results: Sequence[dict]) -> list[tuple[str, ...]]:

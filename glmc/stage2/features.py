@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from glmc.cli import Progress
 from glmc.config import PRECISIONS
 from glmc.data.datasets import ImageSet
 from glmc.data.loaders import EvalDataset, ViewDataset, create_normalize, eval_transform, image_mode
@@ -149,7 +148,7 @@ class Extractor:
         labels = torch.from_numpy(images.labels)
         if self.cache is None:
             self.chosen, views = self._choose_precision(images, shape), torch.empty(shape)
-            progress = Progress(shape)
+            progress = ExtractionProgress(shape)
             _logger.info(f'Extracting features: {_size(shape)} in {self.chosen}')
 
             def keep(block: int, values: Tensor) -> None:
@@ -183,11 +182,11 @@ class Extractor:
                      f"{'bfloat16' if file.dtype == torch.bfloat16 else 'float32'}, {file.size:,} bytes, in {file.path}")
         if file.finished:
             _logger.info(f'Continuing at {file.num_finished() / len(images):.0%}')
-        progress = Progress(file.shape, file.num_finished())
+        progress = ExtractionProgress(file.shape, file.num_finished())
 
         def save(block: int, values: Tensor) -> None:
             file.write(block, values)
-            progress.show(file.num_finished())
+            progress.advance(file.num_finished())
         while not file.finish():
             block = file.claim()
             if block is None:
@@ -197,7 +196,7 @@ class Extractor:
         progress.close()
 
     def _extract(self, images: ImageSet, num_views: int, blocks: Iterator[int], save: Callable[[int, Tensor], None],
-                 progress: 'Progress') -> None:
+                 progress: 'ExtractionProgress') -> None:
         """Call `save` with the index and the (1 + V, n, D) float32 features of each block."""
         pending = deque()
 
@@ -214,7 +213,7 @@ class Extractor:
             for batch in loader:  # (B, 1 + V, c, H, W)
                 encoded.append(torch.stack([self._encode(view).cpu() for view in batch.unbind(1)]))
                 count += len(batch)
-                progress.show(advance=len(batch))
+                progress.advance(more=len(batch))
                 if count == pending[0][1]:
                     save(pending.popleft()[0], torch.cat(encoded, 1))
                     encoded, count = [], 0
@@ -272,8 +271,8 @@ def default_workers() -> int:
     return min(max(cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1), 16)
 
 
-class Progress:
-    """Progress of an extraction: a bar on a terminal, else a log line every 30 seconds.
+class ExtractionProgress(Progress):
+    """Progress of an extraction by several processes.
 
     Args:
         shape: (1 + V, N, D).
@@ -281,23 +280,15 @@ class Progress:
     """
 
     def __init__(self, shape: tuple[int, int, int], done: int = 0):
-        self.shape, self.first, self.done, self.pending = shape, done, done, 0
-        self.start = self.logged = time.perf_counter()
-        self.bar = tqdm(total=shape[1], initial=done, unit=' images', leave=False, disable=not sys.stderr.isatty())
+        super().__init__(shape[1], done=done)
+        self.shape, self.done, self.pending = shape, done, 0
 
-    def show(self, finished: int | None = None, advance: int = 0) -> None:
-        """Show `finished` images of all processes, or `advance` more of this one, which its next block will finish."""
+    def advance(self, finished: int | None = None, more: int = 0) -> None:
+        """Show `finished` images of all processes, or `more` of this one, which its next block will finish."""
         if finished is not None:
             self.done, self.pending = finished, 0
-        self.pending += advance
-        count, now = self.done + self.pending, time.perf_counter()
-        self.bar.update(count - self.bar.n)
-        if self.bar.disable and now - self.logged >= 30:
-            self.logged = now
-            rate = (count - self.first) / (now - self.start)
-            left = (self.shape[1] - count) / rate
-            _logger.info(f'{count:,} of {self.shape[1]:,} images, {rate:.0f} images/s, '
-                         f"{f'{left:.0f} s' if left < 100 else f'{left / 60:.0f} min'} left")
+        self.pending += more
+        self.show(self.done + self.pending)
 
     def close(self) -> None:
         """Remove the bar and log time and rate."""

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from glmc.data.datasets import ImageSet
+from glmc.data.profiles import classes_without_images
 from glmc.data.sources import TrainingData
 from glmc.errors import InputError
 from glmc.evaluation.priors import resolve_prior
@@ -51,7 +52,7 @@ def run_stage2(
     """Train classifiers on the features of a model, print one table, and export them with its encoder.
 
     Hyper-parameters are their defaults, or chosen on held-out training images; never on the validation images. Writes
-    stage2.csv, and for each classifier NAME/metrics.json, NAME/per_class.csv and NAME/confused_pairs.csv. The linear
+    stage2.csv, and for each classifier NAME/metrics.json and the tables of `run_folder.write_tables`. The linear
     classifier that held-out images choose is exported to `folder`/export, with its tables in `folder`; without such
     images, each to NAME/export.
 
@@ -98,7 +99,8 @@ def run_stage2(
         cache=feature_cache or folder / 'features', batch_size=batch_size, workers=workers, seed=seed)
     start = time.perf_counter()
     features = extract(data.train, feature_views)
-    validation = extract(data.holdout if data.validation is None else data.validation)
+    evaluated = data.holdout if data.validation is None else data.validation
+    validation = extract(evaluated)
     search_sets = None  # features to train candidates on, features to score them on
     if _has_unseen_holdout(data):
         search_sets = features, extract(data.holdout)
@@ -114,10 +116,13 @@ def run_stage2(
                                encoder_only)
     chosen = best_result(results) if search_sets and any(result.is_exportable for result in results) else None
     print(f'\nStage 2 on {len(validation):,} images, features in {extraction} s:\n{results_table([results])}', flush=True)
+    missing = classes_without_images(results[0].metrics['per_class_images'], export['class_names'])
+    if missing:
+        print(missing, flush=True)
     metadata = dict(feature_views=feature_views, feature_seconds=extraction, feature_precision=extract.chosen)
     for result in results:
         if result.name != STAGE1:
-            _write_classifier(folder, result, results[0], chosen, model, export, metrics, metadata)
+            _write_classifier(folder, result, results[0], chosen, model, export, metrics, metadata, evaluated)
     write_results(folder / TABLE, {metrics.get('weights', metrics['method']): results})
     return results
 
@@ -194,7 +199,7 @@ def _has_unseen_holdout(data: TrainingData) -> bool:
 
 def _write_classifier(
         folder: Path, result: Result, first: Result, chosen: Result | None, model: nn.Module, export: dict, metrics: dict,
-        metadata: dict) -> None:
+        metadata: dict, images: ImageSet) -> None:
     """Write metrics and tables of one classifier to `folder`/NAME, and the export if it is chosen or none is."""
     source = export['source']
     stage2 = dict(name=result.name, **result.settings, **metadata, seconds=round(result.seconds, 2))
@@ -211,7 +216,7 @@ def _write_classifier(
     own.mkdir(parents=True, exist_ok=True)
     (own / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     for place in (own, *([folder] if result is chosen else [])):
-        write_tables(place, metrics, export['class_names'], result.predictions)
+        write_tables(place, metrics, export['class_names'], result.predictions, images)
     if not result.is_exportable or chosen not in (None, result):
         return
     source = {**source, 'method': method, 'prior': result.prior, 'stage2': stage2,

@@ -1,6 +1,7 @@
 """One step, one epoch of training, and evaluation."""
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -12,6 +13,7 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
+from glmc.cli import Progress, duration
 from glmc.data.sampling import stream
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.models.classifier import float32_classifier
@@ -119,7 +121,8 @@ def train_one_epoch(
                 meter.check(accelerator, epoch, done, max_skipped_steps)
                 checked = done
         if done % log_interval == 0 and bar.disable and accelerator.is_main_process:
-            _log_step(epoch, done, num_steps, meter, optimizer, clock)
+            left = (time.perf_counter() - clock.start) / (done - start_step) * (num_steps - done)
+            _log_step(epoch, done, num_steps, meter, optimizer, clock, left)
         if updates:
             after_update(done)
     return {**meter.compute(accelerator), 'lr': meter.lr.item(), 'images_per_second': clock.rate()}
@@ -207,11 +210,11 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return getattr(optimizer, '_step_supports_amp_scaling', False) and len(optimizer.state) > 0
 
 
-def _log_step(epoch: int, step: int, num_steps: int, meter: Meter, optimizer, clock: RateClock) -> None:
+def _log_step(epoch: int, step: int, num_steps: int, meter: Meter, optimizer, clock: RateClock, left: float) -> None:
     means = meter.means()
     losses = '  '.join(f"{name.removeprefix('loss_')}: {means[name]:.3f}" for name in meter.names)
     _logger.info(f"Train: {epoch} [{step:>4d}/{num_steps} ({100 * step / num_steps:>3.0f}%)]  {losses}  "
-                 f"LR: {optimizer.param_groups[-1]['lr']:.3e}  {clock.rate():.0f} images/s")
+                 f"LR: {optimizer.param_groups[-1]['lr']:.3e}  {clock.rate():.0f} images/s  {duration(left)} left")
 
 
 def evaluate(
@@ -230,8 +233,10 @@ def evaluate(
     """
     model.eval()
     evaluator.reset()
-    with torch.inference_mode(), accelerator.autocast(), float32_classifier(model):
+    with (torch.inference_mode(), accelerator.autocast(), float32_classifier(model),
+          Progress(len(loader), 'batches', 'evaluation') as progress):
         for images, labels in loader:
             between()
             evaluator.update(model(loader.normalize(images)), labels)
+            progress.update()
     return evaluator.compute(distributed=accelerator.num_processes > 1)

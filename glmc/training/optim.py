@@ -9,6 +9,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from glmc.errors import InputError
+from glmc.models.classifier import classifier_heads
 
 
 def scaled_learning_rate(opt: str, global_batch: int, lr_base: float, lr_base_size: int, scale: str | None) -> float:
@@ -72,8 +73,7 @@ def clip_parameters(task: TrainingTask, mode: str) -> list[nn.Parameter]:
     module = unwrap_model(task.get_trainable_module())
     if mode != 'agc':
         return list(module.parameters())
-    own = getattr(module, 'backbone', module).get_classifier()
-    heads = [*(own if isinstance(own, (tuple, nn.ModuleList)) else [own]),
+    heads = [*classifier_heads(getattr(module, 'backbone', module)),
              getattr(module, 'classifier', None), getattr(module, 'rebalancer', None)]
     classifiers = {parameter for head in heads if isinstance(head, nn.Module) for parameter in head.parameters()}
     return [parameter for parameter in module.parameters() if parameter not in classifiers]

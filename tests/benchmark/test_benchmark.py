@@ -12,6 +12,7 @@ import benchmark_glmc
 from glmc.benchmark import agreement
 from glmc.benchmark.measure import ShortLoader, bottleneck, consume, endless
 from glmc.benchmark.plain import plain_loss
+from glmc.config import PARTS
 from glmc.losses.glmc import class_weights
 from glmc.mixing import GLMCMixer, Mixture
 from glmc.models.backbone import create_backbone
@@ -77,7 +78,7 @@ def in_process(script, monkeypatch, capsys):
 
 def test_a_loss_out_of_tolerance_is_exit_code_1(in_process, monkeypatch):
     monkeypatch.setattr(agreement, 'class_weights', lambda counts, power: torch.ones(len(counts)))
-    code, out, _ = in_process(*TINY, '--compare-loss', '--skip', *benchmark_glmc.PARTS)
+    code, out, _ = in_process(*TINY, '--compare-loss', '--skip', *PARTS)
     assert code == 1 and 'plain and run DO NOT AGREE' in out
 
 
@@ -151,4 +152,6 @@ def test_help_names_the_script_and_lists_its_own_options(in_process):
     code, out, _ = in_process('--help')
     assert code == 0 and out.startswith('usage: benchmark_glmc.py [') and '\nMeasure speed and memory' in out
     assert 'python train_glmc.py --help' in out and '--rounds N' in out
-    assert '--batch-size' not in out and len(out.splitlines()) < 50
+    assert '--batch-size' not in out and '--help-all ' in out and len(out.splitlines()) < 50
+    _, full, _ = in_process('--help-all')
+    assert full.startswith('usage: benchmark_glmc.py [') and '--batch-size' in full and '--rounds N' in full

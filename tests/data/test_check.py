@@ -14,7 +14,8 @@ from PIL import Image
 
 from glmc.cli import parse_args, run_script
 from glmc.config import finetune_parser, train_parser
-from glmc.data.check import find_problems, main, readable_subset, scan, shorten, suggest
+from glmc.data.advice import advise, describe_tail, measure, suggest_thresholds
+from glmc.data.check import find_problems, main, readable_subset, scan, shorten
 from glmc.data.datasets import ImageSet
 from glmc.data.profiles import Profile
 from glmc.data.readers import load_source
@@ -137,7 +138,7 @@ def test_scan_of_a_good_set(folders, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert 'train: 25 images of 3 classes, 14 … 4 per class (0 many, 0 medium, 3 few), imbalance 3.5' in out
     assert '\nno problems found\n' in out
-    assert 'suggestion for --method glmc: --resample-power 0.2' in out and 'suggestion: --shot-thresholds 6 9' in out
+    assert '    option of glmc: --resample-power 0.2' in out and '    shot thresholds: 6 9, thirds of the classes' in out
 
 
 def last_lines(out: str) -> list[str]:
@@ -157,15 +158,16 @@ def test_photos_end_with_the_commands_for_a_pretrained_model(tmp_path, capsys, m
     features, training = map(shlex.split, last_lines(capsys.readouterr().out))
     data = ['--data-dir', str(root), '--holdout', '0.5', '--shot-thresholds', '1', '2']
     assert features == ['python', 'finetune_glmc.py', '--model', 'resnet50', *data]
-    assert training == ['accelerate', 'launch', 'train_glmc.py', '--model', 'resnet50', '--pretrained', *data]
+    assert training == ['accelerate', 'launch', 'train_glmc.py', '--model', 'resnet50', '--pretrained', '--method', 'ce',
+                        '--batch-size', '2', *data]
     parse_args(train_parser(METHODS), training[3:])
     parse_args(finetune_parser(), features[2:])
 
 
 @pytest.mark.parametrize('options, command', [
     (['--data-dir', 'FOLDERS', '--input-key', '.png'],
-     'accelerate launch train_glmc.py --model resnet32_cifar --img-size 32 --augmentation cifar --data-dir FOLDERS '
-     '--input-key .png'),
+     'accelerate launch train_glmc.py --model resnet32_cifar --img-size 32 --augmentation cifar --batch-size 4 '
+     '--data-dir FOLDERS --input-key .png --shot-thresholds 6 9'),
     (['--imbalance-factor', '60'], 'accelerate launch train_glmc.py --imbalance-factor 60')])
 def test_small_images_end_with_the_command_from_scratch(options, command, folders, capsys, monkeypatch):
     words = [word.replace('FOLDERS', str(folders)) for word in options]
@@ -221,13 +223,46 @@ def test_workers_see_what_one_process_sees(folders):
     assert scan(images) == scan(images, workers=2)
 
 
-def test_defaults_that_suit_are_no_suggestion():
-    assert list(suggest(Profile((1000, 50, 5)))) == []
+@pytest.mark.parametrize('counts, side, model, words', [
+    ((1000, 50, 5), 300, '--model resnet50 --pretrained --method balanced_softmax', ['imbalance 200', 'worth it', '5, the']),
+    ((500, 200, 150), 300, '--model resnet50 --pretrained --method balanced_softmax', ['small effect', '0.005 for batches']),
+    ((100, 100, 110), 300, '--model resnet50 --pretrained --method ce', ['not needed', 'median side 300 px']),
+    ((1000, 50, 5), 32, '--model resnet32_cifar --img-size 32 --augmentation cifar',
+     ['since the images are small (32 px)', 'glmc, or ldam_drw', '0.05 for batches', '60, the default: ']),
+    ((100, 100, 110), 32, '--model resnet32_cifar --img-size 32 --augmentation cifar --method glmc_balanced',
+     ['not needed'])])
+def test_advice_follows_from_tail_and_size(counts, side, model, words):
+    advice = advise(Profile(counts), [side] * 9)
+    text = '\n'.join(advice.lines)
+    assert advice.model == model.split() and all(word in text for word in words), text
+    args, _ = parse_args(train_parser(METHODS), ['--data-dir', 'x', *advice.training, *advice.data])
+    assert args.batch_size <= sum(counts) // 4
 
 
-def test_balanced_counts_need_no_rebalancing():
-    assert list(suggest(Profile((10, 10, 11)))) == [
-        'suggestion: --balanced, the classes have about the same number of images']
+@pytest.mark.parametrize('counts, thresholds', [
+    ((1000, 50, 5), None), ((14, 7, 4), (6, 9)), ((1000, 600, 300), (500, 733)), ((10, 10, 11), None), ((9, 3), None)])
+def test_thresholds_are_advised_if_a_group_is_empty(counts, thresholds):
+    assert suggest_thresholds(Profile(counts)) == thresholds
+    assert thresholds is None or all(map(len, Profile(counts, thresholds).groups().values()))
+
+
+def test_the_tail_is_in_numbers():
+    assert describe_tail(Profile((60, 30, 5, 5))) == (
+        'imbalance 12 (60 … 5 images per class); half of the images are in 1 of 4 classes; 2 few-shot')
+
+
+@pytest.mark.slow
+def test_three_steps_measure_time_and_memory(folders):
+    outcome = run_command(sys.executable, '-m', 'glmc.data.check', folders, '-j', '0', '--measure')
+    found = re.search(r'time and memory: about ([\d.]+) s per epoch \(most for (?:the model|reading images)\), .* in all, '
+                      r'([\d.]+) GB for batches of 4 on cpu; from three steps of 4 images', outcome.out)
+    assert found and 0 < float(found[1]) < 60 and 0.1 < float(found[2]) < 4, outcome.out + outcome.err
+
+
+def test_a_failed_measurement_is_one_line():
+    advice = advise(Profile((30, 20, 10)), [32] * 60)
+    assert re.fullmatch(r'time and memory: not measured: error: --data-dir /nowhere/x: .*',
+                        measure(advice, ['--data-dir', '/nowhere/x'], 60))
 
 
 def test_the_same_pixels_in_another_format_are_found():

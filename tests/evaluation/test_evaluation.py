@@ -16,7 +16,7 @@ from sklearn.metrics import (
 
 from glmc.evaluation.metrics import LongTailEvaluator, Predictions, confused_pairs
 from glmc.evaluation.priors import resolve_prior
-from glmc.evaluation.text import detail_table, shot_line, shot_table
+from glmc.evaluation.text import detail_table, shot_legend, shot_line, shot_table
 
 TRAIN_COUNTS = [300, 101, 100, 60, 21, 20, 3]  # two many-, three medium-, two few-shot classes
 GROUPS = {'many': [0, 1], 'medium': [2, 3, 4], 'few': [5, 6]}
@@ -129,6 +129,7 @@ def test_absent_classes_count_nowhere_and_read_none():
     accuracies, metrics = class_accuracies(logits, labels), measure(logits, labels)
     seen = [0, 1, 2, 4]
     assert metrics['few'] is None
+    assert metrics['shot_classes'] == {'many': 2, 'medium': 2, 'few': 0}
     assert metrics['medium'] == pytest.approx(np.mean([accuracies[2], accuracies[4]]))
     assert metrics['class_mean'] == pytest.approx(np.mean([accuracies[c] for c in seen]))
     assert metrics['worst_class'] == pytest.approx(min(accuracies[c] for c in seen))
@@ -186,11 +187,18 @@ def test_table_shows_groups_and_a_dash_for_an_empty_one():
     logits, labels = predictions()
     kept = labels < 5
     metrics = measure(logits[kept], labels[kept])
-    head, row = shot_table(metrics).splitlines()
-    assert head.split('  ') == ['top-1', 'top-5', 'many (2)', 'medium (3)', 'few (2)', 'class mean']
+    head, row, missing = shot_table(metrics, 'abcdefg').splitlines()
+    assert head.split('  ') == ['top-1', 'top-5', 'many (2)', 'medium (3)', 'few (0)', 'class mean']
+    assert missing == '2 classes without images, not evaluated: f, g'
     assert row.split() == [f'{metrics[name]:.2f}' for name in ('top1', 'top5', 'many', 'medium')] + [
         '–', f"{metrics['class_mean']:.2f}"]
     assert len(head) == len(row)
+
+
+def test_the_legend_gives_the_training_images_of_each_group():
+    assert shot_legend([20, 100]) == (
+        'Training images per class: many-shot: more than 100, medium-shot: 21 to 100, few-shot: at most 20')
+    assert 'medium-shot: none' in shot_legend([5, 5])
 
 
 def test_line_for_the_log():

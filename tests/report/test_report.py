@@ -1,6 +1,11 @@
 """The report: its figures and texts, one file without others, and no failure of a run."""
+import base64
+import hashlib
 import re
+import shutil
+import subprocess
 import sys
+from html import unescape
 
 import numpy as np
 import pytest
@@ -8,11 +13,11 @@ import torch
 from PIL import Image
 
 from glmc.data.datasets import ImageSet
-from glmc.evaluation.metrics import LongTailEvaluator, Predictions
+from glmc.evaluation.metrics import LongTailEvaluator, Predictions, confused_pairs
 from glmc.mixing import GLMCMixer, ViewMixer
-from glmc.report.html import html_document, table
+from glmc.report.html import SORT, html_document, table
 from glmc.report.pictures import Picture, describe_target, display_name, mixed_views, worst_mistakes
-from glmc.report.plots import MAX_CELLS, accuracy_over_count, confusion_matrix, curves, make_figure
+from glmc.report.plots import MAX_CELLS, accuracy_over_count, as_svg, confusion, confusion_matrix, curves, make_figure
 from glmc.report.report import ReportInputs, classifier_norms, try_report, write_report
 from glmc.training.engine import step_generator
 
@@ -64,7 +69,10 @@ def test_every_plot_is_a_png_and_in_the_html(written):
 
 def test_the_html_is_self_contained_and_escaped(written):
     _, _, text, metrics = written
-    assert not re.search(r'<script|<link|@import|(src|href)="(?!data:|#)', text)
+    assert not re.search(r'<link|@import|(src|href)="(?!data:|#)', text)
+    (script,) = re.findall('<script>(.*?)</script>', text, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text
     assert '<0>' not in text and '&lt;0&gt; &amp; co' in text
     assert 'a&lt;b' in text
     assert f"<b>{metrics['top1']:.1f}</b>" in text
@@ -98,7 +106,88 @@ def test_8142_classes(tmp_path):
     metrics, predictions = evaluated(8142, 3000)
     write_report(tmp_path, metrics, ReportInputs(predictions=predictions, norms={'cb': np.ones(8142)}))
     assert (tmp_path / 'report.html').stat().st_size < 1_500_000
-    assert len((tmp_path / 'report.html').read_text(encoding='utf-8').split('<tr>')) < 100
+    text = (tmp_path / 'report.html').read_text(encoding='utf-8')
+    assert text.count('<tr>') - 100 < 8142 < text.count('<tr>') and '<details><summary>All 8,142 classes</summary>' in text
+
+
+def test_questions_come_in_the_order_of_a_reader(written):
+    folder, export, text, _ = written
+    heads = [unescape(head) for head in re.findall(r'<(?:h2|summary)>(.*?)</', text)]
+    assert heads[:4] == ['Which classes fail, and why', 'Most frequent confusions', 'Next steps', 'Most confident mistakes']
+    assert heads.index('All 12 classes') > heads.index('Confusion matrix')
+    assert f'python -m glmc.predict {folder} my_photos' in text
+    assert str(folder) not in (export / 'report.html').read_text(encoding='utf-8')
+
+
+def test_the_export_shows_no_folder_of_this_machine(tmp_path):
+    metrics = {**evaluated(4, 50)[0], 'command': 'train_glmc.py --data-dir /home/someone/birds --resume auto',
+               'evaluated_on': '/home/someone/test.txt'}
+    write_report(tmp_path, metrics, ReportInputs(), export=tmp_path / 'export')
+    text = (tmp_path / 'export' / 'report.html').read_text(encoding='utf-8')
+    assert 'someone' not in text and 'train_glmc.py --data-dir birds<' in text
+
+
+def test_dots_and_cells_have_names(written):
+    metrics, predictions = evaluated(12, 300)
+    titles = list(map(unescape, re.findall(r'<title>(.*?)</title>', written[2])))[1:]
+    for c, (count, accuracy) in enumerate(zip(metrics['train_counts'], metrics['per_class_accuracy'], strict=True)):
+        assert f'<{c}> & co: {accuracy:.1f} %, {count:,} training images' in titles
+    pairs = confused_pairs(predictions, 1000)
+    for label, predicted, number in pairs:
+        images = metrics['per_class_images'][label]
+        assert f'<{label}> & co predicted as <{predicted}> & co: {number} of {images} images' in titles
+    assert len(titles) == 12 + len(pairs)
+
+
+@pytest.mark.parametrize('num_classes', [3, MAX_CELLS, 250])
+def test_marks_lie_on_their_dots_and_cells(num_classes):
+    """Coordinates of the marks in the SVG against those of the drawn artists."""
+    metrics, predictions = evaluated(num_classes, 2000)
+    figure = make_figure(accuracy_over_count, {'net': metrics})
+    text = as_svg(figure)
+    first = re.search(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4"><title>([^:]+):', text)
+    c = int(first[3])
+    if num_classes < 250:  # else the dots are one bitmap
+        drawn = re.findall(r'<use xlink:href="#m\w+" x="([\d.]+)" y="([\d.]+)" style="fill: #2f7fc1', text)
+        assert any(abs(float(x) - float(first[1])) < 0.2 and abs(float(y) - float(first[2])) < 0.2 for x, y in drawn)
+    assert metrics['per_class_accuracy'][c] == min(metrics['per_class_accuracy'])
+    counts = metrics['train_counts']
+    axes = make_figure(confusion, predictions, counts).axes[0]
+    matrix, (_, marks, size) = axes.images[0].get_array(), axes.figure.marks[0]
+    assert size[0] == num_classes / min(num_classes, MAX_CELLS) and len(marks) <= 1000
+    for x, y, _ in marks[:50]:
+        assert matrix[int((y - 0.5) / size[1]), int((x - 0.5) / size[0])] > 0
+
+
+def test_an_empty_group_has_no_tile(tmp_path):
+    metrics, _ = evaluated(12, 300)
+    write_report(tmp_path, {**metrics, 'few': None, 'shot_classes': {**metrics['shot_classes'], 'few': 0}}, ReportInputs())
+    tiles = re.search(r'<div class="tiles">.*</div>', (tmp_path / 'report.html').read_text(encoding='utf-8'))[0]
+    assert 'many-shot (' in tiles and 'few-shot' not in tiles and '–' not in tiles
+
+
+SORTED = """
+const rows = [['b', '10'], ['a', '9'], ['c', '\u2212'], ['d', '1,000'], ['e', '\u22122.5'], ['f', '+3']];
+const cell = text => ({textContent: text});
+const body = {rows: rows.map(row => ({cells: row.map(cell)})), append(...found) { this.rows = found; }};
+const heads = [0, 1].map(index => ({cellIndex: index, attributes: {}, setAttribute(k, v) { this.attributes[k] = v; },
+  getAttribute(k) { return this.attributes[k]; }, addEventListener(kind, run) { this[kind] = run; },
+  closest: () => ({tBodies: [body], querySelectorAll: () => heads})}));
+const document = {querySelectorAll: () => heads};
+SCRIPT
+const order = () => body.rows.map(row => row.cells[0].textContent).join('');
+heads[0].click(); const names = order();
+heads[1].click(); const up = order();
+heads[1].keydown({key: 'Enter'});
+console.log(names, up, order(), heads[0].attributes['aria-sort'], heads[1].attributes['aria-sort']);
+"""
+
+
+@pytest.mark.skipif(not shutil.which('node'), reason='needs node')
+def test_the_script_sorts_names_and_numbers():
+    words = ['node', '-e', SORTED.replace('SCRIPT', SORT)]
+    assert subprocess.run(words, capture_output=True, text=True).stdout.split() == [
+        'abcdef', 'efabdc', 'cdbafe', 'none', 'descending']
 
 
 @pytest.mark.parametrize('num_classes', [3, MAX_CELLS, 250])
@@ -124,6 +213,13 @@ def test_mistakes_are_the_wrong_images_of_highest_confidence():
     assert [(p.caption, p.detail) for p in found] == [('c predicted as a (90 %)', 'folder/2.png'),
                                                       ('a predicted as c (70 %)', 'folder/3.png')]
     assert found[0].images[0].getpixel((0, 0)) == (40, 90, 0)
+
+
+def test_a_pair_of_classes_has_at_most_two_mistakes():
+    labels, predicted = np.array([0] * 5 + [1]), np.array([1] * 5 + [0])
+    predictions = Predictions(labels, predicted, np.array([0.9, 0.8, 0.95, 0.7, 0.6, 0.1]))
+    found = worst_mistakes(pictures(labels, 'ab'), predictions, 'ab')
+    assert [picture.detail for picture in found] == ['folder/2.png', 'folder/0.png', 'folder/5.png']
 
 
 class Batch:
@@ -185,7 +281,7 @@ def test_names_of_any_kind_make_a_report(tmp_path, recwarn):
     metrics, predictions = evaluated(10, 60)
     write_report(tmp_path, metrics, ReportInputs(names, predictions, pictures(predictions.labels, names)))
     text = (tmp_path / 'report.html').read_text(encoding='utf-8')
-    assert '<script' not in text and '\u202e' not in text and 'x' * 61 not in text
+    assert text.count('<script') == 1 and 'alert(1)</script>' not in text and '\u202e' not in text and 'x' * 61 not in text
     assert not [warning for warning in recwarn if 'Glyph' in str(warning.message)]
 
 

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, launch_train
 
+from glmc import cli
 from glmc.data.datasets import ImageSet
 from glmc.data.sources import load_digits_set
 from glmc.errors import ImageError, RunError
@@ -467,13 +468,14 @@ def test_without_bfloat16_hardware_nothing_is_timed():
 def test_without_a_terminal_a_line_every_30_seconds(model, tmp_path, small_blocks, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     clock = iter(range(0, 10 ** 6, 10))
-    monkeypatch.setattr(features, 'time', type('Clock', (), dict(perf_counter=lambda: next(clock), sleep=time.sleep)))
+    for module in (features, cli):
+        monkeypatch.setattr(module, 'time', type('Clock', (), dict(perf_counter=lambda: next(clock), sleep=time.sleep)))
     extractor(model, cache=tmp_path, batch_size=2)(digits(), 1)
     # a batch and the end of each block take 10 seconds: 20 images in 150 seconds
     assert [line for line in caplog.messages if line.endswith('left')] == [
-        '4 of 20 images, 0 images/s, 2 min left', '8 of 20 images, 0 images/s, 90 s left',
-        '12 of 20 images, 0 images/s, 60 s left', '16 of 20 images, 0 images/s, 30 s left',
-        '20 of 20 images, 0 images/s, 0 s left']
+        '4 of 20 images, 0.13 images/s, 2 min left', '8 of 20 images, 0.13 images/s, 90 s left',
+        '12 of 20 images, 0.13 images/s, 60 s left', '16 of 20 images, 0.13 images/s, 30 s left',
+        '20 of 20 images, 0.13 images/s, 0.0 s left']
     assert caplog.messages[-1].startswith('20 images x 2 views in ')
 
 

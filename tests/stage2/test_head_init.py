@@ -86,16 +86,18 @@ def test_pretrained_weights_bring_the_defaults_of_fine_tuning(folders, weights, 
     options, _ = parse_args(parser, ['--initial-checkpoint', 'w.pth', '--lr-base', '0.5', '--data-dir', 'images'])
     assert pick(options, FINE_TUNING) == {**FINE_TUNING, 'lr_base': 0.5}
     assert parse_args(train_parser(METHODS), ['--data-dir', 'images'])[0].head_init == 'random'
+    for words, method in (([], 'balanced_softmax'), (['--method', 'glmc'], 'glmc'), (['--balanced'], 'glmc_balanced')):
+        assert parse_args(train_parser(METHODS), ['--pretrained', *words])[0].method == method
     done = run_train(*TINY, '--data-dir', folders, '--initial-checkpoint', weights, '--output', tmp_path, '--method', 'ce')
     assert done.code == 0, done.err
-    chosen = '--head-init probe --freeze-bn --smoothing 0.1 --scale 0.4 1\n'  # TINY has the rate and the epochs
+    chosen = '--head-init probe --freeze-bn --smoothing 0.1 --sched-on-updates --scale 0.4 1\n'  # TINY has rate and epochs
     assert f'hparams/pretrained.yaml: {chosen}' in done.err.replace(' --lr-base 0.02', '')
     assert 'Classifiers start from probe' in done.err and not list(tmp_path.glob('*/features'))
 
 
 def test_the_file_of_the_defaults_has_their_values():
     path = Path(__file__).parents[2] / 'hparams' / 'pretrained.yaml'
-    assert yaml.safe_load(path.read_text(encoding='utf-8')) == {'method': 'balanced_softmax', **FINE_TUNING}
+    assert yaml.safe_load(path.read_text(encoding='utf-8')) == FINE_TUNING
 
 
 def test_a_resumed_run_keeps_its_classifiers(folders, weights, tmp_path):
