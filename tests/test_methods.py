@@ -44,6 +44,9 @@ GOLDEN = {  # loss of the second of two steps, with the options' defaults
     'gpaco': 23.439682,
     'kcl': 4.780641,
     'tsc': 4.975794,
+    'ride': 13.544130,
+    'ride_cmo': 114.662834,
+    'balpoe': 6.122658,
 }
 PUBLISHED = dict(mix_beta=1.0, cutmix_lambda='nominal', alpha_scope='losses')  # what GLMC's defaults here are not
 GOLDEN_AS_PUBLISHED = {
@@ -58,7 +61,8 @@ def golden_losses(name: str, compiler=lambda step: step, steps: int = 2, **chang
     method, (options, _) = METHODS[name], parse_args(train_parser(METHODS), ['--method', name])
     vars(options).update({'drw_start': 0.5, 'queue_size': 11, **changed})  # the second step is in its time; the queue wraps
     torch.manual_seed(0)
-    backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1)
+    backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1,
+                               **method.backbone(**pick(options, method.backbone_options)))
     module = method.module(backbone, **pick(options, method.module_options))
     task = method.task(module, COUNTS, **pick(options, method.task_options)).train()
     mixer = method.mixer(COUNTS, **pick(options, method.mixer_options))
@@ -132,7 +136,7 @@ OTHER_VALUES = dict(
     mix_beta=0.3, cutmix_lambda='area', partner='batch', joint_forward=True, mixup_prob=0.1,
     focal_gamma=0.5, effective_beta=0.9, drw_start=0.9, adjustment_tau=0.5, ldam_margin=0.1, cosine_scale=10.0,
     projection_hidden=9, contrast_temperature=0.4, contrast_weight=2.0, queue_size=3, key_momentum=0.1, positives=1,
-    target_weight=2.0)
+    target_weight=2.0, experts=2, expert_width=0.5, diversity_weight=-0.1, diversity_eta=0.5)
 
 
 @pytest.mark.parametrize('name, option', [
@@ -224,7 +228,8 @@ def test_a_batch_that_is_not_finite_spoils_no_state(name, script):
     """State of model and task, and its average, after an epoch with such a batch."""
     AcceleratorState._reset_state(True)
     row, (options, _) = METHODS[name], parse_args(train_parser(METHODS), ['--method', name, '--queue-size', '11'])
-    backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1)
+    backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1,
+                               **row.backbone(**pick(options, row.backbone_options)))
     task = row.task(row.module(backbone, **pick(options, row.module_options)), COUNTS, **pick(options, row.task_options))
     step = TrainStep(task, row.mixer(COUNTS, **pick(options, row.mixer_options)), torch.nn.Identity())
     images = 2 if row.paired else 1

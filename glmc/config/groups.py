@@ -13,6 +13,7 @@ positive = number(float, 0, open_low=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
 below_one = number(float, 0, 1 - 1e-9, open_low=True)
+below_one_or_zero = number(float, 0, 1 - 1e-9)
 positive_fraction = number(float, 0, 1, open_low=True)
 finite = number(float, float('-inf'))
 TARGETS = ('uniform', 'forward', 'backward')  # class distributions of a test set
@@ -232,13 +233,13 @@ def _method(parser: Parser) -> None:
     add('--method', metavar='NAME', help='training method; default: glmc, balanced_softmax with pretrained weights')
     add('--resample-power', type=finite, default=0.0, metavar='Q',
         help='q: the second image of a pair is sampled with P ∝ n^-q; 0: uniform over images, 1: uniform over classes; '
-        'default: 0, 1 for ce_resample and cmo, 2 for bbn')
+        'default: 0, 1 for ce_resample, cmo and ride_cmo, 2 for bbn')
     add('--partner', choices=('sampler', 'batch'), default='sampler',
         help='sample the second image of a pair from the whole set (paper) or from the batch (half the decoding)')
     add('--mix-beta', type=positive, default=1.0, metavar='BETA',
-        help='β of λ ~ Beta(β, β); default: 1, 0.2 for the glmc methods')
+        help='β of λ ~ Beta(β, β); default: 1, 0.2 for the glmc methods, 0.4 for balpoe')
     add('--mixup-prob', type=fraction, default=1.0, metavar='P',
-        help='probability that a batch is mixed; default: 1, 0.5 for cmo')
+        help='probability that a batch is mixed; default: 1, 0.5 for cmo and ride_cmo')
     add('--cutmix-lambda', choices=('nominal', 'area'), default='nominal',
         help='label weight of a patch: λ (released code), or its area after clipping at the border; default: nominal, area '
         'for cutmix, cmo and the glmc methods')
@@ -266,6 +267,13 @@ def _method(parser: Parser) -> None:
         help='m of the encoder of these features, θ\' ← m·θ\' + (1-m)·θ')
     add('--positives', type=count, default=6, metavar='K', help='largest number of kept features that attract an image')
     add('--target-weight', type=non_negative, default=0.2, metavar='LAMBDA', help='λ of the targets of tsc')
+    add('--experts', type=positive_int, default=3, metavar='K', help='number of experts of ride, ride_cmo and balpoe')
+    add('--expert-width', type=positive_fraction, default=1.0, metavar='F',
+        help="width of the experts' stages as a fraction of the net's; default: 1, 0.75 for ride and ride_cmo")
+    add('--diversity-weight', type=finite, default=-0.45, metavar='LAMBDA',
+        help='λ of the divergence between the experts of ride; negative: pushes them apart')
+    add('--diversity-eta', type=below_one_or_zero, default=0.05, metavar='ETA',
+        help='η of the temperatures of that divergence, below 1 for rare classes; 0: 1 for all')
     add('--joint-forward', action='store_true', help='encode both views as one batch, with common BatchNorm statistics')
     add('--balanced', action='store_true', help='same as --method glmc_balanced')
     add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')
@@ -274,7 +282,8 @@ def _method(parser: Parser) -> None:
     add('--drw-start', type=fraction, default=0.8, metavar='FRACTION',
         help='fraction of the epochs before deferred re-weighting starts')
     add('--smoothing', type=fraction, default=0.0, help='label smoothing of ce, balanced_softmax and logit_adjustment')
-    add('--adjustment-tau', type=finite, default=1.0, metavar='TAU', help='τ of logit adjustment')
+    add('--adjustment-tau', type=finite, default=1.0, metavar='TAU',
+        help='τ of logit adjustment; for balpoe the mean of its experts')
     add('--ldam-margin', type=positive, default=0.5, metavar='M', help='margin of the smallest class')
     add('--cosine-scale', type=positive, default=30.0, metavar='S', help='scale of the cosine classifier')
 

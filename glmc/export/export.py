@@ -18,7 +18,7 @@ from glmc.cli import Parser, run_script
 from glmc.errors import InputError, RunError, first_line
 from glmc.export.card import write_card
 from glmc.models.backbone import create_backbone
-from glmc.models.lora import merge_adapters
+from glmc.models.exported import exported_form
 from glmc.training.checkpoint import load_checkpoint
 
 
@@ -43,7 +43,7 @@ def export_model(
         RunError: If the written files cannot be loaded or give other logits; an earlier export is kept.
         OSError: If a file cannot be written; an earlier export is kept.
     """
-    folder, model = Path(folder), merge_adapters(model)
+    folder, model = Path(folder), exported_form(model)
     partial = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(partial, ignore_errors=True)
     try:

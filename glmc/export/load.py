@@ -13,7 +13,7 @@ from glmc.config import PRECISIONS
 from glmc.data.lists import read_class_counts
 from glmc.errors import InputError, first_line
 from glmc.models.backbone import create_backbone
-from glmc.models.lora import merge_adapters
+from glmc.models.exported import exported_form
 from glmc.training.checkpoint import load_checkpoint
 from glmc.training.state import trained_weights
 
@@ -83,7 +83,7 @@ def _load_checkpoint(path: Path) -> TrainedModel:
     model = create_backbone(**description['model'])
     weights, task_state = trained_weights(state, ema=bool(state['ema']))
     model.load_state_dict(weights)
-    model = merge_adapters(model)
+    model = exported_form(model)
     export = description['export']
     metadata = {**export['source'], 'precision': state['metrics'].get('precision')}
     model.pretrained_cfg = {**model.pretrained_cfg, **export['data_config']}
