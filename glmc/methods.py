@@ -21,6 +21,7 @@ from glmc.models.bilateral import BilateralModule
 from glmc.models.cosine import CosineGLMCModule, CosineModule
 from glmc.models.glmc import GLMCModule
 from glmc.models.projected import ProjectedModule
+from glmc.models.two_heads import TwoHeadsModule
 from glmc.tasks.bilateral import BilateralTask
 from glmc.tasks.contrastive import (
     BalancedContrastTask,
@@ -30,6 +31,7 @@ from glmc.tasks.contrastive import (
     SupConTask,
     TargetedTask,
 )
+from glmc.tasks.distillation import SelfSupervisedTask, SoftLabelTask
 from glmc.tasks.experts import BalancedExpertsTask, DiverseExpertsTask
 from glmc.tasks.glmc import CosineGLMCTask, GLMCTask
 from glmc.tasks.single_view import CosineTask, SingleViewTask, WeightBalancingTask
@@ -270,6 +272,14 @@ METHODS = {
         summary='RIDE on the pasted images of CMO (arXiv 2112.00412)',
         mixer=CMOMixer, mixer_options=(*MIXTURE, 'mixup_prob'), paired=True,
         defaults=dict(expert_width=0.75, resample_power=1.0, mixup_prob=0.5, cutmix_lambda='area'), **RIDE),
+    'ssd_features': Method(
+        summary='cross-entropy and a self-supervised term, then a scaled classifier in stage 2 (SSD; arXiv 2109.04075)',
+        task=SelfSupervisedTask, task_options=('contrast_temperature', *KEYED), state_options=('queue_size',),
+        module=ProjectedModule, module_options=PROJECTOR, views=('plain', 'sim_blur'),
+        defaults=dict(projection_dim=128, contrast_temperature=0.2, stage2='lws')),
+    'ssd': Method(
+        summary='student of hard labels and of the soft ones of --teacher (SSD; arXiv 2109.04075)',
+        task=SoftLabelTask, task_options=('teacher', 'distill_temperature'), module=TwoHeadsModule, prior=uniform_prior),
     'balpoe': Method(
         summary='experts for the training prior, a uniform one and the reverse, with MixUp (arXiv 2206.05260)',
         task=BalancedExpertsTask, task_options=('adjustment_tau',), mixer=BatchMixup,

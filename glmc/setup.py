@@ -150,6 +150,8 @@ class Setup:
                 backbone, pick(args, ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')))
         except ValueError as error:
             raise InputError(f'--mean, --std: {error}') from error
+        mean_and_std = {name: self.data_config[name] for name in ('mean', 'std')}
+        backbone.pretrained_cfg = {**backbone.pretrained_cfg, **mean_and_std}  # a teacher has its own
         model = self.method.module(backbone, **pick(args, self.method.module_options))
         adapted = adapters(backbone)
         in_adapters = sum(p.numel() for layer in adapted.values() for p in layer.parameters() if p.requires_grad)

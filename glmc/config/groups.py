@@ -251,18 +251,21 @@ def _method(parser: Parser) -> None:
         help='whether α weights the losses (paper) or only the gradients into the encoder, so that both classifiers learn '
         'at full weight throughout; default: losses, encoder for glmc, glmc_cosine and glmc_no_consistency')
     add('--projection-dim', type=positive_int, default=256, metavar='D',
-        help='dimension d of projection and prediction; default: 256, 128 for supcon, bcl, kcl, tsc, 32 for paco, gpaco')
+        help='dimension d of projection and prediction; default: 256; 128 for supcon, bcl, kcl, tsc, '
+        'ssd_features; 32 for paco, gpaco')
     add('--projection-hidden', type=positive_int, metavar='N',
         help='width of the hidden layers of the projector; default: that of the features, 512 for bcl')
     add('--view-augmentation', choices=('published', 'plain'), default='published',
         help="augmentation of the views of contrastive methods: the papers', or that of the run for every view")
     add('--contrast-temperature', type=positive, default=0.1, metavar='T',
-        help='temperature of a contrastive loss; default: 0.1, 0.05 for paco and gpaco, 0.07 for kcl and tsc')
+        help='temperature of a contrastive loss; default: 0.1, 0.05 for paco and gpaco, 0.07 for kcl and tsc, '
+        '0.2 for ssd_features')
     add('--contrast-weight', type=non_negative, default=0.3, metavar='W',
         help='weight of the contrastive loss of bcl (default 0.3), or of a feature of the same class in paco and gpaco, '
         'where the class itself has 1 (default 0.01)')
     add('--queue-size', type=positive_int, default=4096, metavar='K',
-        help='features of earlier batches that paco, gpaco, kcl and tsc keep; default: 4096, 1024 for paco and gpaco')
+        help='features of earlier batches that paco, gpaco, kcl, tsc and ssd_features keep; default: 4096, 1024 for paco '
+        'and gpaco')
     add('--key-momentum', type=fraction, default=0.999, metavar='M',
         help='m of the encoder of these features, θ\' ← m·θ\' + (1-m)·θ')
     add('--positives', type=count, default=6, metavar='K', help='largest number of kept features that attract an image')
@@ -274,6 +277,9 @@ def _method(parser: Parser) -> None:
         help='λ of the divergence between the experts of ride; negative: pushes them apart')
     add('--diversity-eta', type=below_one_or_zero, default=0.05, metavar='ETA',
         help='η of the temperatures of that divergence, below 1 for rare classes; 0: 1 for all')
+    add('--teacher', metavar='NAME',
+        help='model whose soft labels ssd learns: export or run folder, hf-hub:ORG/NAME or local-dir:FOLDER')
+    add('--distill-temperature', type=positive, default=2.0, metavar='TAU', help='τ of these soft labels')
     add('--joint-forward', action='store_true', help='encode both views as one batch, with common BatchNorm statistics')
     add('--balanced', action='store_true', help='same as --method glmc_balanced')
     add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')

@@ -12,7 +12,7 @@ from torch import nn
 from glmc.config import PRECISIONS
 from glmc.data.lists import read_class_counts
 from glmc.errors import InputError, first_line
-from glmc.models.backbone import create_backbone
+from glmc.models.backbone import create_backbone, export_source
 from glmc.models.exported import exported_form
 from glmc.training.checkpoint import load_checkpoint
 from glmc.training.state import trained_weights
@@ -92,8 +92,8 @@ def _load_checkpoint(path: Path) -> TrainedModel:
 
 
 def _conventional_classifier(task_state: dict) -> nn.Linear | None:
-    """Create GLMC's conventional classifier from the task's state; None for another method."""
-    if not {'projector.weight', 'classifier.weight'} <= task_state.keys():
+    """Create the conventional classifier of GLMC or SSD from the task's state; None for another method."""
+    if not {'classifier.weight', 'classifier.bias'} <= task_state.keys() or 'rebalancer.weight' in task_state:
         return None
     classifier = nn.Linear(*reversed(task_state['classifier.weight'].shape))
     classifier.load_state_dict({name: task_state[f'classifier.{name}'] for name in ('weight', 'bias')})
@@ -102,12 +102,7 @@ def _conventional_classifier(task_state: dict) -> nn.Linear | None:
 
 def _load_export(name: str) -> TrainedModel:
     """Load an export or run folder, `local-dir:…` or `hf-hub:…`."""
-    path = Path(name)
-    if path.is_dir():
-        path = path if (path / 'config.json').is_file() else path / 'export'
-        if not (path / 'config.json').is_file():
-            raise InputError(f'--model {name}: no config.json in this folder, expected an export or a run that has one')
-        name = f'local-dir:{path}'
+    name = export_source(name)
     model = create_backbone(name, pretrained=True, trained=True)
     try:
         scheme, _, place = name.partition(':')

@@ -100,6 +100,25 @@ def _create_model(
     return _create_with_weights(model, kwargs, lambda: read(place), f'--model {name}: cannot be loaded: ', trained)
 
 
+def export_source(name: str, flag: str = '--model') -> str:
+    """timm's name of a trained model: `local-dir:…` for an export or run folder, else the name itself.
+
+    Args:
+        name: Folder, `hf-hub:…` or `local-dir:…`.
+        flag: Option that the error names.
+
+    Raises:
+        InputError: If it is a folder without an export.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        return name
+    path = path if (path / 'config.json').is_file() else path / 'export'
+    if not (path / 'config.json').is_file():
+        raise InputError(f'{flag} {name}: no config.json in this folder, expected an export or a run that has one')
+    return f'local-dir:{path}'
+
+
 def _create_pretrained(name: str, kwargs: dict, flag: str) -> nn.Module:
     """Create an architecture of timm with its own pretrained weights."""
     cfg = kwargs['pretrained_cfg']

@@ -11,6 +11,7 @@ from glmc.losses.classification import LogitAdjustedLoss
 from glmc.losses.contrastive import (
     balanced_contrastive,
     k_positive_contrastive,
+    other_classes_contrastive,
     parametric_contrastive,
     pick_positives,
     supervised_contrastive,
@@ -222,3 +223,17 @@ def test_similarities_are_not_those_of_bfloat16(loss):
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, loss(*in_batch(z), T), rtol=1e-6, atol=0)
     assert math.isfinite(found)
+
+
+def test_the_contrast_with_other_classes_is_the_loop():
+    """The own key is a positive though it is of the anchor's class; slots of its class and empty ones are no negatives."""
+    def loop(queries, keys, queue):
+        total = 0
+        for i, label in enumerate(LABELS):
+            negatives = [dot(queries[i], queue[j]) for j, other in enumerate(QUEUE_LABELS) if other not in (label, -1)]
+            own = dot(queries[i], keys[i])
+            total -= log_p(own, [own, *negatives]) / len(LABELS)
+        return total
+    labels, queue_labels = torch.tensor(LABELS), torch.tensor(QUEUE_LABELS)
+    assert_same(lambda q, k, queue: other_classes_contrastive(q, k, labels, queue, queue_labels, T), loop,
+                unit(6, WIDTH), unit(6, WIDTH, seed=1), unit(8, WIDTH, seed=2))

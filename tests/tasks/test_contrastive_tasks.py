@@ -20,7 +20,7 @@ from glmc.tasks.gather import gather, missing_rows
 from glmc.training.engine import step_generator
 
 COUNTS = [50, 30, 12, 3]
-ROWS = ['supcon', 'bcl', 'paco', 'gpaco', 'kcl', 'tsc']
+ROWS = ['supcon', 'bcl', 'paco', 'gpaco', 'kcl', 'tsc', 'ssd_features']
 WITH_QUEUE = ROWS[2:]
 TINY_VIT = dict(img_size=16, patch_size=8, depth=1, embed_dim=16, num_heads=2)
 
