@@ -22,6 +22,7 @@ from glmc.models.cosine import CosineGLMCModule, CosineModule
 from glmc.models.glmc import GLMCModule
 from glmc.models.projected import ProjectedModule
 from glmc.models.two_heads import TwoHeadsModule
+from glmc.tasks.augmentation import SemanticAugmentationTask
 from glmc.tasks.bilateral import BilateralTask
 from glmc.tasks.contrastive import (
     BalancedContrastTask,
@@ -280,6 +281,9 @@ METHODS = {
     'ssd': Method(
         summary='student of hard labels and of the soft ones of --teacher (SSD; arXiv 2109.04075)',
         task=SoftLabelTask, task_options=('teacher', 'distill_temperature'), module=TwoHeadsModule, prior=uniform_prior),
+    'risda': Method(
+        summary='class weights, and features augmented by covariances of confused classes (arXiv 2112.07928)',
+        task=SemanticAugmentationTask, task_options=(*DEFERRED, 'isda_variance', 'isda_shift'), prior=effective_prior),
     'balpoe': Method(
         summary='experts for the training prior, a uniform one and the reverse, with MixUp (arXiv 2206.05260)',
         task=BalancedExpertsTask, task_options=('adjustment_tau',), mixer=BatchMixup,

@@ -56,6 +56,7 @@ GOLDEN = {  # loss of the second of two steps, with the options' defaults
     'ride_cmo': 114.662834,
     'ssd_features': 3.158147,
     'ssd': 1.377395,
+    'risda': 0.588033,
     'balpoe': 6.122658,
 }
 PUBLISHED = dict(mix_beta=1.0, cutmix_lambda='nominal', alpha_scope='losses')  # what GLMC's defaults here are not
@@ -148,7 +149,7 @@ OTHER_VALUES = dict(
     focal_gamma=0.5, effective_beta=0.9, drw_start=0.9, adjustment_tau=0.5, ldam_margin=0.1, cosine_scale=10.0,
     projection_hidden=9, contrast_temperature=0.4, contrast_weight=2.0, queue_size=3, key_momentum=0.1, positives=1,
     target_weight=2.0, experts=2, expert_width=0.5, diversity_weight=-0.1, diversity_eta=0.5,
-    distill_temperature=4.0)
+    distill_temperature=4.0, isda_variance=9.0, isda_shift=9.0)
 
 
 @pytest.mark.parametrize('name, option', [
@@ -295,7 +296,7 @@ def test_a_row_trains_resumes_and_exports_a_plain_model(name, script, folders, e
     assert config['prior'] == row.class_prior(config['profile']['class_counts'], pick(options, row.options))
 
 
-@pytest.mark.parametrize('name', ['bcl', 'paco', 'gpaco', 'kcl', 'tsc', 'ssd_features'])
+@pytest.mark.parametrize('name', ['bcl', 'paco', 'gpaco', 'kcl', 'tsc', 'ssd_features', 'risda'])
 def test_a_row_with_state_resumes_within_an_epoch(name, script, folders, tmp_path):
     """From the second step of the last epoch, when the queue has wrapped around; `tsc` has its targets."""
     options = (*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--checkpoint-interval', '1',

@@ -280,6 +280,10 @@ def _method(parser: Parser) -> None:
     add('--teacher', metavar='NAME',
         help='model whose soft labels ssd learns: export or run folder, hf-hub:ORG/NAME or local-dir:FOLDER')
     add('--distill-temperature', type=positive, default=2.0, metavar='TAU', help='τ of these soft labels')
+    add('--isda-variance', type=non_negative, default=0.75, metavar='B',
+        help='covariances of the augmented features of risda at the end of the training, times their own')
+    add('--isda-shift', type=non_negative, default=0.5, metavar='A',
+        help='shift of these features towards confused classes at the end of the training')
     add('--joint-forward', action='store_true', help='encode both views as one batch, with common BatchNorm statistics')
     add('--balanced', action='store_true', help='same as --method glmc_balanced')
     add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')

@@ -1,11 +1,11 @@
 """Contrastive losses and their gradients against loops in float64, and the identities between them."""
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_same
 
 from glmc.losses.classification import LogitAdjustedLoss
 from glmc.losses.contrastive import (
@@ -34,21 +34,6 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def log_p(chosen: torch.Tensor, everything: list[torch.Tensor]) -> torch.Tensor:
     return chosen - sum(each.exp() for each in everything).log()
-
-
-def assert_same(ours: Callable, loop: Callable, *inputs: torch.Tensor) -> None:
-    """Values and gradients for all inputs."""
-    results = []
-    for function in (ours, loop):
-        leaves = [each.clone().requires_grad_() for each in inputs]
-        value = function(*leaves)
-        value.backward()
-        results.append((value.detach(), [leaf.grad for leaf in leaves]))
-    (value, grads), (expected, expected_grads) = results
-    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
-    for grad, same in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(torch.zeros(()).double() if grad is None else grad,
-                                   torch.zeros(()).double() if same is None else same, rtol=1e-9, atol=1e-11)
 
 
 def in_batch(z: torch.Tensor) -> tuple[torch.Tensor, ...]:

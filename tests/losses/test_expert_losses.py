@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_contrastive_losses import assert_same
+from conftest import assert_same
 
 from glmc.losses.classification import LDAMLoss, ldam_loss
 from glmc.losses.experts import balanced_experts, diversity_temperatures, expert_diversity, expert_taus
