@@ -35,6 +35,7 @@ from glmc.tasks.contrastive import (
 from glmc.tasks.distillation import SelfSupervisedTask, SoftLabelTask
 from glmc.tasks.experts import BalancedExpertsTask, DiverseExpertsTask
 from glmc.tasks.glmc import CosineGLMCTask, GLMCTask
+from glmc.tasks.proco import ProbabilisticContrastTask
 from glmc.tasks.single_view import CosineTask, SingleViewTask, WeightBalancingTask
 
 
@@ -273,6 +274,10 @@ METHODS = {
         summary='RIDE on the pasted images of CMO (arXiv 2112.00412)',
         mixer=CMOMixer, mixer_options=(*MIXTURE, 'mixup_prob'), paired=True,
         defaults=dict(expert_width=0.75, resample_power=1.0, mixup_prob=0.5, cutmix_lambda='area'), **RIDE),
+    'balpoe': Method(
+        summary='experts for the training prior, a uniform one and the reverse, with MixUp (arXiv 2206.05260)',
+        task=BalancedExpertsTask, task_options=('adjustment_tau',), mixer=BatchMixup,
+        mixer_options=('mix_beta', 'mixup_prob'), defaults=dict(mix_beta=0.4), prior=adjusted_prior, **EXPERTS),
     'ssd_features': Method(
         summary='cross-entropy and a self-supervised term, then a scaled classifier in stage 2 (SSD; arXiv 2109.04075)',
         task=SelfSupervisedTask, task_options=('contrast_temperature', *KEYED), state_options=('queue_size',),
@@ -284,10 +289,11 @@ METHODS = {
     'risda': Method(
         summary='class weights, and features augmented by covariances of confused classes (arXiv 2112.07928)',
         task=SemanticAugmentationTask, task_options=(*DEFERRED, 'isda_variance', 'isda_shift'), prior=effective_prior),
-    'balpoe': Method(
-        summary='experts for the training prior, a uniform one and the reverse, with MixUp (arXiv 2206.05260)',
-        task=BalancedExpertsTask, task_options=('adjustment_tau',), mixer=BatchMixup,
-        mixer_options=('mix_beta', 'mixup_prob'), defaults=dict(mix_beta=0.4), prior=adjusted_prior, **EXPERTS),
+    'proco': Method(
+        summary='Balanced Softmax, and contrast with a distribution of each class (arXiv 2403.06726)',
+        task=ProbabilisticContrastTask, task_options=CONTRAST, module=partial(ProjectedModule, norm=True),
+        module_options=PROJECTOR, views=('strong', 'sim', 'sim'),
+        defaults=dict(projection_dim=128, projection_hidden=512, contrast_weight=1.0), prior=uniform_prior),
 }
 
 

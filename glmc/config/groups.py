@@ -252,17 +252,17 @@ def _method(parser: Parser) -> None:
         'at full weight throughout; default: losses, encoder for glmc, glmc_cosine and glmc_no_consistency')
     add('--projection-dim', type=positive_int, default=256, metavar='D',
         help='dimension d of projection and prediction; default: 256; 128 for supcon, bcl, kcl, tsc, '
-        'ssd_features; 32 for paco, gpaco')
+        'ssd_features, proco; 32 for paco, gpaco')
     add('--projection-hidden', type=positive_int, metavar='N',
-        help='width of the hidden layers of the projector; default: that of the features, 512 for bcl')
+        help='width of the hidden layers of the projector; default: that of the features, 512 for bcl and proco')
     add('--view-augmentation', choices=('published', 'plain'), default='published',
         help="augmentation of the views of contrastive methods: the papers', or that of the run for every view")
     add('--contrast-temperature', type=positive, default=0.1, metavar='T',
         help='temperature of a contrastive loss; default: 0.1, 0.05 for paco and gpaco, 0.07 for kcl and tsc, '
         '0.2 for ssd_features')
     add('--contrast-weight', type=non_negative, default=0.3, metavar='W',
-        help='weight of the contrastive loss of bcl (default 0.3), or of a feature of the same class in paco and gpaco, '
-        'where the class itself has 1 (default 0.01)')
+        help='weight of the contrastive loss of bcl (default 0.3) and proco (1), or of a feature of the same class in paco '
+        'and gpaco, where the class itself has 1 (default 0.01)')
     add('--queue-size', type=positive_int, default=4096, metavar='K',
         help='features of earlier batches that paco, gpaco, kcl, tsc and ssd_features keep; default: 4096, 1024 for paco '
         'and gpaco')

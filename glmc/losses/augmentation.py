@@ -6,7 +6,7 @@ from torch import Tensor
 def implicit_augmentation(
         logits: Tensor, weight: Tensor, labels: Tensor, covariance: Tensor, shift: Tensor, variance: float | Tensor,
         amount: float | Tensor) -> Tensor:
-    """s'_j = s_j + ½·b·(w_j - w_y)ᵀΣ_y(w_j - w_y) + a·(w_j - w_y)·δ_y (RISDA; arXiv 2112.07928, Eq. 8).
+    """s'_j = s_j + ½·b·(w_j - w_y)ᵀΣ_y(w_j - w_y) + a·(w_j - w_y)·δ_y (RISDA; arXiv 2112.07928).
 
     Cross-entropy of s' bounds that of logits of features r + N(a·δ_y, b·Σ_y) from above (ISDA; arXiv 1909.12220). In float32
     or float64 whatever autocast says.

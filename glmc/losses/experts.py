@@ -22,7 +22,7 @@ def diversity_temperatures(counts: Sequence[int], eta: float = 0.05) -> Tensor:
 
 
 def expert_diversity(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Σ_k T̄²·KL(softmax(s̄/T) ‖ softmax(s_k/T)), s̄ = mean_k s_k a constant (RIDE; arXiv 2010.01809, Eq. 2).
+    """Σ_k T̄²·KL(softmax(s̄/T) ‖ softmax(s_k/T)), s̄ = mean_k s_k a constant (RIDE; arXiv 2010.01809).
 
     Args:
         logits: (B, K, C) logits s_k of each expert.

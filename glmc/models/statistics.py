@@ -1,4 +1,4 @@
-"""Running statistics of the features of each class, and those that rare classes borrow (RISDA; arXiv 2112.07928)."""
+"""Running statistics of the features of each class, for RISDA (arXiv 2112.07928) and ProCo (arXiv 2403.06726)."""
 from collections.abc import Sequence
 
 import torch
@@ -84,3 +84,52 @@ class ClassStatistics(nn.Module):
 def _like(values: Tensor, target: Tensor) -> Tensor:
     """(C,) values that broadcast to a tensor (C, …)."""
     return values.view(-1, *[1] * (target.ndim - 1))
+
+
+class ClassDirections(nn.Module):
+    """Mean unit feature of each class over this epoch and the last one (ProCo; arXiv 2403.06726).
+
+    Args:
+        num_classes: C.
+        width: d.
+    """
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        start = torch.randn(num_classes, width, generator=torch.Generator().manual_seed(0))
+        self.register_buffer('start', 0.9 * nn.functional.normalize(start, dim=1), persistent=False)  # of an unseen class
+        for name in ('', 'next_'):
+            self.register_buffer(f'{name}means', self.start.clone())
+            self.register_buffer(f'{name}numbers', torch.zeros(num_classes))
+        self.register_buffer('epoch_at', torch.tensor(-1.0, dtype=torch.float64))
+
+    def begin_epoch(self, progress: float) -> None:
+        """Forget what is older than the last epoch; once for each value of progress. It waits for the device."""
+        if self.epoch_at.item() != progress:
+            self.epoch_at.fill_(progress)
+            self.means.copy_(self.next_means)
+            self.numbers.copy_(self.next_numbers)
+            self.next_means.copy_(self.start)
+            self.next_numbers.zero_()
+
+    def follow(self, features: Tensor, labels: Tensor, accept: Tensor) -> None:
+        """Merge (n, d) features with (n,) labels, -1 for none, in place; a false scalar `accept` leaves all as it is."""
+        for means, numbers in ((self.means, self.numbers), (self.next_means, self.next_numbers)):
+            merged = merge_means(means, numbers, features, torch.where(accept, labels, -1))
+            means.copy_(merged[0])
+            numbers.copy_(merged[1])
+
+
+@torch.no_grad()
+def merge_means(means: Tensor, numbers: Tensor, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(C, d) means and (C,) numbers of features with those of a batch; the first feature of a class replaces its mean.
+
+    Args:
+        means, numbers: Those so far.
+        features: (n, d) features of the batch.
+        labels: (n,) labels; rows of label -1 do not count.
+    """
+    members = (labels == torch.arange(len(numbers), device=labels.device)[:, None]).to(means.dtype)  # (C, n)
+    number = members.sum(1)
+    batch = members @ torch.where((labels >= 0)[:, None], features, 0.0).to(means.dtype) / number.clamp(min=1)[:, None]
+    return means.lerp(batch, (number / (number + numbers).clamp(min=1))[:, None]), numbers + number

@@ -17,7 +17,7 @@ from glmc.tasks.contrastive import KeyEncoderMixin, QueueTask
 
 
 class SelfSupervisedTask(KeyEncoderMixin, QueueTask):
-    """Cross-entropy on the query view and InfoNCE among other classes: stage I of SSD (arXiv 2109.04075, Eq. 2, 3).
+    """Cross-entropy on the query view and InfoNCE among other classes: stage I of SSD (arXiv 2109.04075).
 
     Args:
         model, counts, key_momentum: As those of `KeyEncoderMixin`.
@@ -48,7 +48,7 @@ class SelfSupervisedTask(KeyEncoderMixin, QueueTask):
 
 
 class SoftLabelTask(AuxiliaryHeadsTask):
-    """Cross-entropy of one classifier and distillation of another: stage III of SSD (arXiv 2109.04075, Eq. 6).
+    """Cross-entropy of one classifier and distillation of another: stage III of SSD (arXiv 2109.04075).
 
     The backbone's own classifier learns the soft labels of the teacher, and is evaluated and exported as in the paper.
 

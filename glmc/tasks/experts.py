@@ -43,7 +43,7 @@ class ExpertsTask(TaskHooks, TrainingTask):
 
 
 class DiverseExpertsTask(ExpertsTask):
-    """A margin loss for each expert, and a divergence that pushes the experts apart (RIDE; arXiv 2010.01809, Eq. 2, 3).
+    """A margin loss for each expert, and a divergence that pushes the experts apart (RIDE; arXiv 2010.01809).
 
     L = Σ_k LDAM(s_k, y) + λ·T̄²·KL(softmax(s̄/T) ‖ softmax(s_k/T)), λ < 0. Class weights, and temperatures T_c below 1 for
     rare classes, come with deferred re-weighting.
