@@ -2,6 +2,6 @@
 import sys
 
 if {'-h', '--help', '--help-all'}.isdisjoint(sys.argv[1:]):  # a help needs no torch, whose import takes seconds
-    from glmc import models as _models  # noqa: F401  registers resnet32_cifar and resnet32x4_cifar in timm
+    from glmc import models as _models  # noqa: F401  registers its nets in timm
 
 __version__ = '0.1.0'
