@@ -369,6 +369,7 @@ REFUSED = {  # command line -> start of the error
     '--lora-rank 4': '--lora-rank 4: adapts pretrained weights, expected --pretrained or --initial-checkpoint',
     '--lora-rank 4 --pretrained --freeze stem.*': '--lora-rank 4: freezes all but the adapters and the classifier',
     '--lora-rank 4 --pretrained --sync-bn': '--sync-bn: not with --lora-rank, which freezes BatchNorm',
+    '--expert-width 0.5 --pretrained': '--expert-width 0.5: pretrained weights have the full width, expected',
     '--sync-bn --freeze-bn': '--sync-bn: the statistics of BatchNorm are frozen, expected --no-freeze-bn',
     '--sync-bn': '--sync-bn: needs GPUs, found 2 processes on the CPU',
 }

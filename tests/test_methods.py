@@ -324,7 +324,7 @@ def test_a_queue_of_another_size_is_not_resumed(script, folders, tmp_path):
     assert outcome.code == 2 and 'was trained with queue_size 20, this run has 30' in outcome.err
 
 
-@pytest.mark.parametrize('name', ['ce', 'ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'bcl', 'paco', 'tsc'])
+@pytest.mark.parametrize('name', ['ce', 'ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'bcl', 'paco', 'tsc', 'risda', 'proco'])
 def test_the_best_average_is_what_is_exported_and_reported(name, script, folders, tmp_path):
     outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run', '--report',
                      '--holdout', '1', '--model-ema', '--model-ema-decay', '0.5')
@@ -346,7 +346,7 @@ def test_a_row_runs_in_two_processes(name, folders, extra, tmp_path):
     assert metrics['processes'] == 2 and metrics['num_images'] == 13
 
 
-@pytest.mark.parametrize('name', ['ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'supcon', 'kcl'])
+@pytest.mark.parametrize('name', ['ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'supcon', 'kcl', 'ssd', 'risda'])
 def test_a_row_that_needs_a_linear_classifier_says_so(name, script, folders, tmp_path):
     outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--model', 'levit_128s',
                      '--img-size', '64')
