@@ -324,7 +324,8 @@ def test_a_queue_of_another_size_is_not_resumed(script, folders, tmp_path):
     assert outcome.code == 2 and 'was trained with queue_size 20, this run has 30' in outcome.err
 
 
-@pytest.mark.parametrize('name', ['ce', 'ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'bcl', 'paco', 'tsc', 'risda', 'proco'])
+@pytest.mark.parametrize('name', [
+    'ce', 'ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'bcl', 'paco', 'tsc', 'risda', 'proco'])
 def test_the_best_average_is_what_is_exported_and_reported(name, script, folders, tmp_path):
     outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run', '--report',
                      '--holdout', '1', '--model-ema', '--model-ema-decay', '0.5')
