@@ -17,6 +17,9 @@ parts are measured in turns, in one process, so that ratios hold although the sp
 Each turn warms up, which also fills the queues of the loaders, and then times --steps steps as a whole. The start of
 worker processes is not timed.
 """
+import glmc  # noqa: F401, first: Ctrl-C during the imports is one line
+
+# isort: split
 import csv
 import json
 import sys
@@ -31,6 +34,7 @@ if __name__ == '__main__':
 from glmc.benchmark.agreement import compare_loss
 from glmc.benchmark.measure import SPEED_COLUMNS, Benchmark
 from glmc.evaluation.text import aligned
+from glmc.files import ESCAPED, NAMES
 from glmc.methods import METHODS
 from glmc.setup import Setup
 from glmc.training.launch import create_accelerator, is_main_process
@@ -47,7 +51,7 @@ def main() -> None:
     result = {'metadata': bench.metadata(), 'parts': bench.measure(args.rounds, args.steps), 'agreement': agreement}
     print(report(**result), flush=True)
     if args.json:
-        with open(args.json, 'w', encoding='utf-8') as file:
+        with open(args.json, 'w', **ESCAPED) as file:
             json.dump(result, file, indent=1, ensure_ascii=False)
     if args.csv:
         append_rows(Path(args.csv), **result)
@@ -62,7 +66,7 @@ def append_rows(path: Path, metadata: dict, parts: dict, agreement: dict | None)
     common.update(torch=metadata['versions']['torch'], matmul_tflops=f"{parts['matmul_tflops']:.4g}",
                   input_size='x'.join(map(str, metadata['input_size'])))
     new = not path.exists()
-    with open(path, 'a', newline='', encoding='utf-8') as file:
+    with open(path, 'a', newline='', **NAMES) as file:
         writer = csv.DictWriter(file, head)
         if new:
             writer.writeheader()

@@ -7,6 +7,9 @@
     python finetune_glmc.py --model output/seed0 output/seed1 output/seed2 --data-dir my_images
     python finetune_glmc.py --model hf-hub:ORG/NAME --data-dir my_images --stage2 maxnorm --push-to-hub ORG/OTHER
 """
+import glmc  # noqa: F401, first: Ctrl-C during the imports is one line
+
+# isort: split
 import logging
 import shlex
 import sys
@@ -35,7 +38,7 @@ from accelerate import Accelerator
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
 from glmc.export.hub import try_push, warn_without_token
-from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
+from glmc.export.load import TrainedModel, check_model, load_trained, trained_precision, training_counts
 from glmc.report.compare import read_results, write_comparison
 from glmc.report.report import report_errors_as_warnings
 from glmc.run_folder import open_run_folder
@@ -86,6 +89,7 @@ def prepare(args: Options, explicit: set[str], trained: TrainedModel, accelerato
         _logger.warning(warning)
     choice = dict(conventional=trained.conventional, encoder_only=encoder_only)
     check_stage2(args.stage2, model=trained.model, data=data, **choice, **pick(args, CHOICE))
+    check_model(trained)
     args.feature_cache = args.feature_cache or Path(args.output) / 'features'
     choice['conventional'] = trained.conventional and trained.conventional.to(accelerator.device)
     return dict(
@@ -170,7 +174,7 @@ def check_push(args: Options, encoder_only: bool) -> None:
         return
     warn_without_token()
     several = args.stage2 == 'all' or ',' in args.stage2
-    chooses = encoder_only or args.holdout is not None or args.stage2_holdout is not None
+    chooses = encoder_only or args.holdout is not None or args.select_split or args.stage2_holdout is not None
     if len(args.model) > 1 or (several and not chooses):
         raise InputError(f'--push-to-hub {args.push_to_hub}: expected one --model, and one classifier in --stage2 or '
                          '--stage2-holdout to choose one')
@@ -183,7 +187,7 @@ def describe(args: Options, trained: TrainedModel, data: TrainingData, accelerat
         'data': args.train_list or args.dataset or args.data_dir or 'digits', 'num_classes': trained.num_classes,
         'parameters': sum(p.numel() for p in trained.model.parameters()),
         'epochs': trained.metadata.get('recipe', {}).get('epochs'),
-        'evaluated_on': 'holdout' if data.validation is None else args.val_list or args.val_split,
+        'evaluated_on': args.select_split or 'holdout' if data.validation is None else args.val_list or args.val_split,
         'fingerprint': data.profile.fingerprint, 'train_images': data.profile.num_images, 'seed': args.seed,
         'processes': 1, 'precision': accelerator.mixed_precision, 'device': device_name(accelerator.device),
     }

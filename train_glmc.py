@@ -8,7 +8,11 @@
 At SIGTERM, SIGUSR1 or Ctrl-C the run finishes the step, saves a checkpoint and exits with code 75; the same command with
 --resume auto continues it.
 """
+import glmc  # noqa: F401, first: Ctrl-C during the imports is one line
+
+# isort: split
 import logging
+import shlex
 import shutil
 import sys
 import time
@@ -22,7 +26,7 @@ if __name__ == '__main__':
     show_help(lambda: train_parser(method_rows()))  # before the imports that take seconds
 # isort: split
 from glmc.data.check import readable_subset
-from glmc.errors import RunError
+from glmc.errors import RunError, printable
 from glmc.evaluation.metrics import Predictions
 from glmc.evaluation.text import shot_table
 from glmc.export.export import export_model
@@ -65,6 +69,8 @@ def main() -> None:
         start_heads(setup, folder)
     with checkpoints.stoppable(before_exit=partial(finish_trackers, accelerator)):
         for epoch in range(position.epoch, setup.num_epochs):
+            if checkpoints.out_of_patience():
+                break
             start = time.perf_counter()
             train_metrics = setup.train_epoch(epoch, **checkpoints.begin_epoch())
             metrics = evaluate(setup, checkpoints, epoch)
@@ -74,8 +80,9 @@ def main() -> None:
 
 
 def default_name(args: Options) -> str:
-    """Name of the run's folder without --experiment: data, model and method."""
+    """Name of the run's folder without --experiment: data, model and method, in UTF-8."""
     data = Path(args.train_list or args.data_dir or args.dataset or 'digits').name.split('.')[0]
+    data = data.encode('utf-8', 'replace').decode().replace('?', '_')
     return f"{data}-{args.model.split('/')[-1].replace(':', '-')}-{args.method}"
 
 
@@ -157,7 +164,10 @@ def share(setup: Setup, folder: RunFolder, exported: Path, metrics: dict, predic
     args = setup.args
     write_tables(folder.path, metrics, setup.data.class_names, predictions, setup.data.validation or setup.data.holdout)
     if args.report:
-        try_report(folder.path, metrics, lambda: report_inputs(setup, folder, predictions), exported)
+        report = try_report(folder.path, metrics, lambda: report_inputs(setup, folder, predictions), exported)
+        if report is not None:
+            print(f'Report: {report}')
+    print(f'Next: python -m glmc.predict {shlex.quote(str(folder.path))} IMAGES', flush=True)
     finish_trackers(setup.accelerator)
     if args.push_to_hub:
         try_push(exported, args.push_to_hub, args.hub_private, args.hub_revision)
@@ -166,7 +176,7 @@ def share(setup: Setup, folder: RunFolder, exported: Path, metrics: dict, predic
 def report_inputs(setup: Setup, folder: RunFolder, predictions: Predictions) -> ReportInputs:
     """Predictions, pictures, norms and history for the report; the pictures go to the trackers, too."""
     data, last = setup.data, setup.num_epochs - 1
-    names = list(map(str, data.class_names))
+    names = [printable(str(name)) for name in data.class_names]
     views = mixed_views(setup.train_loader, setup.mixer, names, setup.args.seed, last)
     log_pictures(setup.accelerator, 'mixed_views', views, last)
     norms = classifier_norms(c=setup.conventional, cb=setup.eval_model.get_classifier())

@@ -6,6 +6,9 @@
     python validate_glmc.py --model resnet50 --class-counts counts.json --dataset torch/imagenet --data-dir data
     python validate_glmc.py --compare output/RUN-A output/RUN-B
 """
+import glmc  # noqa: F401, first: Ctrl-C during the imports is one line
+
+# isort: split
 import json
 import logging
 import os
@@ -27,11 +30,12 @@ from torch import Tensor, nn
 from glmc.data.loaders import create_eval_loader
 from glmc.data.profiles import long_tail_indices
 from glmc.data.sources import load_evaluation_data
-from glmc.errors import InputError
+from glmc.errors import InputError, printable
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.evaluation.priors import AdjustedModel, ranked_counts, resolve_shift
 from glmc.evaluation.text import detail_table, shot_legend, shot_table
-from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
+from glmc.export.load import TrainedModel, check_model, load_trained, trained_precision, training_counts
+from glmc.files import ESCAPED
 from glmc.report.compare import comparison_table, read_results, write_comparison
 from glmc.report.report import ReportInputs, classifier_norms, try_report
 from glmc.run_folder import open_run_folder, provenance, write_tables
@@ -60,6 +64,7 @@ def validate(args: Options, explicit: set[str]) -> None:
     trained = load_trained(
         args.model, checkpoint=args.checkpoint, data_options=pick(args, DATA_CONFIG), num_classes=args.num_classes,
         img_size=args.img_size, in_chans=args.in_chans, global_pool=args.gp, **args.model_kwargs)
+    check_model(trained)
     folder = results_folder(args, f'validate-{trained.architecture}')
     counts = training_counts(trained, args.class_counts)
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
@@ -158,7 +163,7 @@ def write_results(
     class_names = trained.class_names or getattr(images, 'class_names', None)
     try:
         folder.mkdir(parents=True)
-        (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', **ESCAPED)
         write_tables(folder, metrics, class_names, predictions, images)
     except OSError as error:
         raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
@@ -167,7 +172,10 @@ def write_results(
           f'Written to {folder}', flush=True)
     if args.report:
         norms = classifier_norms(classifier=trained.model.get_classifier())
-        try_report(folder, metrics, lambda: ReportInputs(class_names, predictions, images, norms))
+        shown = class_names and [printable(str(name)) for name in class_names]
+        report = try_report(folder, metrics, lambda: ReportInputs(shown, predictions, images, norms))
+        if report is not None:
+            print(f'Report: {report}', flush=True)
 
 
 def compare(args: Options, explicit: set[str]) -> None:

@@ -129,6 +129,29 @@ def show_help(create_parser: Callable[[], Parser]) -> None:
         create_parser().parse_args()
 
 
+class ImageSize(argparse.Action):
+    """`--img-size N` or `--img-size H W`, in pixels: an int, or a list of two different sides."""
+
+    def options(self, values: list[int]) -> dict:
+        """Return the options that the values set, by name."""
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, f'expected N or H W, found {len(values)} values')
+        return {'img_size': values[0] if len({*values}) == 1 else values}
+
+    def __call__(self, parser: Parser, namespace, values, option_string=None):
+        for name, value in self.options(values).items():
+            setattr(namespace, name, value)
+
+
+class InputSize(ImageSize):
+    """`--input-size C H W`, as timm has it: same as --in-chans C --img-size H W; the last of these flags counts."""
+
+    def options(self, values: list[int]) -> dict:
+        if len(values) != 3 or values[0] not in (1, 3):
+            raise argparse.ArgumentError(self, f"expected C H W with 1 or 3 channels, found {' '.join(map(str, values))}")
+        return {'in_chans': values[0], **super().options(values[1:])}
+
+
 def parse_args(parser: Parser, argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
     """Read the options from the YAML file of `--config` and the command line.
 
@@ -193,7 +216,15 @@ def read_yaml(parser: Parser, path: str) -> dict:
             continue
         if name not in actions:
             raise InputError(f'--config {path}: unknown key {key!r}{nearest(name, actions)}')
-        options[name] = _check_value(actions[name], value, f'--config {path}: {key}')
+        action, where = actions[name], f'--config {path}: {key}'
+        if isinstance(action, ImageSize) and value is not None:
+            sides = value if isinstance(value, list) and value else [value]
+            try:
+                options.update(action.options([_check_scalar(action, side, where) for side in sides]))
+            except argparse.ArgumentError as error:
+                raise InputError(f'{where}: {error.message}') from error
+        else:
+            options[name] = _check_value(action, value, where)
     return options
 
 
@@ -270,6 +301,9 @@ def run_script(main: Callable[[], None], main_process: bool = True, debug: bool 
     Returns:
         Exit code: 0, 1 for a run that failed, 2 for wrong input, 130 for an interrupt.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # a terminal may lack a character of a name
     try:
         main()
     except BaseException as error:

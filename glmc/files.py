@@ -8,6 +8,9 @@ from pathlib import Path
 
 from glmc.errors import RunError
 
+NAMES = dict(encoding='utf-8', errors='surrogateescape')  # text files that keep file names of other encodings byte by byte
+ESCAPED = dict(encoding='utf-8', errors='backslashreplace')  # JSON, which keeps them as \\udc80, and pages, which show that
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:

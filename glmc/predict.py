@@ -39,7 +39,7 @@ from glmc.data.profiles import pluralize
 from glmc.data.walk import find_images
 from glmc.errors import InputError, RunError, first_line, printable
 from glmc.evaluation.priors import AdjustedModel, resolve_shift
-from glmc.export.load import TrainedModel, load_trained, trained_precision, training_counts
+from glmc.export.load import TrainedModel, check_model, load_trained, trained_precision, training_counts
 from glmc.files import atomic_write
 from glmc.models.classifier import float32_classifier
 from glmc.run_folder import spreadsheet_safe
@@ -114,22 +114,6 @@ def predict_batches(
         yield probabilities.where(torch.tensor([[not error] for error in errors]), torch.nan), errors
 
 
-@torch.inference_mode()
-def check_model(trained: TrainedModel) -> None:
-    """Raise an InputError unless the model maps a black image of its input size to (1, C) logits."""
-    channels, height, width = size = trained.data_config['input_size']
-    if channels not in (1, 3):
-        raise InputError(f'--model {trained.name}: found an input of {channels} channels, expected 1 or 3')
-    device = next(trained.model.parameters()).device
-    try:
-        logits = trained.model.eval()(torch.zeros(1, *size, device=device))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f'--model {trained.name}, --img-size: cannot take an image of {height}x{width}: '
-                         f'{first_line(error)}') from error
-    if not trained.num_classes or not isinstance(logits, Tensor) or logits.shape != (1, trained.num_classes):
-        raise InputError(f'--model {trained.name}: expected a classifier, found a model without one')
-
-
 class ImageFiles(Dataset):
     """Image files by timm's evaluation transform.
 
@@ -170,7 +154,8 @@ def main() -> None:
     args, explicit = parse_args(predict_parser())
     found = find_images(args.files)
     check_output(args.output, found.files)
-    trained = load_trained(args.model, data_options={'img_size': args.img_size}, num_classes=None, img_size=args.img_size)
+    trained = load_trained(args.model, data_options={'img_size': args.img_size}, num_classes=None, img_size=args.img_size,
+                           in_chans=getattr(args, 'in_chans', None))
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
     if accelerator.num_processes > 1:
         raise InputError(f'glmc.predict: found {accelerator.num_processes} processes, expected one')

@@ -13,16 +13,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from glmc.cli import duration
 from glmc.data.datasets import BadImages, ImageSet
-from glmc.errors import InputError
+from glmc.errors import InputError, printable
 from glmc.evaluation.metrics import Predictions, confused_pairs
 from glmc.evaluation.text import shot_legend, shot_line
-from glmc.files import atomic_write, disk_is_full
+from glmc.files import NAMES, atomic_write, disk_is_full
 
 try:
     import fcntl
@@ -132,9 +133,14 @@ def open_run_folder(output: str, experiment: str | None, default_name: str, resu
         resume: Continue in the newest such folder.
 
     Raises:
-        InputError: If the experiment exists and is not to be resumed.
+        InputError: If the experiment exists and is not to be resumed, or the path is not UTF-8.
     """
     parent = Path(output)
+    try:
+        f'{output}{experiment}{default_name}'.encode()
+    except UnicodeEncodeError as error:  # safetensors opens no such path
+        path = printable(str(parent / (experiment or default_name)))
+        raise InputError(f'--output: {path} is not UTF-8, expected another --output or --experiment') from error
     if experiment:
         folder = parent / experiment
         if folder.exists() and not resume:
@@ -214,7 +220,8 @@ def summary_row(epoch: int, train: dict, metrics: dict | None, alpha: float | No
     names = ('loss', 'top1', 'top5', 'many', 'medium', 'few', 'class_mean')
     row.update({f'eval_{name}': (metrics or {}).get(name) for name in names})
     row.update(lr=train['lr'], alpha=alpha)
-    row.update({name: train.get(name) for name in ('loss_c', 'loss_cb', 'loss_sim', 'loss_con')})
+    parts = dict.fromkeys(('loss_c', 'loss_cb', 'loss_sim', *(name for name in train if name.startswith('loss_'))))
+    row.update({name: train.get(name) for name in parts})
     row.update(skipped_steps=train['skipped_steps'], bad_images=bad_images)
     row['images_per_second'] = round(train['images_per_second'], 1)
     return {name: '' if value is None else value for name, value in row.items()}
@@ -254,7 +261,7 @@ def spreadsheet_safe(name, prefix: str = "'") -> str:
 
 
 def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence]) -> None:
-    with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+    with open(path, 'w', newline='', **NAMES) as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows(rows)
@@ -270,10 +277,11 @@ def read_summary(folder: Path) -> list[dict[str, float | None]]:
 
 
 def provenance() -> dict:
-    """Command, versions and commit of this run."""
+    """Command, versions and commit of this run; on a CPU the command sets the threads, which change the last digits."""
+    threads = [] if torch.cuda.is_available() else [f'OMP_NUM_THREADS={torch.get_num_threads()}']
     packages = ('torch', 'torchvision', 'timm', 'accelerate', 'numpy')
     return {
-        'command': shlex.join(sys.argv),
+        'command': shlex.join([*threads, *sys.argv]),
         'versions': {'python': platform.python_version(), **{name: _version(name) for name in packages}},
         'commit': _commit(),
     }

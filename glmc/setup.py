@@ -31,11 +31,11 @@ from glmc.config import (
 )
 from glmc.data.check import readable_subset
 from glmc.data.datasets import BadImages, ImageSet
-from glmc.data.loaders import create_eval_loader, create_train_loader
+from glmc.data.loaders import create_eval_loader, create_normalize, create_train_loader
 from glmc.data.profiles import classes_without_images
 from glmc.data.resident import create_resident_eval_loader, create_resident_train_loader, is_resident
 from glmc.data.sources import TrainingData, load_training_data
-from glmc.errors import InputError
+from glmc.errors import InputError, first_line
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.methods import METHODS, unused_method_options
 from glmc.models.backbone import create_backbone
@@ -45,10 +45,11 @@ from glmc.models.freeze import freeze, frozen_norms
 from glmc.models.lora import adapters
 from glmc.run_folder import provenance
 from glmc.training.engine import TrainStep, evaluate, train_one_epoch
-from glmc.training.launch import device_name
+from glmc.training.launch import device_name, launcher_accumulation
 from glmc.training.optim import averaging_epoch, create_optimizer, equal_weights, scaled_learning_rate
 from glmc.training.sam import sam_batch
 from glmc.training.state import Position, TrainingState
+from glmc.training.trial import failed_step, require_updates
 
 _logger = logging.getLogger(__name__)
 RECIPE = ('img_size', 'augmentation', 'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched',
@@ -70,14 +71,31 @@ class Setup:
 
     def __init__(self, args: Options, explicit: set[str], accelerator: Accelerator):
         self.args, self.explicit, self.method, self.accelerator = args, explicit, METHODS[args.method], accelerator
+        self._follow_launcher()
+        self.global_batch = args.batch_size * accelerator.num_processes
+        self.lr = args.lr or scaled_learning_rate(
+            args.opt, self.global_batch * args.grad_accum_steps, args.lr_base, args.lr_base_size, args.lr_base_scale)
         self._announce()
         self._refuse()
         set_seed(args.seed)
         self._build_data()
         self._build_task()
+        self._try_step()
+        self._omit_unreadable()
         self._build_loaders()
         self._build_optimizer()
         set_seed(args.seed, device_specific=True)  # drop-out differs from process to process
+
+    def _follow_launcher(self) -> None:
+        """Take the steps per update from the launcher, if it sets them."""
+        args, steps = self.args, launcher_accumulation()
+        if steps is None or steps == args.grad_accum_steps:
+            return
+        if 'grad_accum_steps' in self.explicit:
+            raise InputError(f'--grad-accum-steps {args.grad_accum_steps}: the launcher asks for {steps} gradient '
+                             'accumulation steps, expected one of both, or the same number')
+        _logger.info(f'--grad-accum-steps {steps}, as the launcher asks')
+        args.grad_accum_steps = steps
 
     def _announce(self) -> None:
         """Announce the demonstration and the defaults of fine-tuning, and warn about options without effect."""
@@ -98,19 +116,17 @@ class Setup:
             _logger.warning(f'--opt {args.opt}: the default --lr-base is for SGD; set --lr for this optimizer')
 
     def _refuse(self) -> None:
-        """Refuse options that exclude each other."""
+        """Refuse options that exclude each other, and warn about those that defeat each other."""
         accelerator = self.accelerator
-        refuse_conflicts(self.args, processes=accelerator.num_processes, device=accelerator.device.type,
-                         precision=accelerator.mixed_precision)
+        for warning in refuse_conflicts(
+                self.args, processes=accelerator.num_processes, device=accelerator.device.type, peak_lr=self.lr,
+                precision=accelerator.mixed_precision, method_options=self.method.options):
+            _logger.warning(warning)
 
     def _build_data(self) -> None:
         args = self.args
         with self.accelerator.local_main_process_first() if args.dataset_download else nullcontext():
             self.data = load_training_data(**pick(args, (*names(*DATA), 'seed', 'batch_size')))
-        self.bad_images = None
-        if args.on_bad_image == 'skip' and isinstance(self.data.train, ImageSet):
-            self.bad_images = BadImages(self.data.train)
-            self.data = replace(self.data, validation=self._readable('validation'), holdout=self._readable('holdout'))
         profile = self.data.profile
         _logger.info(f'Training set: {profile.summary()}, fingerprint {str(profile.fingerprint)[:16]}')
         for name in ('validation', 'holdout'):
@@ -118,6 +134,27 @@ class Setup:
             missing = isinstance(images, ImageSet) and classes_without_images(images.counts(), self.data.class_names)
             if missing:
                 _logger.warning(f'{name}: {missing}')
+
+    def _try_step(self) -> None:
+        """Refuse options that cannot train, by a step on zeros before any image is read."""
+        args, accelerator, size = self.args, self.accelerator, self.data_config['input_size']
+        require_updates(self._create_optimizer, args.opt, accelerator.device)
+        step = TrainStep(self.task, self.mixer, create_normalize(self.data_config, 'cpu'), self.frozen_norms)
+        images = 2 if self.method.paired and args.partner == 'sampler' else 1
+        error = failed_step(step, accelerator, args.batch_size, images, len(self.method.views), size)
+        if error is None:
+            return
+        if args.batch_size == 1 and 'more than 1 value per channel' in error:
+            raise InputError('--batch-size 1: BatchNorm has no variance of one value, expected 2 or more images per '
+                             'process, --freeze-bn, or a larger --img-size')
+        raise InputError(f'--model {args.model}: cannot train by {args.method} on images of {size[1]}x{size[2]}: {error}')
+
+    def _omit_unreadable(self) -> None:
+        """With `--on-bad-image skip`, omit evaluation images that cannot be decoded."""
+        self.bad_images = None
+        if self.args.on_bad_image == 'skip' and isinstance(self.data.train, ImageSet):
+            self.bad_images = BadImages(self.data.train)
+            self.data = replace(self.data, validation=self._readable('validation'), holdout=self._readable('holdout'))
 
     def _readable(self, name: str):
         """Images of an evaluation set that can be decoded, found by one pass over the set."""
@@ -139,7 +176,8 @@ class Setup:
             self.model_options['lora'] = dict(rank=args.lora_rank, targets=args.lora_targets)
         backbone = create_backbone(
             **self.model_options, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint)
-        self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if args.pretrained else None
+        pretrained = args.pretrained and not args.initial_checkpoint  # which counts
+        self.base_model = backbone.pretrained_cfg.get('hf_hub_id') if pretrained else None
         self.head_init = self._possible_head_init(backbone)
         if args.freeze:
             freeze(backbone, args.freeze)
@@ -225,18 +263,16 @@ class Setup:
                              device=self.accelerator.device)
 
     def _build_optimizer(self) -> None:
-        args, processes = self.args, self.accelerator.num_processes
-        self.global_batch = args.batch_size * processes
-        batch = self.global_batch * args.grad_accum_steps
-        lr = args.lr or scaled_learning_rate(args.opt, batch, args.lr_base, args.lr_base_size, args.lr_base_scale)
+        args, processes, batch = self.args, self.accelerator.num_processes, self.global_batch * self.args.grad_accum_steps
         _logger.info(f'Global batch: {batch} images ({args.batch_size} x {processes} processes x {args.grad_accum_steps} '
-                     f"steps); learning rate {lr:g}{'' if args.lr else ' by the rule of --lr-base'}")
-        fused = self.accelerator.scaler is None  # see engine.skips_on_device for why not with a loss scaler
-        optimizer = create_optimizer(self.task.get_trainable_module(), lr=lr, fused=fused, **pick(args, (
-            'opt', 'weight_decay', 'momentum', 'filter_bias_and_bn', 'layer_decay', 'opt_eps', 'opt_betas', 'opt_kwargs')))
+                     f"steps); learning rate {self.lr:g}{'' if args.lr else ' by the rule of --lr-base'}")
+        optimizer = self._create_optimizer(self.task.get_trainable_module(), layer_decay=args.layer_decay)
         self.updates_per_epoch = -(-len(self.train_loader) // args.grad_accum_steps)
-        self.scheduler, self.num_epochs = create_scheduler_v2(
-            optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
+        try:
+            self.scheduler, self.num_epochs = create_scheduler_v2(
+                optimizer, updates_per_epoch=self.updates_per_epoch, **scheduler_kwargs(args))
+        except ValueError as error:
+            raise InputError(f'--sched {args.sched}: {first_line(error)}') from error
         self.swa_epoch = averaging_epoch(args.swa_start, self.num_epochs)
         train_step = TrainStep(self.task, self.mixer, self.train_loader.normalize, self.frozen_norms)
         if args.torchcompile:
@@ -247,6 +283,11 @@ class Setup:
         if self.swa_epoch is not None:
             self.task.setup_ema(**equal_weights(self.swa_epoch * self.updates_per_epoch))
         self.state = TrainingState(self.accelerator, self.task, self.optimizer)
+
+    def _create_optimizer(self, model: torch.nn.Module, layer_decay: float | None = None) -> torch.optim.Optimizer:
+        fused = self.accelerator.scaler is None  # see engine.skips_on_device for why not with a loss scaler
+        return create_optimizer(model, lr=self.lr, fused=fused, layer_decay=layer_decay, **pick(self.args, (
+            'opt', 'weight_decay', 'momentum', 'filter_bias_and_bn', 'opt_eps', 'opt_betas', 'opt_kwargs')))
 
     def set_schedule(self, position: Position) -> None:
         """Set the learning rate of the next step."""
@@ -309,7 +350,7 @@ class Setup:
             evaluated_on: Name of the evaluated set, if not that of `epoch_loader`.
         """
         args, profile = self.args, self.data.profile
-        own = 'holdout' if self.data.holdout else args.val_list or args.val_split
+        own = args.select_split or 'holdout' if self.data.holdout else args.val_list or args.val_split
         return {
             'model': args.model, 'method': args.method, 'data': self.data_name(), 'num_classes': len(self.data.class_names),
             'parameters': self.num_parameters, 'epoch': epoch, 'epochs': self.num_epochs,

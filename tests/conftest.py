@@ -84,7 +84,8 @@ def run_command(*command, cwd: Path = ROOT, **environment) -> Outcome:
     """Run a command in a new process."""
     defaults = {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     env = {**os.environ, **defaults, **environment}
-    done = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True,
+                          errors='surrogateescape', timeout=600)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

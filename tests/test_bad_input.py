@@ -69,7 +69,7 @@ OPTIONS = {  # command line -> pattern of the error line
     '--lora-rank 4': '--lora-rank 4: adapts pretrained weights, expected --pretrained or --initial-checkpoint',
     '--sam-rho -1': '--sam-rho: expected a number >= 0, found -1',
     '--sam-rho 0.05 --grad-accum-steps 2': '--sam-rho 0.05: an update is one batch, expected --grad-accum-steps 1, found 2',
-    '--sam-rho 0.05 --amp': '--sam-rho 0.05: not with the loss scaling of float16, expected --amp-dtype bfloat16',
+    '--amp': '--amp: float16 needs a GPU, found a CPU; expected bfloat16 or no mixed precision',
     '--swa-start 1.5': '--swa-start: expected a number >= 0 and <= 1, found 1.5',
     '--swa-start 0.6': '--swa-start 0.6: leaves none of 1 epochs, expected 0 or less',
     '--swa-start 0 --model-ema': '--swa-start 0: one average of the weights at a time, expected no --model-ema',

@@ -198,7 +198,8 @@ def flags_of(text: str) -> set[str]:
 
 def test_help_shows_the_common_options_and_counts_the_others():
     parser = train_parser(METHODS)
-    text, options = parser.format_help(), {action.dest for action in parser._actions if action.dest in vars(parse()[0])}
+    text = parser.format_help()
+    options = {action.dest for action in parser._actions if action.dest in {*vars(parse()[0]), 'input_size'}}
     assert flags_of(text) == {flag(name) for name in COMMON} | {'--help', '--help-all'} and len(COMMON) <= 27
     assert text.endswith(f'… {len(options - COMMON)} more options: --help-all\n')
     assert 'ce, mixup' in text and METHODS['ldam_drw'].summary.split()[0] not in text and 'default: 0.0005' in text
@@ -281,11 +282,13 @@ UNUSED = {  # command line -> its only warning; one line or more for each row of
     '--sched none --sched-on-updates': '--sched-on-updates has no effect with --sched none',
     '--sched step --min-lr 0.01': '--min-lr has no effect without --sched cosine, tanh, poly, wsd or rsqrt',
     '--decay-epochs 3': '--decay-epochs has no effect without --sched step, wsd or rsqrt',
-    '--lr-cycle-decay 0.5': '--lr-cycle-decay has no effect without --lr-cycle-limit',
+    '--lr-cycle-decay 0.4': '--lr-cycle-decay has no effect without --lr-cycle-limit',
     '--sched step --lr-cycle-limit 2': '--lr-cycle-limit has no effect without --sched cosine, tanh or poly',
     '--sched step --decay-milestones 3': '--decay-milestones has no effect without --sched multistep',
     '--decay-rate 0.5': '--decay-rate has no effect without --sched step, multistep or poly',
     '--amp --amp-dtype bfloat16': '--amp has no effect with --amp-dtype',
+    '--pretrained --initial-checkpoint x.pth': '--pretrained has no effect with --initial-checkpoint',
+    '--epochs 4 --holdout 2 --patience 4': '--patience has no effect in a run of no more evaluations',
     '--model-ema-decay 0.9': '--model-ema-decay has no effect without --model-ema',
     '--lora-targets qkv': '--lora-targets has no effect without --lora-rank',
     '--pretrained --lora-rank 4 --no-freeze-bn': '--freeze-bn has no effect with --lora-rank, which freezes BatchNorm',
@@ -370,6 +373,16 @@ REFUSED = {  # command line -> start of the error
     '--lora-rank 4 --pretrained --freeze stem.*': '--lora-rank 4: freezes all but the adapters and the classifier',
     '--lora-rank 4 --pretrained --sync-bn': '--sync-bn: not with --lora-rank, which freezes BatchNorm',
     '--expert-width 0.5 --pretrained': '--expert-width 0.5: pretrained weights have the full width, expected',
+    '--patience 3': '--patience 3: no images choose the epoch, expected --holdout or --select-split',
+    '--warmup-epochs 5 --epochs 5': '--warmup-epochs 5: as long as the run of 5 epochs, expected fewer, or --warmup-prefix',
+    '--warmup-epochs 2 --warmup-lr 0.5': '--warmup-lr 0.5: above the learning rate 0.1 that the warm-up leads to',
+    '--min-lr 0.2': '--min-lr 0.2: above the learning rate 0.1 of the start, expected a lower one',
+    '--sched wsd --epochs 5 --warmup-epochs 3 --decay-epochs 3': '--decay-epochs 3: longer than the 5 epochs less a warm-up',
+    '--scale 1 0.1': '--scale 1 0.1: the smallest value is above the largest, expected MIN MAX',
+    '--ratio 2 1': '--ratio 2 1: the smallest value', '--rearea 0.5 0.2': '--rearea 0.5 0.2: the smallest value',
+    '--drop 1': '--drop 1: leaves nothing to learn from, expected less than 1',
+    '--drop-path 1': '--drop-path 1: leaves nothing', '--smoothing 1': '--smoothing 1: leaves nothing',
+    '--model-ema --model-ema-decay 1 --no-model-ema-warmup': '--model-ema-decay 1: the average would remain the first',
     '--sync-bn --freeze-bn': '--sync-bn: the statistics of BatchNorm are frozen, expected --no-freeze-bn',
     '--sync-bn': '--sync-bn: needs GPUs, found 2 processes on the CPU',
 }
@@ -378,11 +391,46 @@ REFUSED = {  # command line -> start of the error
 @pytest.mark.parametrize('line, expected', REFUSED.items(), ids=list(REFUSED))
 def test_options_that_exclude_each_other_are_refused(line, expected):
     with pytest.raises(InputError, match=f'^{re.escape(expected)}'):
-        refuse_conflicts(parse(*line.split())[0], processes=2, device='cpu', precision='fp16')
+        refuse_conflicts(parse(*line.split())[0], processes=2, device='cpu', precision='fp16', peak_lr=0.1)
+
+
+DOUBTFUL = {  # command line -> start of the warning
+    '--val-interval 9 --epochs 5': '--val-interval 9: longer than the run of 5 epochs: only its last epoch is evaluated',
+    '--val-interval 5 --epochs 5 --holdout 2': '--val-interval 5: one evaluation in 5 epochs leaves nothing to choose',
+    '--sched step': '--sched step: the learning rate never drops in 30 epochs, expected a smaller --decay-epochs',
+    '--sched multistep --epochs 90': '--sched multistep: the learning rate never drops in 90 epochs',
+    '--swa-start 0.1 --epochs 20 --warmup-epochs 5': '--swa-start 0.1: the mean includes weights of the warm-up of 5 epochs',
+    '--method ldam_drw --epochs 3': '--drw-start 0.8: the re-weighting never starts in 3 epochs',
+    '--method mixup --mixup-prob 0': '--mixup-prob 0: no batch is mixed',
+    '--val-split train': '--val-split train: is the training set: its accuracy says nothing about other images',
+}
+
+
+def doubts(*words) -> list[str]:
+    options = parse(*words)[0]
+    return refuse_conflicts(options, processes=1, device='cpu', precision='no', peak_lr=0.1,
+                            method_options=METHODS[options.method].options)
+
+
+@pytest.mark.parametrize('line', DOUBTFUL)
+def test_options_that_defeat_each_other_are_warned_about(line):
+    (warning,) = doubts(*line.split())
+    assert warning.startswith(DOUBTFUL[line])
+
+
+@pytest.mark.parametrize('line', [
+    '', '--val-interval 5 --epochs 5', '--holdout 2 --epochs 5 --val-interval 2', '--sched step --decay-epochs 20',
+    '--sched multistep --decay-milestones 20 90', '--swa-start 0.6 --epochs 20 --warmup-epochs 5',
+    '--method glmc --epochs 1',
+    '--warmup-epochs 4 --epochs 5', '--warmup-epochs 5 --epochs 5 --warmup-prefix', '--method ldam_drw', '--min-lr 0.1',
+    '--holdout 2 --patience 3', '--sched wsd --epochs 5', '--scale 0.5 0.5', '--model-ema --model-ema-decay 1',
+    '--method ce --mixup-prob 0', '--sched step --min-lr 1 --decay-epochs 3'])
+def test_options_that_do_not_are_not(line):
+    assert doubts(*line.split()) == []
 
 
 def test_every_conflict_has_a_command_line():
-    assert len(REFUSED) == len(CONFLICTS)
+    assert len(REFUSED) + len(DOUBTFUL) == len(CONFLICTS)
 
 
 @pytest.mark.parametrize('line', [

@@ -22,7 +22,7 @@ LINKING = [README, CONTRIBUTING, CHANGELOG, ROOT / 'results' / 'README.md', *PAG
 BLOCK = re.compile(r'^```(bash|python)\n(.*?)^```', re.M | re.S)
 LAUNCHERS = {'--multi_gpu', '--num_processes', '--num_machines', '--machine_rank', '--main_process_ip', '--cpu',
              '--main_process_port', '--mixed_precision', '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal',
-             '--requeue'}
+             '--requeue', '--gradient_accumulation_steps', '--num_cpu_threads_per_process'}
 HUBS = {'--private', '--revision'}
 SWEEPS = {'--recipes', '--vary', '--each', '--seeds', '--jobs', '--csv', '--logs'}
 SWEEP_COMMAND = re.compile(r'^\| [^|]+ \| `python -m glmc\.sweep ([^`]+)` \| (\d+) \|$', re.M)

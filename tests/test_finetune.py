@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from conftest import COUNTS, TINY, Outcome, free_port, launch_train, run_command, write_folders
 from PIL import Image
 from safetensors.torch import load_file
+from timm.models._hub import save_for_hf
 
 from glmc.cli import run_script
 from glmc.export.load import load_trained
@@ -299,6 +300,7 @@ ERRORS = {  # options, with {name} of a place -> what the line says
     '--model {run} --push-to-hub ORG/NAME': '--push-to-hub ORG/NAME: expected one --model, and one classifier',
     '--model levit_128s --class-counts {three}': '--model levit_128s: .* one linear layer.*, found 2 heads',
     '--model dla46_c --class-counts {three}': '--model dla46_c: .* one linear layer.*, found Conv2d',
+    '--model {convnext} --img-size 7': '--model .*, --img-size: cannot take an image of 7x7: ',
     '--model nowhere/run': '--model nowhere/run: no such file or folder',
     '--model {run} --stage3 crt': '--stage3: unknown option; did you mean --stage2',
 }
@@ -315,7 +317,10 @@ def places(finished_run, folders, tmp_path_factory) -> dict:
     reverse = shutil.copytree(finished_run / 'export', root / 'reversed')
     config = json.loads((reverse / 'config.json').read_text())
     (reverse / 'config.json').write_text(json.dumps({**config, 'label_names': config['label_names'][::-1]}))
-    return dict(reversed=reverse, run=finished_run, bare=without_counts(finished_run, root / 'bare'), four=root / 'four',
+    model = timm.create_model('test_convnext', num_classes=3)
+    save_for_hf(model, root / 'convnext', model_config=dict(label_names=list(COUNTS)), safe_serialization=True)
+    return dict(convnext=root / 'convnext', reversed=reverse,
+                run=finished_run, bare=without_counts(finished_run, root / 'bare'), four=root / 'four',
                 others=root / 'others', two=root / 'two.txt', three=root / 'three.txt')
 
 

@@ -8,8 +8,8 @@ import glmc
 
 ROOT = Path(glmc.__file__).parent
 LAYERS = [
-    'errors', 'files', 'cli', 'config', 'data', 'mixing', 'models', 'losses', 'tasks', 'methods', 'evaluation', 'training',
-    'run_folder', 'setup', 'export', 'report', 'stage2', 'predict', 'sweep', 'benchmark', 'hub']
+    'errors', 'files', 'cli', 'config', 'data', 'mixing', 'models', 'losses', 'tasks', 'methods', 'evaluation',
+    'training', 'run_folder', 'setup', 'export', 'report', 'stage2', 'predict', 'sweep', 'benchmark', 'hub']
 SEES_OPTIONS = {'cli', 'config'}  # where argparse may be imported; else in the scripts and in what `python -m` runs
 
 

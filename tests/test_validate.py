@@ -90,6 +90,14 @@ def test_the_numbers_are_those_of_the_training_run_and_of_a_timm_loop(validate, 
     assert f'{table}\n{following}\n' in in_training
 
 
+@pytest.mark.parametrize('place', ['.', 'checkpoints'])
+def test_a_run_without_an_export_is_evaluated_by_its_newest_checkpoint(validate, finished_run, folders, place, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / 'run', ignore=shutil.ignore_patterns('export'))
+    outcome, metrics = validate('--model', run / place, '--data-dir', folders, '--no-report')
+    assert 'no export yet, loading' in outcome.err or not outcome.err
+    assert_same(metrics, json.loads((finished_run / 'export' / 'metrics.json').read_text()))
+
+
 def test_files_of_an_evaluation(validate, finished_run, folders, tmp_path):
     outcome, metrics = validate('--model', finished_run, '--data-dir', folders)
     assert outcome.code == 0, outcome.err
@@ -307,12 +315,16 @@ def test_two_processes_count_what_one_counts(finished_run, folders, tmp_path, va
     ('--model test_resnet --num-classes 3 --checkpoint TWO',
      '--checkpoint TWO: expected weights of test_resnet with 3 classes, found: '),
     ('--model RUN --output README.md', '--output: cannot write to README.md/result: '),
+    ('--model test_convnext --num-classes 3 --checkpoint CONVNEXT --class-counts THREE --img-size 7',
+     '--model test_convnext, --img-size: cannot take an image of 7x7: '),
     ('--model RUN --epochs 3', '--epochs: unknown option'),
     ('--compare nowhere', 'nowhere: expected a folder with a metrics.json')])
 def test_wrong_input_is_one_line(validate, finished_run, folders, tmp_path, options, expected):
     (tmp_path / 'TWO').write_text('[3, 4]')
     write_folders(tmp_path / 'OTHER' / 'validation', {'cat': 1, 'dog': 1})
-    places = {'RUN': str(finished_run), 'TWO': str(tmp_path / 'TWO'), 'OTHER': str(tmp_path / 'OTHER')}
+    (tmp_path / 'THREE').write_text('[3, 4, 5]')
+    torch.save(timm.create_model('test_convnext', num_classes=3).state_dict(), tmp_path / 'CONVNEXT')
+    places = {'RUN': str(finished_run), **{name: str(tmp_path / name) for name in ('TWO', 'THREE', 'OTHER', 'CONVNEXT')}}
     words = [places.get(word, word) for word in options.split()]
     if '--data-dir' not in words:
         words += ['--data-dir', str(folders)]

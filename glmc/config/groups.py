@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from glmc.cli import Options, ParseKwargs, Parser, number, pick
+from glmc.cli import ImageSize, InputSize, Options, ParseKwargs, Parser, number, pick
 
 positive_int = number(int, 1)
 count = number(int, 0)
@@ -132,6 +132,8 @@ def training_data_group(parser: Parser) -> None:
     add('--holdout', type=positive, default=None, metavar='N',
         help='set training images of each class aside (a number, taken before --imbalance-factor, or a fraction); evaluate '
         'each epoch on them, keep the best epoch by class mean, and use the validation split once, at the end')
+    add('--select-split', metavar='NAME',
+        help='of three splits, the one that takes the place of --holdout, e.g. --select-split val --val-split test')
 
 
 def long_tail_group(parser: Parser) -> None:
@@ -208,11 +210,20 @@ def _model(parser: Parser) -> None:
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
 
 
+def input_size_options(group) -> None:
+    """Options of the size of the model input."""
+    add = group.add_argument
+    add('--img-size', action=ImageSize, type=positive_int, nargs='+', metavar=('N', 'W'),
+        help="side of the input in pixels, or height and width; default: the model's")
+    add('--input-size', action=InputSize, type=positive_int, nargs=3, metavar=('C', 'H', 'W'), default=argparse.SUPPRESS,
+        help='channels, height and width of the input; same as --in-chans C --img-size H W')
+
+
 def input_group(parser: Parser) -> None:
     """Options of the model input and of the model's shape."""
     group = parser.add_argument_group('model input')
     add = group.add_argument
-    add('--img-size', type=positive_int, metavar='N', help="side of the input in pixels; default: the model's")
+    input_size_options(group)
     add('--in-chans', type=int, choices=(1, 3), help="image channels, 1 or 3; default: the model's")
     add('--gp', metavar='POOL', help='global pooling: avg, max, avgmax, …')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
@@ -337,12 +348,14 @@ def _schedule(parser: Parser) -> None:
     add('--min-lr', type=non_negative, default=0.0, help='learning rate at the end of the schedule')
     add('--lr-cycle-limit', type=positive_int, default=1, metavar='N',
         help='cycles of cosine, tanh and poly, each of --epochs epochs; published for tsc: 2')
-    add('--lr-cycle-decay', type=positive_fraction, default=1.0, metavar='F',
-        help="factor of the learning rate from one cycle to the next (timm's default: 0.1)")
+    add('--lr-cycle-decay', type=positive_fraction, default=0.5, metavar='F',
+        help='factor of the learning rate from one cycle to the next')
     add('--decay-epochs', type=positive, metavar='N',
         help='epochs between the drops of step (default: 90), or of the decay phase of wsd and rsqrt')
     add('--decay-milestones', type=positive_int, nargs='+', default=[90, 180, 270], metavar='N',
         help='epochs at which multistep drops the learning rate')
+    add('--patience', type=positive_int, metavar='N',
+        help='stop after N evaluations without a better class mean on the images of --holdout or --select-split')
     add('--decay-rate', type=positive, default=0.1, help='factor of step and multistep; power of poly')
 
 

@@ -15,6 +15,7 @@ from glmc.config.groups import (
     count,
     fraction,
     hub_options,
+    input_size_options,
     job_options,
     names,
     positive_int,
@@ -128,7 +129,7 @@ def finetune_parser() -> Parser:
 def _input_options(group) -> None:
     """Add the options of `model input` that set the size and the preprocessing of the images."""
     for action in actions('model input'):
-        if action.dest in INPUT:
+        if action.dest in (*INPUT, 'input_size'):
             group._add_action(action)
 
 
@@ -191,7 +192,7 @@ def predict_parser() -> Parser:
     add = group.add_argument
     add('--class-counts', metavar='FILE', help="training images per class, for --target-prior: JSON list, metrics.json of a "
         "run, or one number per line; default: the export's")
-    add('--img-size', type=positive_int, metavar='N', help="side of the input in pixels; default: the model's")
+    input_size_options(group)
     group = parser.add_argument_group('running')
     add = group.add_argument
     add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per step')

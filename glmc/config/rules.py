@@ -1,4 +1,5 @@
-"""Tables of options that need others to have an effect, and of options that exclude each other."""
+"""Tables of options that need others to have an effect, and of options that exclude or defeat each other."""
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -21,16 +22,18 @@ class Need(NamedTuple):
 
 
 class Conflict(NamedTuple):
-    """Combination of options that is refused.
+    """Options that exclude or defeat each other.
 
     Attributes:
-        option: Name of the option that the error names.
-        text: Error text after the option and its value; may contain {NAME} of other options.
+        option: Name of the option that the line names.
+        text: Text after the option and its value; may contain {NAME} of other options.
         applies: Options and facts of the run -> whether the combination is present.
+        refused: Whether it is an error; else a warning.
     """
     option: str
     text: str
     applies: Callable[[Options], object]
+    refused: bool = True
 
 
 def _source(options: Options, *prefixes: str) -> bool:
@@ -51,6 +54,7 @@ def _optimizer_has(options: Options, argument: str) -> bool:
         return getattr(get_optimizer_info(options.opt.lower().split('_')[-1]), f'has_{argument}')
     except ValueError:
         return True
+_WITH_MIN_LR = ('cosine', 'tanh', 'poly', 'wsd', 'rsqrt')
 NEEDS = (
     Need(('val_split',), 'with --val-list', lambda o: not o.val_list),
     Need(('train_split',), 'with --train-list', lambda o: not o.train_list),
@@ -84,7 +88,7 @@ NEEDS = (
     Need(('warmup_epochs',), 'with --sched none', lambda o: o.sched != 'none' or o.warmup_prefix),
     Need(('warmup_lr', 'sched_on_updates'), 'with --sched none', lambda o: o.sched != 'none'),
     Need(('min_lr',), 'without --sched cosine, tanh, poly, wsd or rsqrt',
-         lambda o: o.sched in ('cosine', 'tanh', 'poly', 'wsd', 'rsqrt')),
+         lambda o: o.sched in _WITH_MIN_LR),
     Need(('lr_cycle_decay',), 'without --lr-cycle-limit', lambda o: o.lr_cycle_limit > 1),
     Need(('lr_cycle_limit',), 'without --sched cosine, tanh or poly', lambda o: o.sched in ('cosine', 'tanh', 'poly')),
     Need(('decay_epochs',), 'without --sched step, wsd or rsqrt', lambda o: o.sched in ('step', 'wsd', 'rsqrt')),
@@ -102,6 +106,8 @@ NEEDS = (
 )
 TRAIN_NEEDS = (
     *NEEDS,
+    Need(('pretrained',), 'with --initial-checkpoint', lambda o: not o.initial_checkpoint),
+    Need(('patience',), 'in a run of no more evaluations', lambda o: o.patience * o.val_interval < o.epochs),
     Need(('class_counts',), 'with a data set that has an index', _iterable),
     Need(('on_bad_image',), 'with a data set without an index', lambda o: not _iterable(o)),
 )
@@ -126,10 +132,43 @@ CONFLICTS = (
     Conflict('expert_width', 'pretrained weights have the full width, expected --expert-width 1',
              lambda o: o.expert_width != 1 and (o.pretrained or o.initial_checkpoint)),
     Conflict('sync_bn', 'not with --lora-rank, which freezes BatchNorm', lambda o: o.sync_bn and o.lora_rank),
+    Conflict('patience', 'no images choose the epoch, expected --holdout or --select-split',
+             lambda o: o.patience is not None and o.holdout is None and o.select_split is None),
     Conflict('sync_bn', 'the statistics of BatchNorm are frozen, expected --no-freeze-bn',
              lambda o: o.sync_bn and o.freeze_bn),
     Conflict('sync_bn', 'needs GPUs, found {processes} processes on the CPU',
              lambda o: o.sync_bn and o.processes > 1 and o.device == 'cpu'),
+    Conflict('warmup_epochs', 'as long as the run of {epochs} epochs, expected fewer, or --warmup-prefix',
+             lambda o: o.warmup_epochs >= o.epochs and o.sched != 'none' and not o.warmup_prefix),
+    Conflict('warmup_lr', 'above the learning rate {peak_lr:g} that the warm-up leads to, expected a lower one',
+             lambda o: o.warmup_epochs and o.sched != 'none' and o.warmup_lr > o.peak_lr),
+    Conflict('min_lr', 'above the learning rate {peak_lr:g} of the start, expected a lower one',
+             lambda o: o.min_lr > o.peak_lr and o.sched in _WITH_MIN_LR),
+    Conflict('decay_epochs', 'longer than the {epochs} epochs less a warm-up of {warmup_epochs}, expected fewer',
+             lambda o: o.sched in ('wsd', 'rsqrt') and (o.decay_epochs or 0) > o.epochs - (
+                 0 if o.warmup_prefix else o.warmup_epochs)),
+    *(Conflict(name, 'the smallest value is above the largest, expected MIN MAX',
+               lambda o, name=name: getattr(o, name)[0] > getattr(o, name)[1]) for name in ('scale', 'ratio', 'rearea')),
+    *(Conflict(name, 'leaves nothing to learn from, expected less than 1',
+               lambda o, name=name: getattr(o, name) == 1) for name in ('drop', 'drop_path', 'smoothing')),
+    Conflict('model_ema_decay', 'the average would remain the first weights, expected less than 1, or --model-ema-warmup',
+             lambda o: o.model_ema and o.model_ema_decay == 1 and not o.model_ema_warmup),
+    Conflict('val_interval', 'longer than the run of {epochs} epochs: only its last epoch is evaluated',
+             lambda o: o.val_interval > o.epochs, refused=False),
+    Conflict('val_interval', 'one evaluation in {epochs} epochs leaves nothing to choose on the held-out images',
+             lambda o: 1 < o.epochs == o.val_interval and (o.holdout is not None or o.select_split), refused=False),
+    Conflict('sched', 'the learning rate never drops in {epochs} epochs, expected a smaller --decay-epochs',
+             lambda o: o.sched == 'step' and (o.decay_epochs or 90) >= o.epochs, refused=False),
+    Conflict('sched', 'the learning rate never drops in {epochs} epochs, expected a smaller --decay-milestones',
+             lambda o: o.sched == 'multistep' and min(o.decay_milestones) >= o.epochs, refused=False),
+    Conflict('swa_start', 'the mean includes weights of the warm-up of {warmup_epochs} epochs',
+             lambda o: o.swa_start is not None and o.swa_start * o.epochs < o.warmup_epochs, refused=False),
+    Conflict('drw_start', 'the re-weighting never starts in {epochs} epochs',
+             lambda o: 'drw_start' in o.method_options and o.drw_start > (o.epochs - 1) / o.epochs, refused=False),
+    Conflict('mixup_prob', 'no batch is mixed',
+             lambda o: 'mixup_prob' in o.method_options and o.mixup_prob == 0, refused=False),
+    Conflict('val_split', 'is the training set: its accuracy says nothing about other images',
+             lambda o: o.val_split == o.train_split and not o.val_list and not o.train_list, refused=False),
 )
 
 
@@ -154,22 +193,32 @@ def unused_options(options: Options, explicit: Iterable[str], needs: Iterable[Ne
     return [f'{flag(name)} has no effect {reason}' for name, reason in sorted(reasons.items())]
 
 
-def refuse_conflicts(options: Options, **facts) -> None:
-    """Refuse the combinations of CONFLICTS.
+def refuse_conflicts(options: Options, **facts) -> list[str]:
+    """Refuse the combinations of CONFLICTS that are errors.
 
     Args:
         options: Parsed options.
-        **facts: Facts of the run that conditions refer to: `processes`, `device`, `precision` (Accelerate's name).
+        **facts: Facts of the run that conditions refer to: `processes`, `device`, `precision` (Accelerate's name),
+            `peak_lr` (learning rate before the schedule), `method_options` (names of the options of the method).
+
+    Returns:
+        One line for each other combination, to be warned about.
 
     Raises:
-        InputError: For the first combination that is present.
+        InputError: For the first combination that is an error.
     """
-    known = Options(**vars(options), **facts)
-    for option, text, applies in CONFLICTS:
+    known = Options(**{'peak_lr': math.inf, 'method_options': ()} | vars(options) | facts)
+    warnings = []
+    for option, text, applies, refused in CONFLICTS:
         if applies(known):
             value = getattr(options, option)
-            shown = '' if value is True else f' {value:g}' if isinstance(value, float) else f' {value}'
-            raise InputError(f'{flag(option)}{shown}: {text.format(**vars(known))}')
+            shown = [] if value is True else value if isinstance(value, list) else [value]
+            words = (f'{each:g}' if isinstance(each, float) else str(each) for each in shown)
+            line = f"{' '.join((flag(option), *words))}: {text.format(**vars(known))}"
+            if refused:
+                raise InputError(line)
+            warnings.append(line)
+    return warnings
 
 
 def flag(name: str) -> str:

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 from timm.data import IterableImageDataset
+from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM
 
 from glmc.data.datasets import ImageSet, long_tailed, split_holdout
 from glmc.data.lists import load_list, read_class_counts
@@ -26,13 +27,13 @@ class TrainingData:
     Args:
         train: Training images.
         validation: Images to evaluate on, or None if there are only held-out ones.
-        holdout: Training images set aside, or None.
+        holdout: Images that choose the epoch: training images set aside, or a split of their own; or None.
         class_names: C names.
         profile: Profile of the training images.
     """
     train: ImageSet | IterableImageDataset
     validation: ImageSet | IterableImageDataset | None
-    holdout: ImageSet | None
+    holdout: ImageSet | IterableImageDataset | None
     class_names: Sequence[str]
     profile: Profile
 
@@ -40,8 +41,9 @@ class TrainingData:
 def load_training_data(
         *, train_split: str = 'train', val_split: str = 'validation', train_list: str | None = None,
         val_list: str | None = None, num_classes: int | None = None, class_counts: str | None = None,
-        holdout: float | None = None, imbalance_factor: float | None = None, lt_type: str = 'exp', lt_split: str = 'cao',
-        lt_seed: int = 0, shot_thresholds: Sequence[int] = (20, 100), seed: int = 42, **source) -> TrainingData:
+        holdout: float | None = None, select_split: str | None = None, imbalance_factor: float | None = None,
+        lt_type: str = 'exp', lt_split: str = 'cao', lt_seed: int = 0, shot_thresholds: Sequence[int] = (20, 100),
+        seed: int = 42, **source) -> TrainingData:
     """Load and check the sets, set the held-out images aside, then cut the long tail.
 
     Args:
@@ -50,6 +52,7 @@ def load_training_data(
         num_classes: C, checked against the data; None to accept any number.
         class_counts: File of `read_class_counts` for a source without an index; None to count in one pass.
         holdout: Images per class to set aside, or if below 1, their fraction.
+        select_split: Name of the split that takes their place; None for none.
         imbalance_factor, lt_type: Long tail, see `profiles.long_tail_counts`.
         lt_split, lt_seed: Images that it keeps, see `profiles.long_tail_indices`.
         shot_thresholds: (few, many) of `profiles.shot_groups`.
@@ -61,12 +64,14 @@ def load_training_data(
     """
     if shot_thresholds[0] > shot_thresholds[1]:
         raise InputError(f'--shot-thresholds {shot_thresholds[0]} {shot_thresholds[1]}: expected FEW <= MANY')
+    if select_split is not None:
+        _check_select_split(select_split, holdout, train_split, NO_SPLIT if val_list else val_split)
     source.update(num_classes=num_classes, seed=seed)
     train = load_images(train_split, train_list, is_training=True, **source)
     if isinstance(train, IterableImageDataset):
         if imbalance_factor is not None or holdout is not None:
             raise InputError(f"--dataset {source['dataset']}: --imbalance-factor and --holdout need a source with an index")
-        return _iterable_data(train, train_split, val_split, val_list, class_counts, shot_thresholds, source)
+        return _iterable_data(train, train_split, val_split, val_list, class_counts, shot_thresholds, source, select_split)
     if num_classes is not None and num_classes != train.num_classes:
         raise InputError(f"--num-classes {num_classes}: {train.source} has {pluralize(train.num_classes, 'class')}")
     held_out = None
@@ -78,13 +83,17 @@ def load_training_data(
     if len(empty):
         raise InputError(f'{train.source}: class {train.class_names[empty[0]]!r} has no training image '
                          f'({len(empty)} of {train.num_classes} classes are empty)')
-    validation = load_validation(train, val_split, val_list, source, optional=held_out is not None)
+    validation = load_validation(
+        train, val_split, val_list, source, optional=holdout is not None or bool(select_split) and val_split == NO_SPLIT)
+    if select_split is not None:
+        held_out = load_validation(train, select_split, None, source, option='--select-split')
     profile = Profile.of(train.labels, train.num_classes, train.identities(), shot_thresholds)
     return TrainingData(train, validation, held_out, train.class_names, profile)
 
 
 def load_validation(
-        train: ImageSet, split: str, list_path: str | None, source: dict, optional: bool = False) -> ImageSet | None:
+        train: ImageSet, split: str, list_path: str | None, source: dict, optional: bool = False,
+        option: str = '--val-split') -> ImageSet | None:
     """Load the validation set, labelled as the training set is.
 
     Args:
@@ -92,18 +101,19 @@ def load_validation(
         split, list_path: Name of the split, or a `path label` file.
         source: Arguments of `load_images`.
         optional: Warn and return None if there is no such set.
+        option: Flag that names the split.
 
     Raises:
         InputError: If there is no such set and it is not optional, or it has a class that the training set lacks.
     """
     if split == NO_SPLIT and not list_path:
         if not optional:
-            raise InputError(f'--val-split {split}: expected --holdout, else there is nothing to evaluate on')
+            raise InputError(f'{option} {split}: expected --holdout, else there is nothing to evaluate on')
         return None
     root = source.get('data_dir')
     try:
         if source.get('dataset', '') in _FOLDERS and not list_path and root and not has_split_folder(root, split):
-            raise InputError(f'--data-dir {root}: no folder for --val-split {split}; expected one beside the training '
+            raise InputError(f'--data-dir {root}: no folder for {option} {split}; expected one beside the training '
                              'folder, a --val-list, or --holdout to set training images aside')
         images = load_images(split, list_path, **{**source, 'num_classes': train.num_classes})
     except InputError as error:
@@ -146,7 +156,7 @@ def _with_classes(images: ImageSet, class_names: Sequence[str], list_path: str |
 
 def _iterable_data(
         train: IterableImageDataset, train_split: str, val_split: str, val_list: str | None, class_counts: str | None,
-        thresholds: Sequence[int], source: dict) -> TrainingData:
+        thresholds: Sequence[int], source: dict, select_split: str | None = None) -> TrainingData:
     """Data of a source without an index, whose class counts come from a file or from one pass."""
     where, num_classes = f"--dataset {source['dataset']}", source['num_classes']
     if class_counts:
@@ -159,11 +169,26 @@ def _iterable_data(
     if not counts or min(counts) < 1:
         raise InputError(f'{where}: class {int(np.argmin(counts or [0]))} has no training image')
     train.reader = CheckedReader(train.reader, len(counts), where)
-    validation = load_images(val_split, val_list, **{**source, 'num_classes': len(counts)})
-    if isinstance(validation, IterableImageDataset):
-        validation.reader = evaluation_reader(validation.reader, len(counts), where)
+
+    def evaluated(split: str, list_path: str | None) -> ImageSet | IterableImageDataset:
+        images = load_images(split, list_path, **{**source, 'num_classes': len(counts)})
+        if isinstance(images, IterableImageDataset):
+            images.reader = evaluation_reader(images.reader, len(counts), where)
+        return images
+    validation = None if val_split == NO_SPLIT and select_split and not val_list else evaluated(val_split, val_list)
+    selected = evaluated(select_split, None) if select_split else None
     names = [str(c) for c in range(len(counts))]
-    return TrainingData(train, validation, None, names, Profile(tuple(counts), tuple(thresholds)))
+    return TrainingData(train, validation, selected, names, Profile(tuple(counts), tuple(thresholds)))
+
+
+def _check_select_split(select: str, holdout: float | None, train: str, validation: str) -> None:
+    """Raise an InputError if the images of `--select-split` are those of another split, or `--holdout` chooses, too."""
+    if holdout is not None:
+        raise InputError(f'--select-split {select}: its images choose the epoch, expected no --holdout, found {holdout:g}')
+    for option, other in (('--train-split', train), ('--val-split', validation)):
+        if select == other or any({select, other} <= names.keys() for names in (_TRAIN_SYNONYM, _EVAL_SYNONYM)):
+            raise InputError(f'--select-split {select}: is the split of {option} {other}, expected another one, such as '
+                             '--select-split val --val-split test')
 
 
 def load_images(

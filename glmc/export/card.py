@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from glmc.data.profiles import SHOT_NAMES, classes_without_images, pluralize
 from glmc.evaluation.text import shot_ranges
+from glmc.files import ESCAPED
 
 PATH_OPTIONS = ('--data-dir', '--train-list', '--val-list', '--class-map', '--class-counts', '--output', '--feature-cache',
                 '--initial-checkpoint', '--checkpoint')
@@ -33,7 +34,7 @@ def write_card(folder: Path) -> Path:
     metrics = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
     card = model_card(metrics, config, has_report=(folder / 'report.html').is_file(),
                       has_plots=(folder / 'plots' / 'accuracy.png').is_file())
-    (folder / 'README.md').write_text(card, encoding='utf-8')
+    (folder / 'README.md').write_text(card, **ESCAPED)
     return folder / 'README.md'
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from glmc.cli import Parser, run_script
 from glmc.errors import InputError, RunError, first_line
 from glmc.export.card import write_card
+from glmc.files import ESCAPED
 from glmc.models.backbone import create_backbone
 from glmc.models.exported import exported_form
 from glmc.training.checkpoint import load_checkpoint
@@ -70,7 +71,7 @@ def _write_files(
     config = dict(label_names=list(class_names), glmc=source, pretrained_cfg=dict(
         tag='glmc', license=source.get('license'), origin_url=None, paper_ids=None, hf_hub_id=None))
     save_config_for_hf(model, str(folder / 'config.json'), model_config=config, data_config=data_config)
-    (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', **ESCAPED)
     write_card(folder)
 
 

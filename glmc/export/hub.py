@@ -1,6 +1,8 @@
 """Upload of an export to the Hugging Face Hub.
 
-    python -m glmc.hub EXPORT ORG/NAME [--private] [--revision BRANCH]
+    python -m glmc.hub MODEL ORG/NAME [--private] [--revision BRANCH]
+
+MODEL is an export, a run folder, or a checkpoint, which is exported first.
 """
 import logging
 import os
@@ -18,8 +20,10 @@ from huggingface_hub.utils._http import default_client_factory
 
 from glmc.cli import Parser
 from glmc.config import repo_id
-from glmc.errors import InputError, first_line
+from glmc.errors import InputError, RunError, first_line
 from glmc.export.card import PLACEHOLDER
+from glmc.export.export import export_checkpoint
+from glmc.export.load import find_export, newest_checkpoint
 
 _logger = logging.getLogger(__name__)
 UPLOADED = ('config.json', 'model.safetensors', 'metrics.json', 'README.md', 'report.html', 'plots/*.png')
@@ -143,10 +147,26 @@ def warn_without_token() -> None:
         print('--push-to-hub: no token yet; set HF_TOKEN or run `hf auth login`, or push after the run', file=sys.stderr)
 
 
+def resolve_export(model: Path, temporary: Path) -> Path:
+    """Export folder of an export, of a run, or of a checkpoint.
+
+    Args:
+        model: Export folder, run folder, or file in one of them.
+        temporary: New folder for the export of a checkpoint.
+
+    Raises:
+        InputError: If a checkpoint cannot be read.
+    """
+    if model.is_file() and (model.parent / 'config.json').is_file():
+        return model.parent
+    checkpoint = model if model.is_file() else None if find_export(model) else newest_checkpoint(model)
+    return export_checkpoint(checkpoint, temporary) if checkpoint else find_export(model) or model
+
+
 def main() -> int:
     """Run `python -m glmc.hub` and return its exit code."""
     parser = Parser(prog='python -m glmc.hub', description='Upload an export to the Hugging Face Hub.')
-    parser.add_argument('export', type=Path, help='export folder')
+    parser.add_argument('export', type=Path, metavar='MODEL', help='export folder, run folder, or checkpoint')
     parser.add_argument('name', type=repo_id, help='ORG/NAME; created if it does not exist')
     parser.add_argument('--private', action='store_true', help='create a new repository as private')
     parser.add_argument('--revision', help='branch')
@@ -155,8 +175,10 @@ def main() -> int:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         args = parser.parse_args()
-        print(push_export(args.export, args.name, args.private, args.revision))
-    except (InputError, PushError) as error:
+        with tempfile.TemporaryDirectory() as temporary:
+            export = resolve_export(args.export, Path(temporary) / 'export')
+            print(push_export(export, args.name, args.private, args.revision))
+    except (InputError, RunError, PushError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0

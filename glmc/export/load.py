@@ -1,5 +1,6 @@
 """Loading of trained models: export folder, run folder, checkpoint, Hub id, or a plain timm model."""
 import json
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,16 +8,19 @@ from pathlib import Path
 import torch
 from timm.data import resolve_input_data_config
 from timm.models._hub import download_from_hf
-from torch import nn
+from torch import Tensor, nn
 
 from glmc.config import PRECISIONS
 from glmc.data.lists import read_class_counts
 from glmc.errors import InputError, first_line
-from glmc.models.backbone import create_backbone, export_source
+from glmc.models.backbone import create_backbone, export_source, find_export
 from glmc.models.exported import exported_form
 from glmc.training.checkpoint import load_checkpoint
+from glmc.training.checkpoints import BEST
+from glmc.training.resume import epoch_checkpoints
 from glmc.training.state import trained_weights
 
+_logger = logging.getLogger(__name__)
 FLAGS = {'checkpoint': '--checkpoint', 'num_classes': '--num-classes', 'in_chans': '--in-chans', 'global_pool': '--gp'}
 
 
@@ -67,7 +71,10 @@ def load_trained(
         in_export = (path.parent / 'config.json').is_file()  # the weights file of an export
         trained = _load_export(str(path.parent)) if in_export else _load_checkpoint(path)
     elif path.is_dir() or ':' in name:
-        trained = _load_export(name)
+        checkpoint_of_run = None if ':' in name or find_export(path) else newest_checkpoint(path)
+        if checkpoint_of_run:
+            _logger.info(f'{name}: no export yet, loading {checkpoint_of_run}')
+        trained = _load_checkpoint(checkpoint_of_run) if checkpoint_of_run else _load_export(name)
     elif '/' in name:
         raise InputError(f'--model {name}: no such file or folder; a Hub model is hf-hub:ORG/NAME')
     else:
@@ -89,6 +96,19 @@ def _load_checkpoint(path: Path) -> TrainedModel:
     model.pretrained_cfg = {**model.pretrained_cfg, **export['data_config']}
     return TrainedModel(
         str(path), model, {}, export['class_names'], metadata, _conventional_classifier(task_state or {}))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Best checkpoint of a run on its held-out images, else the newest; None if there is none.
+
+    Args:
+        folder: Folder of a run, or of its checkpoints.
+    """
+    for place in (folder / 'checkpoints', folder):
+        best = [place / BEST] if (place / BEST).is_file() else []
+        if found := [*epoch_checkpoints(place), *best]:
+            return found[-1]
+    return None
 
 
 def _conventional_classifier(task_state: dict) -> nn.Linear | None:
@@ -184,11 +204,11 @@ def _check_options(trained: TrainedModel, **options) -> None:
                              f"{fixed['num_classes']} classes and {fixed['in_chans']} channels")
 
 
-def _set_input_size(trained: TrainedModel, img_size: int | None) -> None:
+def _set_input_size(trained: TrainedModel, img_size: int | list[int] | None) -> None:
     """Resize the position embedding of a model with a fixed input size, such as a vision transformer."""
     if img_size and hasattr(trained.model, 'set_input_size'):
         try:
-            trained.model.set_input_size((img_size, img_size))
+            trained.model.set_input_size((img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f'--img-size {img_size}: {trained.name} cannot take it: {first_line(error)}') from error
 
@@ -199,6 +219,22 @@ def _with_data_config(trained: TrainedModel, data_options: dict) -> TrainedModel
     except (ValueError, AssertionError) as error:
         raise InputError(f'--model {trained.name}: {first_line(error)}') from error
     return replace(trained, model=trained.model.eval(), data_config=data_config)
+
+
+@torch.inference_mode()
+def check_model(trained: TrainedModel) -> None:
+    """Raise an InputError unless the model maps a black image of its input size to (1, C) logits."""
+    channels, height, width = size = trained.data_config['input_size']
+    if channels not in (1, 3):
+        raise InputError(f'--model {trained.name}: found an input of {channels} channels, expected 1 or 3')
+    device = next(trained.model.parameters()).device
+    try:
+        logits = trained.model.eval()(torch.zeros(1, *size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f'--model {trained.name}, --img-size: cannot take an image of {height}x{width}: '
+                         f'{first_line(error)}') from error
+    if not trained.num_classes or not isinstance(logits, Tensor) or logits.shape != (1, trained.num_classes):
+        raise InputError(f'--model {trained.name}: expected a classifier, found a model without one')
 
 
 def training_counts(trained: TrainedModel, class_counts: str | None = None) -> list[int]:

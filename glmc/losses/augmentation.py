@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from glmc.models.classifier import no_autocast
+
 
 def implicit_augmentation(
         logits: Tensor, weight: Tensor, labels: Tensor, covariance: Tensor, shift: Tensor, variance: float | Tensor,
@@ -24,7 +26,7 @@ def implicit_augmentation(
         (B, C) s', with s'_y = s_y.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    with torch.autocast(logits.device.type, enabled=False):
+    with no_autocast(logits):
         weight, own = weight.to(dtype), weight.to(dtype)[labels]  # (C, D), (B, D)
         sigma = covariance.to(dtype)[labels]
         if sigma.ndim == 3:

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glmc.models.classifier import no_autocast
+
 
 def similarities(anchors: Tensor, candidates: Tensor, temperature: float) -> Tensor:
     """(N, M) dot products over T, in float32 or float64 whatever autocast says: 8 bits of bfloat16 err by 0.1 at T = 0.05.
@@ -15,7 +17,7 @@ def similarities(anchors: Tensor, candidates: Tensor, temperature: float) -> Ten
         temperature: T.
     """
     dtype = torch.promote_types(anchors.dtype, torch.float32)
-    with torch.autocast(anchors.device.type, enabled=False):
+    with no_autocast(anchors):
         return anchors.to(dtype) @ candidates.to(dtype).T / temperature
 
 

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glmc.models.classifier import no_autocast
+
 LARGEST_CONCENTRATION = 1e5
 ORDER = 32  # from which on five terms of the expansion are exact to 1e-9
 DEBYE = (  # coefficients of p^k, p^(k+2), … of the k-th term
@@ -63,7 +65,7 @@ def proco_logits(features: Tensor, means: Tensor, temperature: float) -> Tensor:
     Returns:
         (B, C) logits in the precision of the features, at least float32.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features):
         z, means = features.double(), means.detach().double()
         kappa = concentrations(means)
         cosines = z @ F.normalize(means, dim=1).T  # (B, C)

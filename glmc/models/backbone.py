@@ -28,9 +28,9 @@ _logger = logging.getLogger(__name__)
 
 
 def create_backbone(
-        name: str, num_classes: int | None = None, img_size: int | None = None, in_chans: int | None = None,
-        pretrained: bool = False, checkpoint_path: str | None = None, trained: bool = False, lora: dict | None = None,
-        experts: dict | None = None, **kwargs) -> nn.Module:
+        name: str, num_classes: int | None = None, img_size: int | list[int] | None = None,
+        in_chans: int | None = None, pretrained: bool = False, checkpoint_path: str | None = None, trained: bool = False,
+        lora: dict | None = None, experts: dict | None = None, **kwargs) -> nn.Module:
     """Create a timm model, with the image size for models that need it, and errors a user can act on.
 
     Weights of a file, a folder or the Hub are adapted as timm adapts its own: prefixes, the first convolution to the
@@ -40,7 +40,7 @@ def create_backbone(
     Args:
         name: timm architecture, `hf-hub:…` or `local-dir:…`.
         num_classes: C classes; None for the model's own.
-        img_size: Side in pixels; None for the model's own.
+        img_size: Side in pixels, or height and width; None for the model's own.
         in_chans: Image channels; None for the model's own.
         pretrained: Whether to start from the pretrained weights of `name`.
         checkpoint_path: Weights to start from instead, safetensors or tensors of `torch.save` (`--initial-checkpoint`).
@@ -110,13 +110,17 @@ def export_source(name: str, flag: str = '--model') -> str:
     Raises:
         InputError: If it is a folder without an export.
     """
-    path = Path(name)
-    if not path.is_dir():
+    if not Path(name).is_dir():
         return name
-    path = path if (path / 'config.json').is_file() else path / 'export'
-    if not (path / 'config.json').is_file():
+    export = find_export(Path(name))
+    if export is None:
         raise InputError(f'{flag} {name}: no config.json in this folder, expected an export or a run that has one')
-    return f'local-dir:{path}'
+    return f'local-dir:{export}'
+
+
+def find_export(folder: Path) -> Path | None:
+    """Export folder: the folder itself, or `export` in that of a run; None if there is none."""
+    return next((place for place in (folder, folder / 'export') if (place / 'config.json').is_file()), None)
 
 
 def _create_pretrained(name: str, kwargs: dict, flag: str) -> nn.Module:

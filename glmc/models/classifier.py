@@ -1,6 +1,6 @@
 """The classifier of a backbone: checks, changes, and modules with another classifier that folds into it."""
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from timm.models import get_model_input_config
@@ -105,12 +105,17 @@ def classifier_heads(model: nn.Module) -> list[nn.Module]:
     return list(classifier) if isinstance(classifier, (tuple, nn.ModuleList)) else [classifier]
 
 
+def no_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Compute in the precision of the tensors within the block; the meta device knows no other."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def in_float32(features: Tensor) -> Tensor:
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision('highest')  # not TensorFloat-32
         try:
-            with torch.autocast(features.device.type, enabled=False):
+            with no_autocast(features):
                 return forward(features.float())
         finally:
             torch.set_float32_matmul_precision(precision)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glmc.models.classifier import linear_classifier
+from glmc.models.classifier import linear_classifier, no_autocast
 
 
 class ProjectedModule(nn.Module):
@@ -64,7 +64,7 @@ def mlp(width: int, hidden: list[int], out: int, norm: bool) -> nn.Sequential:
 
 def unit(layers: nn.Module, features: Tensor) -> Tensor:
     """Outputs of layers scaled to norm 1; both in the precision of the layers' weights."""
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features):
         return F.normalize(layers(features.to(next(layers.parameters()).dtype)), dim=1)
 
 

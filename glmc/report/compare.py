@@ -7,6 +7,7 @@ from pathlib import Path
 from glmc.data.profiles import pluralize
 from glmc.errors import InputError, printable
 from glmc.evaluation.text import aligned
+from glmc.files import ESCAPED
 from glmc.report.figures import create_figures, render_figures
 from glmc.report.html import change, details, html_document, paragraph, section, table
 from glmc.report.pictures import display_name
@@ -63,7 +64,7 @@ def write_comparison(folder: Path, results: dict[str, dict]) -> Path:
                  figures,
                  section('Models and runs', table(('', *labels), metadata_rows(COMPARED, metrics, max_length=24)))]
         text = html_document(' · '.join(labels), f'{len(results)} results, {len(counts):,} classes', parts)
-        (folder / 'report.html').write_text(text, encoding='utf-8')
+        (folder / 'report.html').write_text(text, **ESCAPED)
     except OSError as error:
         raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
     return folder / 'report.html'

@@ -131,8 +131,9 @@ def next_steps(
     if tail and many is not None and many - metrics[tail] >= GAP:
         worst = ', '.join(result.name for result in results if result.group == tail and result.accuracy is not None
                           and result.accuracy < many)
-        steps.append(f'{tail.capitalize()}-shot classes are {many - metrics[tail]:.0f} points below many-shot ones. Try '
-                     f'--stage2 balanced_softmax, which takes seconds, and collect images of: {_shortened(worst)}.')
+        rebalance = '' if 'balanced_softmax' in metrics['method'] else 'Try --stage2 balanced_softmax, which takes seconds. '
+        steps.append(f'{tail.capitalize()}-shot classes are {many - metrics[tail]:.0f} points below many-shot ones. '
+                     f'{rebalance}Collect images of: {_shortened(worst)}.')
     if predictions is not None:
         pairs = [pair for pair in confused_pairs(predictions, 1) if pair[2] > 1]
         steps += [f'Compare the images of {display_name(names[a])} and {display_name(names[b])} '

@@ -14,6 +14,7 @@ from glmc.data.profiles import classes_without_images, pluralize
 from glmc.evaluation.metrics import Predictions, confused_pairs
 from glmc.evaluation.text import shot_legend
 from glmc.export.card import dataset_name, public_command, write_card
+from glmc.files import ESCAPED
 from glmc.report.diagnosis import ClassResult, class_results, diagnosis, failing, next_steps
 from glmc.report.figures import create_figures, render_figures, save_pictures
 from glmc.report.html import (
@@ -163,7 +164,7 @@ def _write_html(
                 section('Model and run', table(('', ''), metadata_rows(METADATA, [metrics]))))]
     title = ' · '.join(filter(None, (metrics['model'], metrics.get('method'))))
     subtitle = f"Evaluated on {metrics['num_images']:,} images of {metrics['evaluated_on']}, {len(names):,} classes"
-    (folder / 'report.html').write_text(html_document(title, subtitle, parts), encoding='utf-8')
+    (folder / 'report.html').write_text(html_document(title, subtitle, parts), **ESCAPED)
 
 
 def _summary(metrics: dict, names: Sequence[str]) -> list[str]:

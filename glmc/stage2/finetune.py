@@ -20,6 +20,7 @@ from glmc.errors import InputError
 from glmc.evaluation.priors import resolve_prior
 from glmc.evaluation.text import aligned, mean_std
 from glmc.export.export import export_model
+from glmc.files import ESCAPED, NAMES
 from glmc.models.classifier import linear_classifier, set_classifier
 from glmc.run_folder import provenance, write_tables
 from glmc.stage2.classifiers import PROBE, Classifier, Linear, Stage1
@@ -184,7 +185,7 @@ def check_stage2(
     if not isinstance(data.train, ImageSet):
         raise InputError(f'--stage2 {names}: needs a training set with an index')
     if stage2_holdout is not None and _has_unseen_holdout(data):
-        _logger.warning('--stage2-holdout has no effect with --holdout, whose images choose')
+        _logger.warning('--stage2-holdout has no effect with --holdout or --select-split, whose images choose')
     elif stage2_holdout is None and encoder_only and not _has_unseen_holdout(data) and max(data.profile.counts) > 1:
         split = stratified_split(data.train.labels, HOLDOUT, data.train.class_names, seed)
     elif stage2_holdout is not None:
@@ -214,7 +215,7 @@ def _write_classifier(
         'seconds': round(metrics.get('seconds', 0) + metadata['feature_seconds'] + seconds, 1)}
     own = folder / result.name
     own.mkdir(parents=True, exist_ok=True)
-    (own / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    (own / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', **ESCAPED)
     for place in (own, *([folder] if result is chosen else [])):
         write_tables(place, metrics, export['class_names'], result.predictions, images)
     if not result.is_exportable or chosen not in (None, result):
@@ -255,7 +256,7 @@ def write_results(path: Path, runs: dict[str, Sequence[Result]]) -> None:
         runs: User's name of the stage-1 model -> results.
     """
     run = provenance()
-    with open(path, 'w', newline='', encoding='utf-8') as file:
+    with open(path, 'w', newline='', **NAMES) as file:
         writer = csv.writer(file)
         writer.writerow(('model', 'classifier', *METRICS, 'heldout_class_mean', 'seconds', 'settings', 'commit', 'command'))
         for name, results in runs.items():

@@ -12,7 +12,7 @@ import yaml
 from glmc.cli import Options, parse_args
 from glmc.config import NOT_TRAINING, has_data, train_parser
 from glmc.errors import InputError
-from glmc.files import atomic_write
+from glmc.files import NAMES, atomic_write
 from glmc.methods import METHODS
 from glmc.run_folder import read_summary
 
@@ -132,7 +132,7 @@ def read_runs(path: Path) -> list[dict[str, str]]:
         InputError: If the file cannot be read, a column is missing, or a row has too many cells.
     """
     try:
-        with open(path, newline='', encoding='utf-8') as file:
+        with open(path, newline='', **NAMES) as file:
             reader = csv.DictReader(file, restval='')
             head, rows = reader.fieldnames or (), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -165,7 +165,7 @@ def write_runs(path: Path, rows: Iterable[dict]) -> None:
     merged = [new.pop((row['run'], row['seed']), row) for row in earlier] + list(new.values())
     columns = dict.fromkeys((*COLUMNS, *(name for row in merged for name in row)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+    with atomic_write(path) as temporary, open(temporary, 'w', newline='', **NAMES) as file:
         writer = csv.DictWriter(file, list(columns), restval='')
         writer.writeheader()
         writer.writerows(merged)

@@ -37,6 +37,7 @@ class Checkpoints:
         self.preemption, self.clock = Preemption(setup.accelerator.device), CheckpointClock(setup.args.checkpoint_interval)
         self.writer, self.started = CheckpointWriter(), time.time()
         self.meter, self.best, self.metrics = None, None, None  # the meter only inside an epoch
+        self.since_best = 0  # evaluations on the held-out images
 
     def resume(self, resume: str | None) -> Position:
         """Restore the checkpoint that `--resume` names, if there is one; returns the position of the next step."""
@@ -46,7 +47,7 @@ class Checkpoints:
         path, saved = found
         check_origin(path, saved, setup.description(), setup.args.method, setup.data.profile.fingerprint)
         meter = setup.state.restore(saved)
-        self.best, self.metrics = saved['best'], saved['metrics']
+        self.best, self.metrics, self.since_best = saved['best'], saved['metrics'], saved.get('since_best', 0)
         self.started -= saved['seconds']
         self.position = translate(Position(**saved['position']), self.position, self.steps)
         if meter is not None and self.position.step:
@@ -108,12 +109,22 @@ class Checkpoints:
         if self.preemption.request(False, at_once=True) is Request.STOP:
             self._stop()
 
+    def out_of_patience(self) -> bool:
+        """Whether as many evaluations as `--patience` says were no better than the best; logs it."""
+        patience, epoch = self.setup.args.patience, self.position.epoch
+        over = patience is not None and self.since_best >= patience and epoch < self.setup.num_epochs
+        if over:
+            _logger.info(f'Stopped after epoch {epoch} of {self.setup.num_epochs}: no better class mean in '
+                         f'{self.since_best} evaluations (--patience)')
+        return over
+
     def load_best(self) -> None:
         """Load the weights and the metrics of the best epoch on the held-out images."""
         state, ema = load_checkpoint(self.folder / BEST), self.setup.task.has_ema()
         self.setup.task.load_checkpoint_state(*trained_weights(state, ema), ema=ema)
         self.metrics = state['metrics']
-        _logger.info(f"Best on held-out images: epoch {self.metrics['epoch'] + 1}, class mean {state['best']:.2f}")
+        images = self.setup.args.select_split or 'held-out images'
+        _logger.info(f"Best on {images}: epoch {self.metrics['epoch'] + 1}, class mean {state['best']:.2f}")
 
     def seconds(self) -> float:
         """Seconds of the run so far, in all its processes one after the other."""
@@ -127,6 +138,7 @@ class Checkpoints:
         epoch = self.position.epoch + 1
         where = f'in epoch {epoch}' if epoch <= self.setup.num_epochs else 'after the last epoch'
         _logger.info(f'Stopped by {name} {where}, {message}')
+        _logger.info('Next: the same command with --resume auto continues')
         raise Preempted
 
     def _save_now(self) -> str:
@@ -142,11 +154,13 @@ class Checkpoints:
         self.metrics = setup.metadata(self.position.last_epoch, metrics, self.seconds())
         state = setup.state.capture(self.position, self.meter)
         self.clock.reset(self.position.step)
-        if not self.accelerator.is_main_process:
-            return path
         is_best = setup.data.holdout and metrics and (self.best is None or metrics['class_mean'] > self.best)
         self.best = metrics['class_mean'] if is_best else self.best
-        state.update(best=self.best, metrics=self.metrics, seconds=self.seconds(), description=setup.description())
+        self.since_best = 0 if is_best else self.since_best + bool(metrics)
+        if not self.accelerator.is_main_process:
+            return path
+        state.update(best=self.best, since_best=self.since_best)
+        state.update(metrics=self.metrics, seconds=self.seconds(), description=setup.description())
 
         def keep() -> None:
             if is_best:

@@ -7,15 +7,28 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 
 from glmc.config import PRECISIONS
 from glmc.errors import InputError, RunError, first_line
 
 _logger = logging.getLogger(__name__)
+LAUNCHERS = ('accelerate', 'accelerate-launch', 'torchrun', 'accelerate.commands.launch', 'torch.distributed.run')
+OFF = ('', '0', 'false', 'no', 'n', 'f', 'off')
+DDP = 'expected data parallelism (DDP), --multi_gpu'
+UNSUPPORTED = {  # variable of `accelerate launch` -> its flag and the way out
+    'ACCELERATE_USE_FSDP': f'--use_fsdp: FSDP is not supported, {DDP}',
+    'ACCELERATE_USE_DEEPSPEED': f'--use_deepspeed: DeepSpeed is not supported, {DDP}',
+    'ACCELERATE_USE_MEGATRON_LM': f'--use_megatron_lm: Megatron-LM is not supported, {DDP}',
+    'ACCELERATE_USE_TP': f'--use_tp: tensor parallelism is not supported, {DDP}',
+    'ACCELERATE_USE_PARALLELISM_CONFIG': f'--use_parallelism_config: other parallelism is not supported, {DDP}',
+    'ACCELERATE_DYNAMO_BACKEND': '--dynamo_backend: is not passed on, expected --torchcompile of train_glmc.py',
+    'ACCELERATE_GRADIENT_CLIPPING': '--gradient_clipping: is not passed on, expected --clip-grad of train_glmc.py',
+}
 
 
 def is_main_process() -> bool:
@@ -26,30 +39,42 @@ def is_main_process() -> bool:
 def create_accelerator(amp: bool = False, amp_dtype: str | None = None) -> Accelerator:
     """Accelerator for the processes, machines and precision that the launcher or the flags ask for.
 
-    Gradient accumulation is the engine's: a value in the environment is ignored. Running statistics of BatchNorm stay
-    apart during an epoch (`TrainingState.equalize_statistics`).
+    Gradient accumulation is the engine's (`launcher_accumulation`). Running statistics of BatchNorm stay apart during an
+    epoch (`TrainingState.equalize_statistics`).
 
     Args:
         amp: Mixed precision, in float16 unless `amp_dtype` says otherwise.
         amp_dtype: `float16`, `bfloat16`, or None for the launcher's choice.
 
     Raises:
-        InputError: If the device does not support the precision.
+        InputError: If the device does not support the precision, or the launcher asks for what is not supported.
     """
     warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated', FutureWarning)  # torch 2.14
+    for variable, problem in UNSUPPORTED.items():
+        if os.environ.get(variable, '').lower() not in OFF:
+            raise InputError(f'{variable}={os.environ[variable]}, {problem}')
     dtype = amp_dtype or ('float16' if amp else None)
     precision = next((name for name, known in PRECISIONS.items() if known == dtype), None)
+    launched = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no').lower()
+    flag = f'--amp-dtype {amp_dtype}' if amp_dtype else '--amp' if amp else f'ACCELERATE_MIXED_PRECISION={launched}'
+    if precision is None and launched not in PRECISIONS:
+        raise InputError(f'{flag}, --mixed_precision {launched}: is not supported, expected no, fp16 or bf16')
     try:
         accelerator = Accelerator(
             mixed_precision=precision, step_scheduler_with_optimizer=False,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     except (ValueError, RuntimeError) as error:
-        raise InputError(f'--amp-dtype {amp_dtype or "float16"}: {str(error).splitlines()[0]}') from error
+        raise InputError(f'{flag}: {first_line(error)}') from error
+    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':  # Accelerate would train in float32
+        raise InputError(f'{flag}: float16 needs a GPU, found a CPU; expected bfloat16 or no mixed precision')
+    if accelerator.distributed_type in (DistributedType.XLA, DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise InputError(f'accelerate launch: {accelerator.distributed_type.value} is not supported, expected data '
+                         'parallelism (DDP) on GPUs or CPUs')
     setup_logging(accelerator.is_main_process)
     atexit.register(end_processes)
     if accelerator.device.type == 'cpu':
-        _use_all_cores()
+        _set_threads()
     elif accelerator.device.type == 'cuda':
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision('high')
@@ -92,12 +117,60 @@ def setup_logging(main_process: bool) -> None:
     logging.getLogger('glmc').setLevel(logging.INFO if main_process else logging.ERROR)
 
 
-def _use_all_cores() -> None:
-    """Use all cores where `accelerate launch` has set OMP_NUM_THREADS=1, its default."""
-    launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
-    if launched and os.environ.get('OMP_NUM_THREADS') == '1':
-        local_processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local_processes, 1))
+def launcher_accumulation() -> int | None:
+    """Steps per update that `accelerate launch --gradient_accumulation_steps` or its variable asks for; None for one step.
+
+    Raises:
+        InputError: If the value is not a number of steps.
+    """
+    variable, flag = 'ACCELERATE_GRADIENT_ACCUMULATION_STEPS', 'gradient_accumulation_steps'
+    value = os.environ.get(variable) or _launcher_flag(flag) or '1'
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise InputError(f'{variable}, --{flag} {value}: expected a number >= 1')
+    return int(value) if int(value) > 1 else None
+
+
+def _launcher() -> psutil.Process | None:
+    """Process of `accelerate launch` or torchrun that has started this one; None if there is none, or it cannot be read."""
+    try:
+        return next((parent for parent in psutil.Process().parents() if any(
+            os.path.basename(word) in LAUNCHERS for word in parent.cmdline()[:4])), None)
+    except (psutil.Error, OSError):
+        return None
+
+
+def _launcher_flag(name: str) -> str | None:
+    """Value of a flag of the launcher, `--name VALUE` or `--name=VALUE` with _ or -; None if it was not given."""
+    launcher = _launcher()
+    words = launcher.cmdline() if launcher else []
+    for index, word in enumerate(words[2:], 2):
+        flag, _, value = word.partition('=')
+        if flag.startswith('--') and flag[2:].replace('-', '_') == name:
+            return value or words[index + 1]
+        if word.endswith('.py') or word.startswith('glmc.'):
+            break  # options of the script follow
+    return None
+
+
+def _set_threads() -> None:
+    """Use the cores that this process may use, by affinity and by the quota of its container, unless the user chose.
+
+    Launchers set OMP_NUM_THREADS themselves, so that the user's value is that of the launcher's own environment.
+    """
+    from joblib import cpu_count  # comes with scikit-learn
+
+    launched = 'ACCELERATE_MIXED_PRECISION' in os.environ or 'TORCHELASTIC_RUN_ID' in os.environ
+    chosen = os.environ.get('OMP_NUM_THREADS')
+    if launched:
+        launcher = _launcher()
+        if launcher is not None:
+            chosen = _launcher_flag('num_cpu_threads_per_process') or launcher.environ().get('OMP_NUM_THREADS')
+        elif chosen == '1':
+            chosen = None  # the default of the launchers
+        cores = max(cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1)
+        torch.set_num_threads(int(chosen) if chosen and chosen.isdigit() and int(chosen) else cores)
+    elif not chosen:
+        torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
 
 
 def device_name(device: torch.device) -> str:

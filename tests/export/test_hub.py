@@ -225,3 +225,16 @@ def test_a_failed_push_fails_no_run_and_prints_the_command(hub, client, script, 
 def test_the_command_that_pushes_again_is_quoted():
     assert push_command(Path('a b/export'), 'us/net', revision='v1') == (
         "python -m glmc.hub 'a b/export' us/net --revision v1")
+
+
+@pytest.mark.parametrize('place', ['.', 'export/model.safetensors', 'checkpoints/epoch-0001.safetensors', 'unfinished'])
+def test_runs_and_checkpoints_are_pushed_alike(place, hub, client, finished_run, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(finished_run, tmp_path / 'run')
+    if place == 'unfinished':
+        shutil.rmtree(run / 'export')
+        place = '.'
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    monkeypatch.setattr(sys, 'argv', ['glmc.hub', str(run / place), 'us/net'])
+    code = glmc.export.hub.main()
+    assert code == 0, capsys.readouterr().err
+    assert {'config.json', 'model.safetensors', 'metrics.json', 'README.md'} <= set(hub.files('us/net'))

@@ -152,8 +152,10 @@ def trained(method: str, compiler=lambda step: step, **options):
     step = compiler(TrainStep(task, mixer, nn.Identity()))
     for number in range(2):
         task.set_progress(number / 2)
-        step(views, labels, mixer.sample_params(8, size[1:], rng))['loss'].backward()
+        losses = step(views, labels, mixer.sample_params(8, size[1:], rng))
+        losses['loss'].backward()
         optimizer.step()
+        task.after_batch(losses)
         optimizer.zero_grad()
         task.update_ema(number)
     return task, optimizer, before

@@ -76,13 +76,15 @@ def test_classes_come_worst_first_and_unmeasured_last():
 
 def test_next_steps_follow_from_the_result():
     metrics, predictions = result_of([(3, 0, 0.95)] * 3 + right(0, 6) + right(2, 2))
-    metrics['ece'] = 14.0
+    metrics.update(ece=14.0, method='ce')
     steps = next_steps(metrics, NAMES, class_results(metrics, NAMES, predictions), predictions, Path('out/a run'))
     assert [step.split(':')[0] for step in steps] == [
-        'Few-shot classes are 50 points below many-shot ones. Try --stage2 balanced_softmax, which takes seconds, and '
-        'collect images of', 'Compare the images of dog and ant (3 mistakes)',
+        'Few-shot classes are 50 points below many-shot ones. Try --stage2 balanced_softmax, which takes seconds. '
+        'Collect images of', 'Compare the images of dog and ant (3 mistakes)',
         'Check the labels of 3 mistakes with a confidence as high as that of correct images; predictions.csv has file and '
         'probability of each.', 'Do not use probabilities as they are', 'Add test images',
         'Do not rely on the accuracy of single classes', 'Predict your images']
     assert steps[0].endswith(': dog.') and steps[4].endswith('bee.') and "'out/a run' my_photos" in steps[-1]
     assert next_steps({**metrics, 'few': 85.0, 'ece': 1.0, 'per_class_images': [5] * 4}, NAMES, []) == []
+    again = next_steps({**metrics, 'method': 'ce + balanced_softmax'}, NAMES, class_results(metrics, NAMES, predictions))
+    assert again[0].startswith('Few-shot classes are 50 points below many-shot ones. Collect images of: dog')

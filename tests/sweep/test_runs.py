@@ -109,7 +109,7 @@ def test_other_rows_and_columns_are_kept(tmp_path):
     assert read_runs(path) == rows and [file.name for file in path.parent.iterdir()] == ['runs.csv']
 
 
-@pytest.mark.parametrize('content', ['', 'name,kills\na,1\n', 'run,seed\na,0,7\n', b'run,seed\n\xff\xfe,0\n'])
+@pytest.mark.parametrize('content', ['', 'name,kills\na,1\n', 'run,seed\na,0,7\n', 'run,seed\na,0\n'.encode('utf-16')])
 def test_another_file_is_refused_and_unchanged(tmp_path, content):
     path = tmp_path / 'x.csv'
     path.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -95,7 +95,8 @@ def test_a_signal_to_the_whole_group_saves_and_exits_with_75(number, running, tm
     os.killpg(process.pid, number)
     assert process.wait(60) == 75
     log = (tmp_path / 'err.txt').read_text()
-    assert re.search(rf'Stopped by {signal.Signals(number).name} in epoch \d+, saved as .*\.safetensors\n$', log), log
+    assert re.search(rf'Stopped by {signal.Signals(number).name} in epoch \d+, saved as .*\.safetensors\n'
+                     'Next: the same command with --resume auto continues\n$', log), log
     path, state = load_newest(tmp_path / 'run')
     assert str(path) in log
     steps = [(int(epoch), int(step)) for epoch, step in re.findall(r'Train: (\d+) \[ *(\d+)/', log)]
@@ -436,3 +437,12 @@ def test_first_readable_takes_the_next_of_the_class():
     assert bad.names() == ['a', 'd', 'e']
     with pytest.raises(InputError):
         bad.first_readable(1, use({1, 3}))
+
+
+@pytest.mark.parametrize('words', [('train_glmc.py',), ('validate_glmc.py',), ('-m', 'glmc.predict')])
+def test_ctrl_c_during_the_imports_is_one_line(words, tmp_path):
+    (tmp_path / 'timm').mkdir()
+    (tmp_path / 'timm' / '__init__.py').write_text('raise KeyboardInterrupt')  # where a user's Ctrl-C arrives
+    words = [ROOT / word if word.endswith('.py') else word for word in words]
+    outcome = run_command(sys.executable, *words, PYTHONPATH=f'{tmp_path}:{ROOT}', cwd=tmp_path)
+    assert outcome == (130, '', 'interrupted\n')
