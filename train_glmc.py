@@ -33,7 +33,7 @@ from glmc.export.export import export_model
 from glmc.export.hub import try_push, warn_without_token
 from glmc.files import disk_is_full
 from glmc.methods import METHODS
-from glmc.models.lora import merge_adapters
+from glmc.models.exported import exported_form
 from glmc.report.pictures import mixed_views
 from glmc.report.report import ReportInputs, classifier_norms, try_report
 from glmc.report.trackers import finish_trackers, log_pictures, log_row, require_trackers, start_trackers
@@ -92,7 +92,7 @@ def start_heads(setup: Setup, folder: RunFolder) -> None:
     args, images, cache = setup.args, setup.data.train, Path(setup.args.feature_cache or folder.path / 'features')
     if setup.bad_images is not None:
         images, _ = readable_subset(images, args.workers)
-    encoder = merge_adapters(setup.task.get_eval_model())  # which gives the features of the pretrained weights
+    encoder = exported_form(setup.task.get_eval_model())  # which gives the features of the pretrained weights
     features = Extractor(
         encoder, data_config=setup.data_config, augmentation=setup.augmentation, cache=cache,
         accelerator=setup.accelerator, **pick(args, ('batch_size', 'workers', 'seed')))(images)
@@ -139,10 +139,11 @@ def finish(setup: Setup, checkpoints: Checkpoints, folder: RunFolder) -> None:
             checkpoints.metrics = setup.metadata(
                 checkpoints.metrics['epoch'], metrics, checkpoints.seconds(), args.val_split)
     predictions = setup.evaluator.predictions(accelerator.num_processes > 1)
+    references = setup.evaluate_references()
     end_processes()
     if not accelerator.is_main_process:
         return
-    metrics, export = checkpoints.metrics, setup.description()['export']
+    metrics, export = {**checkpoints.metrics, **references}, setup.description()['export']
     try:
         exported = export_model(folder.path / 'export', setup.eval_model, metrics=metrics, **export)
     except OSError as error:

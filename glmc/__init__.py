@@ -16,7 +16,7 @@ if ''.join(sys.argv[:1]).endswith('_glmc.py') or any(word.startswith('glmc.') fo
     sys.excepthook = _end_on_interrupt  # in the scripts and `python -m glmc.…` only
 
 if {'-h', '--help', '--help-all'}.isdisjoint(sys.argv[1:]):  # a help needs no torch, whose import takes seconds
-    from glmc import models as _models  # noqa: F401  registers resnet32_cifar and resnet32x4_cifar in timm
+    from glmc import models as _models  # noqa: F401  registers its nets in timm
 
 __version__ = '0.1.0'
 

@@ -21,6 +21,8 @@ from glmc.models.bilateral import BilateralModule
 from glmc.models.cosine import CosineGLMCModule, CosineModule
 from glmc.models.glmc import GLMCModule
 from glmc.models.projected import ProjectedModule
+from glmc.models.two_heads import TwoHeadsModule
+from glmc.tasks.augmentation import SemanticAugmentationTask
 from glmc.tasks.bilateral import BilateralTask
 from glmc.tasks.contrastive import (
     BalancedContrastTask,
@@ -30,13 +32,26 @@ from glmc.tasks.contrastive import (
     SupConTask,
     TargetedTask,
 )
+from glmc.tasks.distillation import SelfSupervisedTask, SoftLabelTask
+from glmc.tasks.experts import BalancedExpertsTask, DiverseExpertsTask
 from glmc.tasks.glmc import CosineGLMCTask, GLMCTask
+from glmc.tasks.proco import ProbabilisticContrastTask
 from glmc.tasks.single_view import CosineTask, SingleViewTask, WeightBalancingTask
 
 
 def bare(backbone: nn.Module) -> nn.Module:
     """The backbone itself."""
     return backbone
+
+
+def plain_net() -> dict:
+    """Arguments of `create_backbone` for the named net itself."""
+    return {}
+
+
+def several_experts(experts: int, expert_width: float, cosine_scale: float) -> dict:
+    """Arguments of `create_backbone` for experts with cosine classifiers."""
+    return dict(experts=dict(num_experts=experts, width=expert_width, cosine_scale=cosine_scale))
 
 
 def cross_entropy(counts: Sequence[int], smoothing: float = 0.0) -> nn.Module:
@@ -92,7 +107,8 @@ class Method:
         task: (module, counts, **options) -> task: model and loss.
         module: (backbone, **options) -> the module that is trained.
         mixer: (counts, **options) -> mixer: views and labels to input and target of the task.
-        task_options, module_options, mixer_options: Names of the options that each takes.
+        backbone: (**options) -> further arguments of `create_backbone`.
+        task_options, module_options, mixer_options, backbone_options: Names of the options that each takes.
         state_options: Those of them that shape the state of the task, which a resumed run must share.
         defaults: Option values that differ from those of other methods; published, except for GLMC's.
         paired: Whether each image comes with a partner.
@@ -104,9 +120,11 @@ class Method:
     task: Callable[..., TrainingTask]
     module: Callable[..., nn.Module] = bare
     mixer: Callable[..., ViewMixer] = ViewMixer
+    backbone: Callable[..., dict] = plain_net
     task_options: tuple[str, ...] = ()
     module_options: tuple[str, ...] = ()
     mixer_options: tuple[str, ...] = ()
+    backbone_options: tuple[str, ...] = ()
     state_options: tuple[str, ...] = ()
     defaults: Mapping = field(default_factory=dict)
     paired: bool = False
@@ -118,7 +136,7 @@ class Method:
     def options(self) -> set[str]:
         """Names of all options that this method uses and another may not."""
         views = {'view_augmentation'} if set(self.views) & PUBLISHED_VIEWS else set()
-        return {*self.task_options, *self.module_options, *self.mixer_options} | views
+        return {*self.task_options, *self.module_options, *self.mixer_options, *self.backbone_options} | views
 
     def class_prior(self, counts: Sequence[int], options: Mapping) -> str | list[float]:
         """Class prior that the exported classifier embodies: `train`, `uniform`, or C probabilities.
@@ -150,6 +168,10 @@ QUERY_AND_KEY = dict(
     module=ProjectedModule, module_options=PROJECTOR, mixer=PickingMixer, mixer_options=('queue_size',),
     state_options=('queue_size',), views=('plain', 'plain'),
     defaults=dict(projection_dim=128, contrast_temperature=0.07, stage2='crt'))
+EXPERTS = dict(backbone=several_experts, backbone_options=('experts', 'expert_width', 'cosine_scale'))
+RIDE = dict(
+    task=DiverseExpertsTask, task_options=(*DEFERRED, 'ldam_margin', 'cosine_scale', 'diversity_weight', 'diversity_eta'),
+    prior=effective_prior, **EXPERTS)
 # Ours, for short runs, chosen at 15 epochs (results/README.md); the recipes in hparams/ have the published values.
 SHORT_VIEWS = dict(mix_beta=0.2, cutmix_lambda='area')
 SHORT_RUN = dict(SHORT_VIEWS, alpha_scope='encoder')
@@ -245,6 +267,33 @@ METHODS = {
     'tsc': Method(
         summary='KCL, then classes drawn to evenly spread targets (arXiv 2111.13998)',
         task=TargetedTask, task_options=(*POSITIVES, 'target_weight'), prior=uniform_prior, **QUERY_AND_KEY),
+    'ride': Method(
+        summary='experts on a shared stem, with margins and pushed apart (arXiv 2010.01809)',
+        defaults=dict(expert_width=0.75), **RIDE),
+    'ride_cmo': Method(
+        summary='RIDE on the pasted images of CMO (arXiv 2112.00412)',
+        mixer=CMOMixer, mixer_options=(*MIXTURE, 'mixup_prob'), paired=True,
+        defaults=dict(expert_width=0.75, resample_power=1.0, mixup_prob=0.5, cutmix_lambda='area'), **RIDE),
+    'balpoe': Method(
+        summary='experts for the training prior, a uniform one and the reverse, with MixUp (arXiv 2206.05260)',
+        task=BalancedExpertsTask, task_options=('adjustment_tau',), mixer=BatchMixup,
+        mixer_options=('mix_beta', 'mixup_prob'), defaults=dict(mix_beta=0.4), prior=adjusted_prior, **EXPERTS),
+    'ssd_features': Method(
+        summary='cross-entropy and a self-supervised term, then a scaled classifier in stage 2 (SSD; arXiv 2109.04075)',
+        task=SelfSupervisedTask, task_options=('contrast_temperature', *KEYED), state_options=('queue_size',),
+        module=ProjectedModule, module_options=PROJECTOR, views=('plain', 'sim_blur'),
+        defaults=dict(projection_dim=128, contrast_temperature=0.2, stage2='lws')),
+    'ssd': Method(
+        summary='student of hard labels and of the soft ones of --teacher (SSD; arXiv 2109.04075)',
+        task=SoftLabelTask, task_options=('teacher', 'distill_temperature'), module=TwoHeadsModule, prior=uniform_prior),
+    'risda': Method(
+        summary='class weights, and features augmented by covariances of confused classes (arXiv 2112.07928)',
+        task=SemanticAugmentationTask, task_options=(*DEFERRED, 'isda_variance', 'isda_shift'), prior=effective_prior),
+    'proco': Method(
+        summary='Balanced Softmax, and contrast with a distribution of each class (arXiv 2403.06726)',
+        task=ProbabilisticContrastTask, task_options=CONTRAST, module=partial(ProjectedModule, norm=True),
+        module_options=PROJECTOR, views=('strong', 'sim', 'sim'),
+        defaults=dict(projection_dim=128, projection_hidden=512, contrast_weight=1.0), prior=uniform_prior),
 }
 
 

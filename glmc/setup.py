@@ -40,8 +40,9 @@ from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.methods import METHODS, unused_method_options
 from glmc.models.backbone import create_backbone
 from glmc.models.classifier import linear_classifier
+from glmc.models.exported import exported_form
 from glmc.models.freeze import freeze, frozen_norms
-from glmc.models.lora import adapters, merge_adapters
+from glmc.models.lora import adapters
 from glmc.run_folder import provenance
 from glmc.training.engine import TrainStep, evaluate, train_one_epoch
 from glmc.training.launch import device_name, launcher_accumulation
@@ -170,6 +171,7 @@ class Setup:
         self.model_options = dict(
             name=args.model, num_classes=len(counts), img_size=args.img_size, in_chans=args.in_chans, drop_rate=args.drop,
             drop_path_rate=args.drop_path, global_pool=args.gp, **args.model_kwargs)
+        self.model_options.update(self.method.backbone(**pick(args, self.method.backbone_options)))
         if args.lora_rank:
             self.model_options['lora'] = dict(rank=args.lora_rank, targets=args.lora_targets)
         backbone = create_backbone(
@@ -186,10 +188,12 @@ class Setup:
                 backbone, pick(args, ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')))
         except ValueError as error:
             raise InputError(f'--mean, --std: {error}') from error
+        mean_and_std = {name: self.data_config[name] for name in ('mean', 'std')}
+        backbone.pretrained_cfg = {**backbone.pretrained_cfg, **mean_and_std}  # a teacher has its own
         model = self.method.module(backbone, **pick(args, self.method.module_options))
         adapted = adapters(backbone)
         in_adapters = sum(p.numel() for layer in adapted.values() for p in layer.parameters() if p.requires_grad)
-        self.num_parameters = sum(p.numel() for p in backbone.parameters()) - in_adapters  # those of the export
+        self.num_parameters = sum(p.numel() for p in exported_form(backbone).parameters())
         if args.sync_bn:
             model = convert_sync_batchnorm(model)
         if args.channels_last:
@@ -307,7 +311,7 @@ class Setup:
     @property
     def eval_model(self) -> torch.nn.Module:
         """The backbone that is evaluated and exported: of the average of the weights, if there is one, without adapters."""
-        return merge_adapters(self.task.get_eval_model(ema=self.task.has_ema()))
+        return exported_form(self.task.get_eval_model(ema=self.task.has_ema()))
 
     @property
     def conventional(self) -> torch.nn.Linear | None:
@@ -320,8 +324,15 @@ class Setup:
         Running statistics of all processes become equal.
         """
         self.state.equalize_statistics(self.args.dist_bn == 'reduce')
-        model = self.eval_model if average else merge_adapters(self.task.get_eval_model())
+        model = self.eval_model if average else exported_form(self.task.get_eval_model())
         return evaluate(self.accelerator, model, loader, self.evaluator, between=between)
+
+    def evaluate_references(self) -> dict[str, float]:
+        """Top-1 accuracy in % of the models that the task compares with, as `NAME_top1`."""
+        loader = self.val_loader or self.epoch_loader
+        models = self.task.reference_models(ema=self.task.has_ema())
+        return {f'{name}_top1': evaluate(self.accelerator, model, loader, self.evaluator)['top1']
+                for name, model in models.items()}
 
     def readable_data(self) -> TrainingData:
         """The data without training images that could not be decoded."""

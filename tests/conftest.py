@@ -124,6 +124,21 @@ def in_two_processes(function: Callable[[int], object], tmp_path: Path) -> list:
     return [found[rank] for rank in range(2)]
 
 
+def assert_same(ours: Callable, loop: Callable, *inputs: torch.Tensor) -> None:
+    """Two functions have the same value, and the same gradients for all inputs."""
+    results = []
+    for function in (ours, loop):
+        leaves = [each.clone().requires_grad_() for each in inputs]
+        value = function(*leaves)
+        value.backward()
+        results.append((value.detach(), [leaf.grad for leaf in leaves]))
+    (value, grads), (expected, expected_grads) = results
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    for grad, same in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(torch.zeros(()).double() if grad is None else grad,
+                                   torch.zeros(()).double() if same is None else same, rtol=1e-9, atol=1e-11)
+
+
 @pytest.fixture(scope='session')
 def folders(tmp_path_factory) -> Path:
     """An image folder: train/ with 14, 7 and 4 images, validation/ with 13."""

@@ -374,6 +374,7 @@ REFUSED = {  # command line -> start of the error
     '--lora-rank 4': '--lora-rank 4: adapts pretrained weights, expected --pretrained or --initial-checkpoint',
     '--lora-rank 4 --pretrained --freeze stem.*': '--lora-rank 4: freezes all but the adapters and the classifier',
     '--lora-rank 4 --pretrained --sync-bn': '--sync-bn: not with --lora-rank, which freezes BatchNorm',
+    '--expert-width 0.5 --pretrained': '--expert-width 0.5: pretrained weights have the full width, expected',
     '--patience 3': '--patience 3: no images choose the epoch, expected --holdout or --select-split',
     '--warmup-epochs 5 --epochs 5': '--warmup-epochs 5: as long as the run of 5 epochs, expected fewer, or --warmup-prefix',
     '--warmup-epochs 2 --warmup-lr 0.5': '--warmup-lr 0.5: above the learning rate 0.1 that the warm-up leads to',

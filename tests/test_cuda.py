@@ -33,10 +33,11 @@ class Batches(list):
 
 def new_step(name: str, device: str, **options) -> TrainStep:
     method, (args, _) = METHODS[name], parse_args(train_parser(METHODS), ['--method', name])
-    vars(args).update(options)
+    vars(args).update({'teacher': create_backbone('resnet32_cifar', len(COUNTS), depth=1), **options})
     torch.manual_seed(0)
-    module = method.module(create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1),
-                           **pick(args, method.module_options))
+    backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1,
+                               **method.backbone(**pick(args, method.backbone_options)))
+    module = method.module(backbone, **pick(args, method.module_options))
     task = method.task(module, COUNTS, **pick(args, method.task_options))
     mixer = method.mixer(COUNTS, **pick(args, method.mixer_options))
     return TrainStep(task, mixer, Normalize((0.5,) * 3, (0.25,) * 3)).to(device).train()

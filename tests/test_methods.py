@@ -20,6 +20,14 @@ from glmc.training.checkpoint import load_checkpoint
 from glmc.training.engine import TrainStep, step_generator, train_one_epoch
 
 COUNTS = [50, 30, 12, 3]
+
+
+def small_teacher() -> torch.nn.Module:
+    """Net of random weights, as the teacher of rows that have one."""
+    torch.manual_seed(1)
+    return create_backbone('resnet32_cifar', len(COUNTS), channels=(4, 8, 8), depth=1)
+
+
 GOLDEN = {  # loss of the second of two steps, with the options' defaults
     'ce': 0.592514,
     'mixup': 0.724316,
@@ -44,6 +52,13 @@ GOLDEN = {  # loss of the second of two steps, with the options' defaults
     'gpaco': 23.439682,
     'kcl': 4.780641,
     'tsc': 4.975794,
+    'ride': 13.544130,
+    'ride_cmo': 114.662834,
+    'ssd_features': 3.158147,
+    'ssd': 1.377395,
+    'risda': 0.588033,
+    'proco': 1.734794,
+    'balpoe': 6.122658,
 }
 PUBLISHED = dict(mix_beta=1.0, cutmix_lambda='nominal', alpha_scope='losses')  # what GLMC's defaults here are not
 GOLDEN_AS_PUBLISHED = {
@@ -56,9 +71,11 @@ GOLDEN_AS_PUBLISHED = {
 def golden_losses(name: str, compiler=lambda step: step, steps: int = 2, **changed) -> list[float]:
     """Losses of SGD steps on random images, through all parts of a row."""
     method, (options, _) = METHODS[name], parse_args(train_parser(METHODS), ['--method', name])
+    changed = {'teacher': small_teacher(), **changed}
     vars(options).update({'drw_start': 0.5, 'queue_size': 11, **changed})  # the second step is in its time; the queue wraps
     torch.manual_seed(0)
-    backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1)
+    backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1,
+                               **method.backbone(**pick(options, method.backbone_options)))
     module = method.module(backbone, **pick(options, method.module_options))
     task = method.task(module, COUNTS, **pick(options, method.task_options)).train()
     mixer = method.mixer(COUNTS, **pick(options, method.mixer_options))
@@ -132,7 +149,8 @@ OTHER_VALUES = dict(
     mix_beta=0.3, cutmix_lambda='area', partner='batch', joint_forward=True, mixup_prob=0.1,
     focal_gamma=0.5, effective_beta=0.9, drw_start=0.9, adjustment_tau=0.5, ldam_margin=0.1, cosine_scale=10.0,
     projection_hidden=9, contrast_temperature=0.4, contrast_weight=2.0, queue_size=3, key_momentum=0.1, positives=1,
-    target_weight=2.0)
+    target_weight=2.0, experts=2, expert_width=0.5, diversity_weight=-0.1, diversity_eta=0.5,
+    distill_temperature=4.0, isda_variance=9.0, isda_shift=9.0)
 
 
 @pytest.mark.parametrize('name, option', [
@@ -224,7 +242,9 @@ def test_a_batch_that_is_not_finite_spoils_no_state(name, script):
     """State of model and task, and its average, after an epoch with such a batch."""
     AcceleratorState._reset_state(True)
     row, (options, _) = METHODS[name], parse_args(train_parser(METHODS), ['--method', name, '--queue-size', '11'])
-    backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1)
+    options.teacher = small_teacher()
+    backbone = create_backbone('resnet32_cifar', len(COUNTS), channels=(8, 12, 16), depth=1,
+                               **row.backbone(**pick(options, row.backbone_options)))
     task = row.task(row.module(backbone, **pick(options, row.module_options)), COUNTS, **pick(options, row.task_options))
     step = TrainStep(task, row.mixer(COUNTS, **pick(options, row.mixer_options)), torch.nn.Identity())
     images = 2 if row.paired else 1
@@ -245,14 +265,22 @@ RUN = [*TINY, '--epochs', '2', '--drw-start', '0.5', '--partner', 'sampler', '--
 IN_TWO_PROCESSES = ('ldam_drw', 'bbn')  # without -m slow: modules of another form, one and two images a draw
 
 
+@pytest.fixture
+def extra(request, finished_run):
+    """Further options of a row: a teacher."""
+    def options(name: str) -> tuple:
+        return ('--teacher', finished_run) if 'teacher' in METHODS[name].task_options else ()
+    return options
+
+
 def same_export(one, two) -> bool:
     first, second = (load_file(run / 'export' / 'model.safetensors') for run in (one, two))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize('name', METHODS)
-def test_a_row_trains_resumes_and_exports_a_plain_model(name, script, folders, tmp_path):
-    options = (*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path)
+def test_a_row_trains_resumes_and_exports_a_plain_model(name, script, folders, extra, tmp_path):
+    options = (*RUN, '--method', name, *extra(name), '--data-dir', folders, '--output', tmp_path)
     outcome = script(*options, '--experiment', 'run')
     assert outcome.code == 0, outcome.err
     shutil.copytree(tmp_path / 'run', tmp_path / 'again')
@@ -269,7 +297,7 @@ def test_a_row_trains_resumes_and_exports_a_plain_model(name, script, folders, t
     assert config['prior'] == row.class_prior(config['profile']['class_counts'], pick(options, row.options))
 
 
-@pytest.mark.parametrize('name', ['bcl', 'paco', 'gpaco', 'kcl', 'tsc'])
+@pytest.mark.parametrize('name', ['bcl', 'paco', 'gpaco', 'kcl', 'tsc', 'ssd_features', 'risda', 'proco'])
 def test_a_row_with_state_resumes_within_an_epoch(name, script, folders, tmp_path):
     """From the second step of the last epoch, when the queue has wrapped around; `tsc` has its targets."""
     options = (*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--checkpoint-interval', '1',
@@ -296,7 +324,8 @@ def test_a_queue_of_another_size_is_not_resumed(script, folders, tmp_path):
     assert outcome.code == 2 and 'was trained with queue_size 20, this run has 30' in outcome.err
 
 
-@pytest.mark.parametrize('name', ['ce', 'ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'bcl', 'paco', 'tsc'])
+@pytest.mark.parametrize('name', [
+    'ce', 'ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'bcl', 'paco', 'tsc', 'risda', 'proco'])
 def test_the_best_average_is_what_is_exported_and_reported(name, script, folders, tmp_path):
     outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--experiment', 'run', '--report',
                      '--holdout', '1', '--model-ema', '--model-ema-decay', '0.5')
@@ -309,16 +338,16 @@ def test_the_best_average_is_what_is_exported_and_reported(name, script, folders
 
 @pytest.mark.parametrize('name', [
     name if name in IN_TWO_PROCESSES else pytest.param(name, marks=pytest.mark.slow) for name in METHODS])
-def test_a_row_runs_in_two_processes(name, folders, tmp_path):
+def test_a_row_runs_in_two_processes(name, folders, extra, tmp_path):
     launcher = ('--multi_gpu', '--num_processes', '2', '--mixed_precision', 'no', '--main_process_port', str(free_port()))
-    outcome = launch_train(*RUN, '--batch-size', '4', '--method', name, '--data-dir', folders, '--output', tmp_path,
-                           '--experiment', 'run', launcher=launcher)
+    outcome = launch_train(*RUN, '--batch-size', '4', '--method', name, *extra(name), '--data-dir', folders,
+                           '--output', tmp_path, '--experiment', 'run', launcher=launcher)
     assert outcome.code == 0, outcome.err
     metrics = json.loads((tmp_path / 'run' / 'export' / 'metrics.json').read_text())
     assert metrics['processes'] == 2 and metrics['num_images'] == 13
 
 
-@pytest.mark.parametrize('name', ['ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'supcon', 'kcl'])
+@pytest.mark.parametrize('name', ['ldam_drw', 'bbn', 'weight_balancing', 'glmc_cosine', 'supcon', 'kcl', 'ssd', 'risda'])
 def test_a_row_that_needs_a_linear_classifier_says_so(name, script, folders, tmp_path):
     outcome = script(*RUN, '--method', name, '--data-dir', folders, '--output', tmp_path, '--model', 'levit_128s',
                      '--img-size', '64')

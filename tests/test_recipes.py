@@ -17,7 +17,8 @@ from glmc.stage2.select import parse_classifiers
 
 HPARAMS = Path(__file__).parents[1] / 'hparams'
 CUSTOM = 'custom'  # ours, for data of one's own
-ROWS = ('supcon', 'bcl', 'paco', 'gpaco', 'kcl', 'tsc')  # rows of other methods that have recipes of their own
+ROWS = ('supcon', 'bcl', 'paco', 'gpaco', 'kcl', 'tsc', 'ride', 'ride_cmo', 'balpoe', 'ssd_features', 'ssd', 'risda',
+        'proco')  # rows of other methods that have recipes of their own
 OTHERS = [f'{data}_{row}' for data in ('cifar100_lt_if100', 'imagenet_lt') for row in ROWS]
 RECIPES = sorted(path.stem for path in HPARAMS.glob('*.yaml') if path.stem not in (CUSTOM, 'pretrained', *OTHERS))
 
@@ -190,18 +191,35 @@ OTHER_TABLE = {
     'imagenet_lt_gpaco': (R50, 400, 128, 0.04, 5e-4, 0.2, 128),
     'imagenet_lt_kcl': (R50, 200, 256, 0.1, 1e-4, 0.07, 128),
     'imagenet_lt_tsc': (R50, 400, 256, 0.1, 1e-4, 0.07, 128),
+    'cifar100_lt_if100_ride': (R32, 200, 128, 0.1, 5e-4, 0.1, 256),
+    'cifar100_lt_if100_ride_cmo': (R32, 200, 128, 0.1, 5e-4, 0.1, 256),
+    'cifar100_lt_if100_balpoe': (R32, 200, 128, 0.1, 5e-4, 0.1, 256),
+    'cifar100_lt_if100_ssd_features': (R32, 200, 128, 0.1, 5e-4, 0.2, 128),
+    'cifar100_lt_if100_ssd': (R32, 200, 128, 0.1, 5e-4, 0.1, 256),
+    'cifar100_lt_if100_risda': (R32, 200, 100, 0.1, 5e-4, 0.1, 256),
+    'cifar100_lt_if100_proco': (R32, 200, 256, 0.3, 2e-4, 0.1, 128),
+    'imagenet_lt_ride': (X50, 100, 256, 0.1, 2e-4, 0.1, 256),
+    'imagenet_lt_ride_cmo': (R50, 100, 256, 0.1, 2e-4, 0.1, 256),
+    'imagenet_lt_balpoe': (R50, 180, 128, 0.025, 5e-4, 0.1, 256),
+    'imagenet_lt_ssd_features': (X50, 135, 256, 0.1, 5e-4, 0.2, 128),
+    'imagenet_lt_ssd': (X50, 135, 256, 0.1, 5e-4, 0.1, 256),
+    'imagenet_lt_risda': (R50, 100, 128, 0.1, 2e-4, 0.1, 256),
+    'imagenet_lt_proco': (X50, 90, 256, 0.1, 5e-4, 0.07, 1024),
 }
 AIMS = dict(supcon=('76.5', '78.4'), bcl=('51.93', '56.7'), paco=('52.0', '57.0'), gpaco=('52.0', '58.5'),
-            kcl=('42.8', '51.5'), tsc=('43.8', '52.4'))
+            kcl=('42.8', '51.5'), tsc=('43.8', '52.4'), ride=('48.6', '55.7'), ride_cmo=('50.0', '56.2'),
+            balpoe=('55.9', '62.0'), ssd_features=('46.0', '56.0'), ssd=('46.0', '55.4'), risda=('50.16', '49.3'),
+            proco=('52.8', '58.0'))
 
 
 @pytest.mark.parametrize('name', OTHERS)
 def test_recipe_of_another_row(name):
     args, given = read(name)
-    values, row = {**vars(args), 'all_epochs': len(learning_rates(args))}, name.rpartition('_')[2]
+    values = {**vars(args), 'all_epochs': len(learning_rates(args))}
+    row = re.sub('^(cifar100_lt_if100|imagenet_lt)_', '', name)
     assert tuple(values[column] for column in COLUMNS_OF_OTHERS) == pytest.approx(OTHER_TABLE[name])
     assert args.method == row and not unused_method_options(row, given)
-    assert (args.stage2 is not None) == (row in ('supcon', 'kcl', 'tsc'))
+    assert (args.stage2 is not None) == (row in ('supcon', 'kcl', 'tsc', 'ssd_features'))
     if args.stage2:
         parse_classifiers(args.stage2, args.stage2_kwargs)
     fields = header(name)

@@ -13,6 +13,7 @@ positive = number(float, 0, open_low=True)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
 below_one = number(float, 0, 1 - 1e-9, open_low=True)
+below_one_or_zero = number(float, 0, 1 - 1e-9)
 positive_fraction = number(float, 0, 1, open_low=True)
 finite = number(float, float('-inf'))
 TARGETS = ('uniform', 'forward', 'backward')  # class distributions of a test set
@@ -245,13 +246,13 @@ def _method(parser: Parser) -> None:
     add('--method', metavar='NAME', help='training method; default: glmc, balanced_softmax with pretrained weights')
     add('--resample-power', type=finite, default=0.0, metavar='Q',
         help='q: the second image of a pair is sampled with P ∝ n^-q; 0: uniform over images, 1: uniform over classes; '
-        'default: 0, 1 for ce_resample and cmo, 2 for bbn')
+        'default: 0, 1 for ce_resample, cmo and ride_cmo, 2 for bbn')
     add('--partner', choices=('sampler', 'batch'), default='sampler',
         help='sample the second image of a pair from the whole set (paper) or from the batch (half the decoding)')
     add('--mix-beta', type=positive, default=1.0, metavar='BETA',
-        help='β of λ ~ Beta(β, β); default: 1, 0.2 for the glmc methods')
+        help='β of λ ~ Beta(β, β); default: 1, 0.2 for the glmc methods, 0.4 for balpoe')
     add('--mixup-prob', type=fraction, default=1.0, metavar='P',
-        help='probability that a batch is mixed; default: 1, 0.5 for cmo')
+        help='probability that a batch is mixed; default: 1, 0.5 for cmo and ride_cmo')
     add('--cutmix-lambda', choices=('nominal', 'area'), default='nominal',
         help='label weight of a patch: λ (released code), or its area after clipping at the border; default: nominal, area '
         'for cutmix, cmo and the glmc methods')
@@ -263,22 +264,39 @@ def _method(parser: Parser) -> None:
         help='whether α weights the losses (paper) or only the gradients into the encoder, so that both classifiers learn '
         'at full weight throughout; default: losses, encoder for glmc, glmc_cosine and glmc_no_consistency')
     add('--projection-dim', type=positive_int, default=256, metavar='D',
-        help='dimension d of projection and prediction; default: 256, 128 for supcon, bcl, kcl, tsc, 32 for paco, gpaco')
+        help='dimension d of projection and prediction; default: 256; 128 for supcon, bcl, kcl, tsc, '
+        'ssd_features, proco; 32 for paco, gpaco')
     add('--projection-hidden', type=positive_int, metavar='N',
-        help='width of the hidden layers of the projector; default: that of the features, 512 for bcl')
+        help='width of the hidden layers of the projector; default: that of the features, 512 for bcl and proco')
     add('--view-augmentation', choices=('published', 'plain'), default='published',
         help="augmentation of the views of contrastive methods: the papers', or that of the run for every view")
     add('--contrast-temperature', type=positive, default=0.1, metavar='T',
-        help='temperature of a contrastive loss; default: 0.1, 0.05 for paco and gpaco, 0.07 for kcl and tsc')
+        help='temperature of a contrastive loss; default: 0.1, 0.05 for paco and gpaco, 0.07 for kcl and tsc, '
+        '0.2 for ssd_features')
     add('--contrast-weight', type=non_negative, default=0.3, metavar='W',
-        help='weight of the contrastive loss of bcl (default 0.3), or of a feature of the same class in paco and gpaco, '
-        'where the class itself has 1 (default 0.01)')
+        help='weight of the contrastive loss of bcl (default 0.3) and proco (1), or of a feature of the same class in paco '
+        'and gpaco, where the class itself has 1 (default 0.01)')
     add('--queue-size', type=positive_int, default=4096, metavar='K',
-        help='features of earlier batches that paco, gpaco, kcl and tsc keep; default: 4096, 1024 for paco and gpaco')
+        help='features of earlier batches that paco, gpaco, kcl, tsc and ssd_features keep; default: 4096, 1024 for paco '
+        'and gpaco')
     add('--key-momentum', type=fraction, default=0.999, metavar='M',
         help='m of the encoder of these features, θ\' ← m·θ\' + (1-m)·θ')
     add('--positives', type=count, default=6, metavar='K', help='largest number of kept features that attract an image')
     add('--target-weight', type=non_negative, default=0.2, metavar='LAMBDA', help='λ of the targets of tsc')
+    add('--experts', type=positive_int, default=3, metavar='K', help='number of experts of ride, ride_cmo and balpoe')
+    add('--expert-width', type=positive_fraction, default=1.0, metavar='F',
+        help="width of the experts' stages as a fraction of the net's; default: 1, 0.75 for ride and ride_cmo")
+    add('--diversity-weight', type=finite, default=-0.45, metavar='LAMBDA',
+        help='λ of the divergence between the experts of ride; negative: pushes them apart')
+    add('--diversity-eta', type=below_one_or_zero, default=0.05, metavar='ETA',
+        help='η of the temperatures of that divergence, below 1 for rare classes; 0: 1 for all')
+    add('--teacher', metavar='NAME',
+        help='model whose soft labels ssd learns: export or run folder, hf-hub:ORG/NAME or local-dir:FOLDER')
+    add('--distill-temperature', type=positive, default=2.0, metavar='TAU', help='τ of these soft labels')
+    add('--isda-variance', type=non_negative, default=0.75, metavar='B',
+        help='covariances of the augmented features of risda at the end of the training, times their own')
+    add('--isda-shift', type=non_negative, default=0.5, metavar='A',
+        help='shift of these features towards confused classes at the end of the training')
     add('--joint-forward', action='store_true', help='encode both views as one batch, with common BatchNorm statistics')
     add('--balanced', action='store_true', help='same as --method glmc_balanced')
     add('--focal-gamma', type=non_negative, default=2.0, metavar='GAMMA', help='γ of the focal loss')
@@ -287,7 +305,8 @@ def _method(parser: Parser) -> None:
     add('--drw-start', type=fraction, default=0.8, metavar='FRACTION',
         help='fraction of the epochs before deferred re-weighting starts')
     add('--smoothing', type=fraction, default=0.0, help='label smoothing of ce, balanced_softmax and logit_adjustment')
-    add('--adjustment-tau', type=finite, default=1.0, metavar='TAU', help='τ of logit adjustment')
+    add('--adjustment-tau', type=finite, default=1.0, metavar='TAU',
+        help='τ of logit adjustment; for balpoe the mean of its experts')
     add('--ldam-margin', type=positive, default=0.5, metavar='M', help='margin of the smallest class')
     add('--cosine-scale', type=positive, default=30.0, metavar='S', help='scale of the cosine classifier')
 

@@ -132,6 +132,8 @@ CONFLICTS = (
              lambda o: o.lora_rank and not (o.pretrained or o.initial_checkpoint)),
     Conflict('lora_rank', 'freezes all but the adapters and the classifier, expected no --freeze',
              lambda o: o.freeze and o.lora_rank),
+    Conflict('expert_width', 'pretrained weights have the full width, expected --expert-width 1',
+             lambda o: o.expert_width != 1 and (o.pretrained or o.initial_checkpoint)),
     Conflict('sync_bn', 'not with --lora-rank, which freezes BatchNorm', lambda o: o.sync_bn and o.lora_rank),
     Conflict('patience', 'no images choose the epoch, expected --holdout or --select-split',
              lambda o: o.patience is not None and o.holdout is None and o.select_split is None),

@@ -160,7 +160,8 @@ def _origin(source: dict) -> str:
 def _usage(config: dict) -> str:
     """Return lines that predict the classes of one image, with timm alone where the architecture is timm's."""
     architecture, channels = config['architecture'], config['pretrained_cfg']['input_size'][0]
-    own = f'import glmc  # adds {architecture} to timm\n' if architecture.endswith('_cifar') else ''
+    is_ours = architecture.endswith('_cifar') or architecture == 'experts'
+    own = f'import glmc  # adds {architecture} to timm\n' if is_ours else ''
     return f"""```python
 {own}import timm
 import torch

@@ -19,7 +19,7 @@ from glmc.errors import InputError, RunError, first_line
 from glmc.export.card import write_card
 from glmc.export.load import WEIGHTS, build_from_checkpoint, file_digest
 from glmc.files import ESCAPED, set_aside, sync, sync_folder
-from glmc.models.lora import merge_adapters
+from glmc.models.exported import exported_form
 from glmc.training.checkpoint import write_tensors
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def export_model(
         RunError: If the written files cannot be loaded or give other logits; an earlier export is kept.
         OSError: If a file cannot be written; an earlier export is kept.
     """
-    folder, model = Path(folder), merge_adapters(model)
+    folder, model = Path(folder), exported_form(model)
     partial = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from glmc.config import PRECISIONS
 from glmc.data.lists import read_class_counts
 from glmc.errors import InputError, first_line
-from glmc.models.backbone import create_backbone
-from glmc.models.lora import merge_adapters
+from glmc.models.backbone import create_backbone, export_source, find_export
+from glmc.models.exported import exported_form
 from glmc.training.checkpoint import load_checkpoint
 from glmc.training.checkpoints import BEST
 from glmc.training.resume import epoch_checkpoints
@@ -89,7 +89,7 @@ def load_trained(
 
 def _load_checkpoint(path: Path) -> TrainedModel:
     state, model, task_state = build_from_checkpoint(path)
-    model = merge_adapters(model)
+    model = exported_form(model)
     export = state['description']['export']
     metadata = {**export['source'], 'precision': state['metrics'].get('precision')}
     model.pretrained_cfg = {**model.pretrained_cfg, **export['data_config']}
@@ -135,11 +135,6 @@ def _check_weights(export: Path) -> None:
                          'weights_sha256 in metrics.json')
 
 
-def find_export(folder: Path) -> Path | None:
-    """Export folder: the folder itself, or `export` in that of a run; None if there is none."""
-    return next((place for place in (folder, folder / 'export') if (place / 'config.json').is_file()), None)
-
-
 def newest_checkpoint(folder: Path) -> Path | None:
     """Best checkpoint of a run on its held-out images, else the newest; None if there is none.
 
@@ -154,8 +149,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _conventional_classifier(task_state: dict) -> nn.Linear | None:
-    """Create GLMC's conventional classifier from the task's state; None for another method."""
-    if not {'projector.weight', 'classifier.weight'} <= task_state.keys():
+    """Create the conventional classifier of GLMC or SSD from the task's state; None for another method."""
+    if not {'classifier.weight', 'classifier.bias'} <= task_state.keys() or 'rebalancer.weight' in task_state:
         return None
     try:
         classifier = nn.Linear(*reversed(task_state['classifier.weight'].shape))
@@ -167,12 +162,7 @@ def _conventional_classifier(task_state: dict) -> nn.Linear | None:
 
 def _load_export(name: str) -> TrainedModel:
     """Load an export or run folder, `local-dir:…` or `hf-hub:…`."""
-    path = Path(name)
-    if path.is_dir():
-        export = find_export(path)
-        if export is None:
-            raise InputError(f'--model {name}: no config.json in this folder, expected an export or a run that has one')
-        name = f'local-dir:{export}'
+    name = export_source(name)
     if name.startswith('local-dir:'):
         _check_weights(Path(name.removeprefix('local-dir:')))
     model = create_backbone(name, pretrained=True, trained=True)

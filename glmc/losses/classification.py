@@ -28,6 +28,26 @@ def ldam_margins(counts: Sequence[int], largest: float = 0.5) -> Tensor:
     return (largest * margins / margins.max()).float()
 
 
+def ldam_loss(logits: Tensor, targets: Tensor, margins: Tensor, class_weight: Tensor) -> Tensor:
+    """Σ_i Σ_c p_ic·w_c·CE(z_i - m_c·onehot_c, c) / Σ_i Σ_c p_ic·w_c, LDAM on soft labels p (arXiv 1906.07413, Eq. 12).
+
+    Args:
+        logits: (B, C) scaled logits z.
+        targets: (B, C) soft labels p of at most two classes each.
+        margins: (C,) scaled margins m.
+        class_weight: (C,) w.
+
+    Returns:
+        Scalar; for hard labels that of `LDAMLoss`.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    share, classes = targets.topk(min(2, targets.shape[1]), dim=1)  # (B, 2)
+    weight = share * class_weight[classes]
+    one_hot = F.one_hot(classes, logits.shape[1])  # (B, 2, C)
+    losses = -(logits[:, None] - one_hot * margins).log_softmax(2).gather(2, classes[..., None])[..., 0]
+    return (weight * losses).sum() / weight.sum()
+
+
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0, class_weight: Tensor | None = None) -> Tensor:
     """-w_y·(1 - p_y)^γ·log p_y, p = softmax (Lin et al., arXiv 1708.02002; with weights Cui et al., arXiv 1901.05555).
 

@@ -176,6 +176,24 @@ def targeted_contrastive(
     return -(total / (1 + picked.sum(1) + active)).mean()
 
 
+def other_classes_contrastive(
+        queries: Tensor, keys: Tensor, labels: Tensor, queue: Tensor, queue_labels: Tensor, temperature: float) -> Tensor:
+    """InfoNCE among other classes: -mean_i log p_i(k_i), p_i over k_i and the Q_j with y_j ≠ y_i (SSD; arXiv 2109.04075).
+
+    Args:
+        queries, keys, queue, queue_labels, temperature: As those of `k_positive_contrastive`.
+        labels: (B,) labels.
+
+    Returns:
+        Scalar.
+    """
+    own_key = (queries.to(torch.promote_types(queries.dtype, torch.float32)) * keys).sum(1, keepdim=True) / temperature
+    sims = torch.cat([own_key, similarities(queries, queue, temperature)], 1)  # (B, 1 + K)
+    others = (queue_labels >= 0) & (labels[:, None] != queue_labels)
+    included = torch.cat([torch.ones_like(others[:, :1]), others], 1)
+    return -log_softmax(sims, included)[:, 0].mean()
+
+
 def log_softmax(logits: Tensor, included: Tensor) -> Tensor:
     """Log-softmax over the included entries of each row; the others are left out of the denominator alone."""
     return logits - logits.masked_fill(~included, -torch.inf).logsumexp(1, keepdim=True)

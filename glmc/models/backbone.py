@@ -21,6 +21,7 @@ from timm.models._hub import (
 from torch import Tensor, nn
 
 from glmc.errors import InputError, first_line
+from glmc.models.experts import create_experts
 from glmc.models.lora import add_adapters
 
 _logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _logger = logging.getLogger(__name__)
 def create_backbone(
         name: str, num_classes: int | None = None, img_size: int | list[int] | None = None,
         in_chans: int | None = None, pretrained: bool = False, checkpoint_path: str | None = None, trained: bool = False,
-        lora: dict | None = None, **kwargs) -> nn.Module:
+        lora: dict | None = None, experts: dict | None = None, **kwargs) -> nn.Module:
     """Create a timm model, with the image size for models that need it, and errors a user can act on.
 
     Weights of a file, a folder or the Hub are adapted as timm adapts its own: prefixes, the first convolution to the
@@ -45,6 +46,7 @@ def create_backbone(
         checkpoint_path: Weights to start from instead, safetensors or tensors of `torch.save` (`--initial-checkpoint`).
         trained: Whether the weights are those of a trained model to evaluate, whose classifier must fit (`--checkpoint`).
         lora: `rank` and `targets` of `lora.add_adapters`; None for no adapters.
+        experts: `num_experts`, `width` and `cosine_scale` of `experts.Experts`; None for the net itself.
         **kwargs: More arguments of `timm.create_model`; None is omitted.
 
     Raises:
@@ -52,6 +54,11 @@ def create_backbone(
             contain anything but tensors, or do not fit.
     """
     model = _create_model(name, num_classes, img_size, in_chans, pretrained, checkpoint_path, trained, **kwargs)
+    if experts and lora:
+        raise InputError(f"--lora-rank {lora['rank']}: not with a method of several experts")
+    if experts:
+        others = {name: value for name, value in dict(kwargs, in_chans=in_chans).items() if value is not None}
+        model = create_experts(model, bool(pretrained or checkpoint_path), **experts, **others)
     return add_adapters(model, **lora) if lora else model
 
 
@@ -91,6 +98,29 @@ def _create_model(
         _require_hub(name, place, HF_WEIGHTS_NAME, flag)
     read = load_state_dict_from_hf if source == 'hf-hub' else load_state_dict_from_path
     return _create_with_weights(model, kwargs, lambda: read(place), f'--model {name}: cannot be loaded: ', trained)
+
+
+def export_source(name: str, flag: str = '--model') -> str:
+    """timm's name of a trained model: `local-dir:…` for an export or run folder, else the name itself.
+
+    Args:
+        name: Folder, `hf-hub:…` or `local-dir:…`.
+        flag: Option that the error names.
+
+    Raises:
+        InputError: If it is a folder without an export.
+    """
+    if not Path(name).is_dir():
+        return name
+    export = find_export(Path(name))
+    if export is None:
+        raise InputError(f'{flag} {name}: no config.json in this folder, expected an export or a run that has one')
+    return f'local-dir:{export}'
+
+
+def find_export(folder: Path) -> Path | None:
+    """Export folder: the folder itself, or `export` in that of a run; None if there is none."""
+    return next((place for place in (folder, folder / 'export') if (place / 'config.json').is_file()), None)
 
 
 def _create_pretrained(name: str, kwargs: dict, flag: str) -> nn.Module:

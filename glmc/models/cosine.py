@@ -81,8 +81,13 @@ class CosineGLMCModule(Folding, GLMCModule):
 
 @torch.no_grad()
 def follow_norm(norm: Tensor, features: Tensor) -> None:
-    """Move a scalar a tenth of the way to the mean norm of (B, D) features, in place, unless that is not finite."""
-    mean = features.float().norm(dim=1).mean()
+    """Move norms a tenth of the way to the mean norms of features, in place, unless these are not finite.
+
+    Args:
+        norm: Scalar for features (B, D), (K,) for features (B, K, D).
+        features: Features of a batch.
+    """
+    mean = features.float().norm(dim=-1).mean(0)
     norm.lerp_(torch.where(mean.isfinite(), mean, norm), 0.1)  # else the folded classifier would not be finite, either
 
 

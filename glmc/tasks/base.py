@@ -67,6 +67,14 @@ class TaskHooks:
     def conventional_classifier(self, ema: bool = False) -> nn.Linear | None:
         """Linear classifier beside the exported, rebalanced one; None if there is none."""
 
+    def reference_models(self, ema: bool = False) -> dict[str, nn.Module]:
+        """Further models by name, which are evaluated at the end beside the exported one; metrics.json has NAME_top1.
+
+        Args:
+            ema: Whether those of the average of the weights.
+        """
+        return {}
+
     def update_ema(self, step: int | None = None) -> None:
         """Call `after_step`, then update the average; timm's hook after each update."""
         self.after_step()

@@ -3,7 +3,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from timm.utils import unwrap_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from glmc.losses.classification import LogitAdjustedLoss
 from glmc.losses.contrastive import (
@@ -17,19 +17,17 @@ from glmc.losses.contrastive import (
 from glmc.models.projected import KeyEncoder, ProjectedModule, Queue
 from glmc.models.targets import Targets
 from glmc.tasks.base import AuxiliaryHeadsTask
-from glmc.tasks.gather import gather, missing_rows, positions
+from glmc.tasks.gather import gather, positions
+from glmc.tasks.memory import MemoryMixin
 
 
-class ContrastiveTask(AuxiliaryHeadsTask):
+class ContrastiveTask(MemoryMixin, AuxiliaryHeadsTask):
     """Base task for a backbone with a projector, whose features are contrasted over the batches of all processes.
 
     Args:
         model: Backbone with its projector.
         counts: (C,) training images per class.
         contrast_temperature: T.
-
-    Attributes:
-        memory: State beside the trained module, by name; part of the task state.
     """
 
     loss_names = ('loss_c', 'loss_con')
@@ -39,11 +37,6 @@ class ContrastiveTask(AuxiliaryHeadsTask):
         self.trainable_module = model
         self.temperature = contrast_temperature
         self.balanced_softmax = LogitAdjustedLoss(counts)
-        self.memory = nn.ModuleDict()
-        self.padding = 0
-
-    def before_batch(self, images: int, batch_fraction: float) -> None:
-        self.padding = missing_rows(images, batch_fraction)
 
     def contrast(self, loss: Callable[..., Tensor], z: Tensor, labels: Tensor, *args,
                  more: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -63,21 +56,6 @@ class ContrastiveTask(AuxiliaryHeadsTask):
             candidates, candidate_labels = torch.cat([candidates, more[0]]), torch.cat([candidate_labels, more[1]])
         own = positions(len(z), z.device)[:, None] * views + torch.arange(views, device=z.device)
         return loss(z.flatten(0, 1), labels.repeat_interleave(views), candidates, candidate_labels, own.flatten(), *args)
-
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Tensor]:
-        """Weights of the projector, and the memory, which the average of the weights shares."""
-        state = super().get_task_state(module, ema)
-        return state if ema else {**state, **self.memory.state_dict(prefix='memory.')}
-
-    def load_task_state(
-            self, state: dict[str, Tensor], strict: bool = True, module: nn.Module | None = None,
-            ema: bool = False) -> None:
-        prefix = 'memory.'
-        heads = {name: value for name, value in state.items() if not name.startswith(prefix)}
-        super().load_task_state(heads, strict, module, ema)
-        if not ema:
-            memory = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            self.memory.load_state_dict(memory, strict=strict)
 
 
 class SupConTask(ContrastiveTask):
@@ -143,19 +121,6 @@ class QueueTask(ContrastiveTask):
         """Enqueue the keys of all processes."""
         (keys,), labels, accept = self.gathered(outputs, 'keys')
         self.memory.queue.enqueue(keys, labels, accept)
-
-    def gathered(self, outputs: dict[str, Tensor], *names: str) -> tuple[Sequence[Tensor], Tensor, Tensor]:
-        """Features of all processes, their labels, and whether every process had a finite loss and finite features.
-
-        Args:
-            outputs: The dict of the task, detached, with (B,) `labels`.
-            names: Names of (B, d) features.
-        """
-        features = torch.cat([outputs[name] for name in names], 1)
-        finite = (outputs['loss'].isfinite() & features.isfinite().all()).expand(len(features))
-        rows = torch.cat([features, torch.stack([outputs['labels'], finite], 1).to(features.dtype)], 1)
-        rows = gather(rows, self.padding, fill=-1)  # one exchange
-        return rows[:, :-2].chunk(len(names), 1), rows[:, -2].long(), (rows[:, -1] != 0).all()
 
 
 class SharedEncoderTask(QueueTask):

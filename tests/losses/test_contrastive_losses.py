@@ -1,16 +1,17 @@
 """Contrastive losses and their gradients against loops in float64, and the identities between them."""
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_same
 
 from glmc.losses.classification import LogitAdjustedLoss
 from glmc.losses.contrastive import (
     balanced_contrastive,
     k_positive_contrastive,
+    other_classes_contrastive,
     parametric_contrastive,
     pick_positives,
     supervised_contrastive,
@@ -33,21 +34,6 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def log_p(chosen: torch.Tensor, everything: list[torch.Tensor]) -> torch.Tensor:
     return chosen - sum(each.exp() for each in everything).log()
-
-
-def assert_same(ours: Callable, loop: Callable, *inputs: torch.Tensor) -> None:
-    """Values and gradients for all inputs."""
-    results = []
-    for function in (ours, loop):
-        leaves = [each.clone().requires_grad_() for each in inputs]
-        value = function(*leaves)
-        value.backward()
-        results.append((value.detach(), [leaf.grad for leaf in leaves]))
-    (value, grads), (expected, expected_grads) = results
-    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
-    for grad, same in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(torch.zeros(()).double() if grad is None else grad,
-                                   torch.zeros(()).double() if same is None else same, rtol=1e-9, atol=1e-11)
 
 
 def in_batch(z: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -222,3 +208,17 @@ def test_similarities_are_not_those_of_bfloat16(loss):
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, loss(*in_batch(z), T), rtol=1e-6, atol=0)
     assert math.isfinite(found)
+
+
+def test_the_contrast_with_other_classes_is_the_loop():
+    """The own key is a positive though it is of the anchor's class; slots of its class and empty ones are no negatives."""
+    def loop(queries, keys, queue):
+        total = 0
+        for i, label in enumerate(LABELS):
+            negatives = [dot(queries[i], queue[j]) for j, other in enumerate(QUEUE_LABELS) if other not in (label, -1)]
+            own = dot(queries[i], keys[i])
+            total -= log_p(own, [own, *negatives]) / len(LABELS)
+        return total
+    labels, queue_labels = torch.tensor(LABELS), torch.tensor(QUEUE_LABELS)
+    assert_same(lambda q, k, queue: other_classes_contrastive(q, k, labels, queue, queue_labels, T), loop,
+                unit(6, WIDTH), unit(6, WIDTH, seed=1), unit(8, WIDTH, seed=2))

@@ -20,8 +20,8 @@ from glmc.tasks.gather import gather, missing_rows
 from glmc.training.engine import step_generator
 
 COUNTS = [50, 30, 12, 3]
-ROWS = ['supcon', 'bcl', 'paco', 'gpaco', 'kcl', 'tsc']
-WITH_QUEUE = ROWS[2:]
+ROWS = ['supcon', 'bcl', 'paco', 'gpaco', 'kcl', 'tsc', 'ssd_features', 'proco']
+WITH_QUEUE = ROWS[2:-1]
 TINY_VIT = dict(img_size=16, patch_size=8, depth=1, embed_dim=16, num_heads=2)
 
 
@@ -121,7 +121,7 @@ def test_paco_without_contrast_is_the_row_balanced_softmax(name):
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize('name', WITH_QUEUE)
+@pytest.mark.parametrize('name', [*WITH_QUEUE, 'proco'])
 def test_a_batch_that_is_not_finite_leaves_no_trace(name):
     task, mixer = new_task(name)
     task.set_progress(0.6)
@@ -134,7 +134,8 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(name):
         task.after_batch({key: value.detach() for key, value in outputs.items()})
         after = task.memory.state_dict()
         changed = {key.split('.')[0] for key in after if not torch.equal(after[key], before[key])}
-        assert changed == (set() if number == 2 else {'queue', 'targets'} if name == 'tsc' else {'queue'})
+        parts = dict(tsc={'queue', 'targets'}, proco={'classes'}).get(name, {'queue'})
+        assert changed == (set() if number == 2 else parts)
 
 
 def test_the_queue_keeps_the_newest():
