@@ -30,7 +30,7 @@ INPUT = ('img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct')  # 
 DEMONSTRATION = dict(model='resnet10t', epochs=30, img_size=32, imbalance_factor=20.0, augmentation='cifar', hflip=0.0)
 # Defaults with pretrained weights (hparams/pretrained.yaml), compared on held-out images (results/pretrained-choices.csv).
 FINE_TUNING = dict(
-    method='balanced_softmax', head_init='probe', freeze_bn=True, smoothing=0.1, lr_base=0.02, clip_grad=2.0,
+    method='balanced_softmax', head_init='probe', freeze_bn=True, smoothing=0.1, lr_base=0.02, clip_grad=5.0,
     sched_on_updates=True, scale=[0.4, 1.0], epochs=5)
 FINETUNE_HELP = {  # additions to the help of finetune_glmc.py
     'stage2': '; a linear_probe comes first if the model has no trained classifier for these classes',
