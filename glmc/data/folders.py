@@ -17,13 +17,14 @@ from glmc.data.walk import FoundImages, image_extensions, no_image, walk
 from glmc.errors import InputError, first_line, printable
 
 _logger = logging.getLogger(__name__)
-CLASS_FROM = ('leaf', 'top', 'path')  # values of --class-from
+DIGITS = re.compile(r'(\d+)')
 
 
-def natural_key(text: str) -> tuple:
-    """Sort key of timm, numbers by value and letters in lower case; the text itself decides between equal keys."""
-    parts = re.split(r'(\d+)', text.lower())
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)], text
+def natural_key(text: str) -> list:
+    """Sort key of timm, numbers by value and letters in lower case; keys of different texts can be equal."""
+    parts = DIGITS.split(text.lower())
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:
@@ -31,10 +32,10 @@ def sorted_names(names: Iterable[str]) -> list[str]:
 
     Names that differ only in case, leading zeros or the encoding of accents are warned about: they often mean one class.
     """
-    ordered = sorted(set(names), key=natural_key)
+    ordered = sorted(sorted(set(names)), key=natural_key)
     seen: dict[str, str] = {}
     for name in ordered:
-        alike = seen.setdefault(str(natural_key(unicodedata.normalize('NFC', name).casefold())[0]), name)
+        alike = seen.setdefault(str(natural_key(unicodedata.normalize('NFC', name).casefold())), name)
         if alike != name:
             _logger.warning(f'Class names {ascii(alike)} and {ascii(name)} differ only in case, leading zeros or the '
                             'encoding of accents; they are two classes')
@@ -44,7 +45,7 @@ def sorted_names(names: Iterable[str]) -> list[str]:
 
 def load_folders(
         root: str, where: str, *, class_from: str | None = None, class_map: str | None = None, input_key: str | None = None,
-        key: Callable[[str], tuple] = natural_key) -> ImageSet:
+        key: Callable[[str], Sequence] = natural_key) -> ImageSet:
     """Load a folder of class folders.
 
     Args:
@@ -68,18 +69,18 @@ def load_folders(
     if not paths:
         raise no_image(where, found, extensions)
     start = len(root) if root.endswith(os.sep) else len(root) + 1
-    names = sorted((path[start:] for path in paths), key=key)
+    names = sorted(sorted(path[start:] for path in paths), key=key)
     stray = next((name for name in names if os.sep not in name), None)
     if stray:
         raise InputError(f'{where}: image {printable(stray)} lies in no class folder, expected class/image')
-    folders = [os.path.dirname(name) for name in names]
+    folders = [name.rpartition(os.sep)[0] for name in names]
     classes = name_classes(folders, where, class_from)
     for folder in found.empty:
         if class_name(os.path.relpath(folder, root), class_from) not in classes.values():
             raise InputError(f"{where}: class folder {printable(folder)} has no images ({' '.join(sorted(extensions))})"
                              f"{f', found {found.passed_over()}' if found.passed_over() else ''}")
     images = labelled(names, [classes[folder] for folder in folders], class_map, where, root)
-    paths = [os.path.join(root, name) for name in images.names]
+    paths = [root[:start - 1] + os.sep + name for name in images.names]
     if found.passed_over():
         _logger.info(f'{printable(root)}: passed over {found.passed_over()}')
     return replace(images, read=partial(_open_file, paths))
@@ -101,7 +102,7 @@ def name_classes(folders: Iterable[str], where: str, class_from: str | None = No
         InputError: Without `class_from`, if folders of different parents would be one class, or a folder with images
             contains another.
     """
-    folders = sorted(set(folders), key=natural_key)
+    folders = sorted(sorted(set(folders)), key=natural_key)
     classes = {folder: class_name(folder, class_from) for folder in folders}
     if class_from is None:
         by_leaf: dict[str, str] = {}

@@ -96,11 +96,6 @@ def image_extensions() -> frozenset[str]:
     return frozenset(extension.lower() for extension, name in known if name in readable)
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or written by an operating system."""
-    return name.startswith('.') or name.lower() in SYSTEM_NAMES
-
-
 def walk(
         folder: str, extensions: Collection[str], found: FoundImages, searched: set[str] | None = None) -> dict[str, str]:
     """Search a folder and its subfolders for image files.
@@ -144,14 +139,14 @@ def walk(
         before = len(files), len(folders), len(links)
         for entry in entries:
             name, extension = entry.name, _extension(entry.name)
-            if is_hidden(name):
+            if name[0] == '.' or name.lower() in SYSTEM_NAMES:
                 found.hidden += 1
+            elif extension in extensions and entry.is_file(follow_symlinks=False):  # no pipe, which would block the reader
+                files[f'{real}{os.sep}{name}'] = entry.path
             elif entry.is_symlink():
                 links.append(entry.path)
             elif entry.is_dir():
                 folders.append(entry.path)
-            elif extension in extensions and entry.is_file():  # no pipe, which would block the reader
-                files[f'{real}{os.sep}{name}'] = entry.path
             else:
                 found.others[extension] += 1
         if before == (len(files), len(folders), len(links)):
@@ -160,4 +155,5 @@ def walk(
 
 
 def _extension(path: str) -> str:
-    return os.path.splitext(path)[1].lower() or 'without extension'
+    stem, dot, extension = path.rpartition('.')
+    return f'.{extension.lower()}' if stem and os.sep not in extension else 'without extension'
