@@ -47,12 +47,13 @@ def test_former_names_of_mixers_warn():
 
 
 def test_loop_of_the_readme_trains_a_plain_timm_model(tmp_path, monkeypatch):
-    code, = re.findall(r'```python\n(import numpy.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.S)
+    code, = re.findall(r'```python\n(import glmc\n.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.S)
     loop = [line for line in code[code.index('model = '):].splitlines() if line.strip()]
     assert len(loop) <= 13
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names = {'counts': COUNTS, 'epochs': 25, 'loader': two_views(0)}
+    loader = [(views[:, 0, 0], labels[:, 0]) for views, labels in two_views(0)]
+    names = {'counts': COUNTS, 'epochs': 25, 'loader': loader}
     exec(code.replace("'resnet18'", "'test_resnet'"), names)
     model = timm.create_model('test_resnet', num_classes=3)
     model.load_state_dict(torch.load('model.pth', weights_only=True))
