@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from glmc.data.sampling import PairSampler, ShardSampler, image_weights, stream
+from glmc.data.sampling import PairSampler, ShardSampler, draw, image_weights, stream
 
 LABELS = np.repeat([0, 1, 2], [40, 15, 5])
 
