@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from glmc.data.sampling import PairSampler, ShardSampler, image_weights, stream
+from glmc.data.sampling import PairSampler, ShardSampler, draw, image_weights, stream
 
 LABELS = np.repeat([0, 1, 2], [40, 15, 5])
 
@@ -35,6 +35,14 @@ def test_partners_follow_their_distribution(power):
     partners = [j for epoch in range(400) for batch in batches(sampler, epoch) for _, _, j in batch]
     expected = np.array(loop_probabilities(power)) * len(partners)
     assert chisquare(np.bincount(partners, minlength=60), expected).pvalue > 0.001
+
+
+@pytest.mark.parametrize('power', [0.0, 1.0, 2.5])
+def test_partners_are_the_weighted_choice_of_numpy(power):
+    labels = np.repeat([0, 1, 2], [900, 90, 10])
+    expected = np.random.default_rng(5).choice(1000, size=4000, p=image_weights(labels, power))
+    cumulative = image_weights(labels, power).cumsum()
+    assert np.array_equal(draw(np.random.default_rng(5), cumulative / cumulative[-1], 4000), expected)
 
 
 def test_partners_are_independent_of_their_images():
