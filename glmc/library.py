@@ -39,13 +39,16 @@ def wrap(model: nn.Module, counts: Sequence[int], method: str = 'glmc', *, seed:
     if name not in METHODS:
         raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}{nearest(method, METHODS)}")
     row, counts = METHODS[name], class_counts(model, counts)
+    if row.backbone_options:
+        raise ValueError(f'method {name!r}: trains several experts, which train_glmc.py creates, not a model of yours')
     options = resolve_options(name, row, options)
 
     def chosen(names: Sequence[str]) -> dict:
         return {option: options[option] for option in names}
     task = row.task(row.module(model, **chosen(row.module_options)), counts, **chosen(row.task_options))
     task.metadata = dict(
-        method=name, prior=row.class_prior(counts, options), profile=Profile(tuple(counts)).as_dict(), recipe=options)
+        method=name, prior=row.class_prior(counts, options), profile=Profile(tuple(counts)).as_dict(),
+        recipe={option: value for option, value in options.items() if not isinstance(value, nn.Module)})
     mixer = row.mixer(counts, **chosen(row.mixer_options))
     return task, PlainMixer(name, row, mixer, partner=options.get('partner'), seed=seed)
 
@@ -69,7 +72,8 @@ def resolve_options(name: str, row: Method, options: dict) -> dict:
         if option not in known:
             raise ValueError(f"{option}: unknown option of method {name}, expected one of {', '.join(known) or 'none'}"
                              f'{nearest(option, known)}')
-    given = {option: check_value(parsers[option], value, option) for option, value in options.items()}
+    given = {option: value if isinstance(value, nn.Module) else check_value(parsers[option], value, option)
+             for option, value in options.items()}  # a teacher may be a module
     values = {**{option: parsers[option].default for option in known}, **row.defaults, 'partner': 'batch', **given}
     return {option: values[option] for option in known}
 

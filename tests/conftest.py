@@ -139,6 +139,12 @@ def assert_same(ours: Callable, loop: Callable, *inputs: torch.Tensor) -> None:
                                    torch.zeros(()).double() if same is None else same, rtol=1e-9, atol=1e-11)
 
 
+@pytest.fixture(autouse=True)
+def no_end_of_this_process(monkeypatch):
+    """Scripts end their process a few seconds after `main`; in a test that calls them, the process goes on."""
+    monkeypatch.setattr('glmc.cli._end_process', lambda code: None)
+
+
 @pytest.fixture(scope='session')
 def folders(tmp_path_factory) -> Path:
     """An image folder: train/ with 14, 7 and 4 images, validation/ with 13."""

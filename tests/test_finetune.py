@@ -286,7 +286,7 @@ ERRORS = {  # options, with {name} of a place -> what the line says
     '--model {run} --stage2 average': '--stage2 average: needs both classifiers of GLMC.*one of its checkpoints',
     '--model {run} --stage2-kwargs crt.rate=3': '--stage2-kwargs crt.rate: expected one of lr, epochs, weight_decay',
     '--model {run} --stage2-holdout 4': "--stage2-holdout 4: class 'cat' has 4 training images, setting 4 aside leaves none",
-    '--model {run} --holdout 4': "--holdout 4: class 'cat' has 4 training images",
+    '--model {run} --holdout 14': '--holdout 14: no class has enough images, the largest has 14',
     '--model {run} --stage2-holdout -1': '--stage2-holdout: expected a number > 0, found -1',
     '--model {run} --feature-views -1': '--feature-views: expected a number >= 0, found -1',
     '--model {run} --class-counts {two}': '--class-counts .*: found 2 classes, --model .* has 3',

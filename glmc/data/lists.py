@@ -26,6 +26,7 @@ IMAGE_COLUMNS = ('image', 'images', 'file', 'filename', 'file_name', 'filepath',
 LABEL_COLUMNS = ('label', 'labels', 'class', 'class_name', 'class_id', 'target', 'category',
                  'category_id', 'label_name', 'y')
 MAX_DIGITS = 18  # of a label, which has 64 bits
+DECIMAL = re.compile(r'-?\d*\.\d*[1-9]\d*')
 NUMBER = re.compile(r'-?\d+(\.0*)?')  # pandas writes integers of a column with gaps as 3.0
 
 
@@ -65,6 +66,10 @@ def load_list(
         raise InputError(f'{path}: the list is empty, expected `path label` lines, or a CSV')
     paths = [os.path.join(root or '', file) for file in table.files]
     _require_files(path, table, root)
+    wrong = next((row for row, label in enumerate(table.labels) if DECIMAL.fullmatch(label)), None)
+    if wrong is not None:
+        raise InputError(f'{path}, line {table.lines[wrong]}: expected a whole number or a class name as label, found '
+                         f'{table.labels[wrong][:MAX_DIGITS]}')
     numbers = sum(map(bool, map(NUMBER.fullmatch, table.labels)))
     numbered = numbers == len(table.labels)
     if numbered:

@@ -189,9 +189,9 @@ def test_a_failed_export_of_a_checkpoint_is_one_line(finished_run, tmp_path, mon
     state['model']['state_dict']['fc.bias'][0] = float('nan')
     save_checkpoint(tmp_path / 'nan.safetensors', state)
     monkeypatch.setattr(sys, 'argv', ['glmc.export', str(tmp_path / 'nan.safetensors'), str(tmp_path / 'export')])
-    assert glmc.export.export.main() == 1
+    assert glmc.export.export.main() == 2
     out, err = capsys.readouterr()
-    assert not out and err.startswith(f"error: {tmp_path / 'export'}: not exported: ") and err.count('\n') == 1
+    assert not out and err.startswith(f"error: {tmp_path / 'nan.safetensors'}: ") and 'NaN' in err and err.count('\n') == 1
     assert [path.name for path in tmp_path.iterdir()] == ['nan.safetensors']
 
 

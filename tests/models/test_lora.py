@@ -140,6 +140,7 @@ def trained(method: str, compiler=lambda step: step, **options):
     """Task and optimizer after two steps of a row on random images."""
     row, (args, _) = METHODS[method], parse_args(train_parser(METHODS), ['--method', method])
     torch.manual_seed(0)
+    args.teacher = create_backbone(SMALL[0], len(COUNTS), **SMALL[1])
     backbone = create_backbone(SMALL[0], len(COUNTS), **SMALL[1], lora=dict(rank=4))
     task = row.task(row.module(backbone, **pick(args, row.module_options)), COUNTS, **pick(args, row.task_options)).train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
@@ -161,7 +162,7 @@ def trained(method: str, compiler=lambda step: step, **options):
     return task, optimizer, before
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', [name for name, row in METHODS.items() if not row.backbone_options])
 def test_a_row_trains_adapters_and_classifiers_only(method):
     task, optimizer, before = trained(method)
     model = task.get_eval_model()

@@ -32,7 +32,8 @@ def features() -> Features:
 
 def task_of(method: str, ema: bool = False):
     options, _ = parse_args(train_parser(METHODS), ['--method', method])
-    row, backbone = METHODS[method], create_backbone('test_resnet', 3)
+    row, options.teacher = METHODS[method], create_backbone('test_resnet', 3)
+    backbone = create_backbone('test_resnet', 3, **row.backbone(**pick(options, row.backbone_options)))
     module = row.module(backbone, **pick(options, row.module_options))
     task = row.task(module, COUNTS, **pick(options, row.task_options))
     if ema:

@@ -26,7 +26,9 @@ COUNTS = [9, 5, 2]
 
 def step_of(method: str = 'ce', model: str = 'test_resnet', size: int = 32) -> TrainStep:
     row, (args, _) = METHODS[method], parse_args(train_parser(METHODS), ['--method', method])
-    module = row.module(create_backbone(model, 3, img_size=size), **pick(args, row.module_options))
+    args.teacher = create_backbone(model, 3, img_size=size)
+    backbone = create_backbone(model, 3, img_size=size, **row.backbone(**pick(args, row.backbone_options)))
+    module = row.module(backbone, **pick(args, row.module_options))
     return TrainStep(row.task(module, COUNTS, **pick(args, row.task_options)),
                      row.mixer(COUNTS, **pick(args, row.mixer_options)), Normalize([0.5] * 3, [0.5] * 3))
 
