@@ -191,12 +191,12 @@ def empty_class(root):
 
 FOLDERS = {
     'missing': (shutil.rmtree, '--data-dir .*: no such folder'),
-    'empty': (lambda root: [shutil.rmtree(root), root.mkdir()], '--data-dir .*: (no images|.*Found 0 images)'),
+    'empty': (lambda root: [shutil.rmtree(root), root.mkdir()], '--data-dir .*: found no image, expected .jpg, .png'),
     'with an empty train folder': (
-        lambda root: [shutil.rmtree(root / 'train'), (root / 'train').mkdir()], '--data-dir .*Found 0 images'),
+        lambda root: [shutil.rmtree(root / 'train'), (root / 'train').mkdir()], '--data-dir .*: found no image'),
     'without a validation folder': (
         lambda root: shutil.rmtree(root / 'val'), '--data-dir .*: no folder for --val-split validation'),
-    'with a class folder without images': (empty_class, r'--data-dir.*class folder .*train/dog has no images \(.*\.jpg'),
+    'with a class folder without images': (empty_class, r'--data-dir.*class folder .*train/dog has no images, found 1 o'),
     'with a class that is only in validation': (
         lambda root: write_folders(root / 'val', {'dog': 2}), "--data-dir .*: class 'dog' is not in the training data"),
     'with an image outside the class folders': (
@@ -228,7 +228,8 @@ def test_tar_for_both_splits(refused, folders, tmp_path):
 
 LISTS = [  # option, content of the file, pattern of the error line
     ('--train-list', 'train/ant/0.png -1\n', 'line 1: expected a label 0 or more, found -1'),
-    ('--train-list', 'train/ant/0.png 0\ntrain/bee/0.png 2\n', "class '1' has no training image"),
+    ('--train-list', 'train/ant/0.png 0\ntrain/bee/0.png 2\ntrain/cat/0.png 2\n', "class '1' has no training image"),
+    ('--train-list', 'train/ant/0.png 0\ntrain/bee/0.png 1000000000\n', 'line 2: expected a label 0…C-1, each with an'),
     ('--train-list', 'train/ant/0.png 0\n\ntrain/ant/1.png\n',
      "line 3: expected `path label`, or columns separated by commas, found 'train/ant/1.png'"),
     ('--train-list', 'train/ant/0.png 0\ntrain/bee/0.png zero\n',
@@ -253,7 +254,7 @@ def test_list(flag, text, expected, refused, document, tmp_path):
 
 
 UNREADABLE = {  # name of a list -> content, note
-    'binary.txt': (b'\xff\xfe\x00', ', not a text'), 'plain.txt.gz': (b'not gzipped', ', not gzipped'),
+    'binary.txt': (b'\x89PNG\x00', ', not a text'), 'plain.txt.gz': (b'not gzipped', ', not gzipped'),
     'gone.txt': (None, ', missing')}
 
 
@@ -391,7 +392,7 @@ MODELS = {  # options of validate_glmc.py -> pattern of the error line
     '--model no_such_net --no-report': '--model no_such_net: not a model of timm',
     '--model tests': '--model tests: no config.json in this folder, expected an export or a run',
     '--model hf-hub:nowhere/nothing': '--model hf-hub:nowhere/nothing: cannot download nowhere/nothing: ',
-    '--model half': '--model (local-dir:)?half: cannot be loaded: ',
+    '--model half': '--model half: model.safetensors is damaged or not from this run: its sha256',
     '--model pickle': '--model (local-dir:)?pickle: cannot be loaded: ',
     '--model README.md': 'README.md: expected a checkpoint of train_glmc.py',
 }
@@ -404,6 +405,7 @@ def test_model_to_validate(options, script, document, finished_run, tmp_path, mo
     (tmp_path / 'README.md').write_text('no checkpoint')
     for name in ('half', 'pickle'):
         shutil.copytree(finished_run / 'export', tmp_path / name)
+    (tmp_path / 'pickle' / 'metrics.json').unlink()  # which has the checksum
     os.truncate(tmp_path / 'half' / 'model.safetensors', 1000)
     (tmp_path / 'pickle' / 'model.safetensors').write_bytes(b'\x80\x04.')
     monkeypatch.setattr('sys.argv', ['validate_glmc.py', *options.split()])

@@ -266,7 +266,7 @@ def test_an_earlier_csv_is_replaced_when_the_new_one_is_complete(run, folders, t
 
 @pytest.mark.parametrize('words, line', [
     (['gone'], 'gone: no such file or folder'),
-    (['empty'], 'empty: found no image, expected files with the extension .apng '),
+    (['empty'], 'empty: found no image, expected .jpg, .png, .webp or '),
     (['a.png', '--output', 'gone/x.csv'], '--output gone/x.csv: cannot write to the folder gone'),
     (['a.png', '--output', '\x1b/x.csv'], r'--output \x1b/x.csv: cannot write to the folder \x1b'),
     (['a.png', '--output', 'empty'], '--output empty: not a regular file, expected a file, or - for standard output'),

@@ -13,7 +13,7 @@ from timm.data.readers.class_map import load_class_map
 
 from glmc.data.datasets import ImageSet
 from glmc.data.profiles import pluralize
-from glmc.data.walk import FoundImages, image_extensions, no_image, walk
+from glmc.data.walk import FoundImages, image_extensions, no_image, some_extensions, walk
 from glmc.errors import InputError, first_line, printable
 
 _logger = logging.getLogger(__name__)
@@ -77,8 +77,9 @@ def load_folders(
     classes = name_classes(folders, where, class_from)
     for folder in found.empty:
         if class_name(os.path.relpath(folder, root), class_from) not in classes.values():
-            raise InputError(f"{where}: class folder {printable(folder)} has no images ({' '.join(sorted(extensions))})"
-                             f"{f', found {found.passed_over()}' if found.passed_over() else ''}")
+            others = found.passed_over() or 'nothing'
+            raise InputError(f'{where}: class folder {printable(folder)} has no images, found {others}, expected '
+                             f'{some_extensions(extensions)}')
     images = labelled(names, [classes[folder] for folder in folders], class_map, where, root)
     paths = [root[:start - 1] + os.sep + name for name in images.names]
     if found.passed_over():

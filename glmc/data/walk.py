@@ -13,6 +13,7 @@ from glmc.errors import InputError, first_line, printable
 # Written by file managers, archivers and network drives; in lower case.
 SYSTEM_NAMES = {'thumbs.db', 'desktop.ini', '__macosx', '@eadir', '$recycle.bin', 'system volume information'}
 ONLY_IDENTIFIED = {'BUFR', 'GRIB', 'HDF5', 'MPEG'}  # formats that Pillow recognises and cannot decode
+USUAL = ('.jpg', '.png', '.webp')
 MAX_LISTED = 5  # extensions in the line on the files that are no images
 
 
@@ -85,7 +86,14 @@ def find_images(paths: Iterable[str]) -> FoundImages:
 def no_image(where: str, found: FoundImages, extensions: Collection[str]) -> InputError:
     """Error for folders without images, after `where`."""
     but = f' but {found.passed_over()}' if found.passed_over() else ''
-    return InputError(f"{where}: found no image{but}, expected files with the extension {' '.join(sorted(extensions))}")
+    return InputError(f'{where}: found no image{but}, expected {some_extensions(extensions)}')
+
+
+def some_extensions(extensions: Collection[str]) -> str:
+    """Words for the extensions of images, the usual ones if there are many."""
+    if len(extensions) <= MAX_LISTED:
+        return ' or '.join(sorted(extensions))
+    return f"{', '.join(USUAL)} or another of Pillow's {len(extensions)} extensions"
 
 
 @lru_cache(1)

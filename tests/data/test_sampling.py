@@ -49,7 +49,7 @@ def test_partners_are_independent_of_their_images():
     sampler = PairSampler(LABELS, 20, resample_power=1.0)
     table = np.zeros((3, 3))
     for epoch in range(400):
-        for _, i, j in [draw for batch in batches(sampler, epoch) for draw in batch]:
+        for _, i, j in [sample for batch in batches(sampler, epoch) for sample in batch]:
             table[LABELS[i], LABELS[j]] += 1
     for row in table:
         assert chisquare(row).pvalue > 0.001

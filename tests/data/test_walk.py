@@ -106,5 +106,5 @@ def test_a_folder_without_images_names_the_extensions(root):
     create('x/a.heic', 'x/b.heic')
     with pytest.raises(InputError) as error:
         find_images(['x'])
-    assert str(error.value).startswith('x: found no image but 2 other files (2 .heic), expected files with the extension ')
+    assert str(error.value).startswith('x: found no image but 2 other files (2 .heic), expected .jpg, .png, .webp or ')
     assert ' .jpeg .jpf .jpg ' in str(error.value) and '\n' not in str(error.value)

@@ -139,8 +139,8 @@ def test_without_peft_one_line_says_how_to_install_it(monkeypatch):
 def trained(method: str, compiler=lambda step: step, **options):
     """Task and optimizer after two steps of a row on random images."""
     row, (args, _) = METHODS[method], parse_args(train_parser(METHODS), ['--method', method])
-    torch.manual_seed(0)
     args.teacher = create_backbone(SMALL[0], len(COUNTS), **SMALL[1])
+    torch.manual_seed(0)
     backbone = create_backbone(SMALL[0], len(COUNTS), **SMALL[1], lora=dict(rank=4))
     task = row.task(row.module(backbone, **pick(args, row.module_options)), COUNTS, **pick(args, row.task_options)).train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}

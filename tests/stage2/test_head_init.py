@@ -42,7 +42,7 @@ def task_of(method: str, ema: bool = False):
 
 
 @pytest.mark.parametrize('kind', ['probe', 'class_mean'])
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', [name for name, row in METHODS.items() if not row.backbone_options])  # not experts
 def test_every_row_starts_from_a_classifier_that_separates_the_classes(method, kind):
     (task, prior), data = task_of(method, ema=True), features()
     init_heads(task, data, COUNTS, prior, kind=kind, seed=0, accelerator=Accelerator(cpu=True))
