@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import reprlib
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ _logger = logging.getLogger(__name__)
 EXIT_SECONDS = 3  # in which a process ends once its script has
 Options = argparse.Namespace  # parsed options, by name
 HELP = frozenset(('-h', '--help', '--help-all'))
+MAX_YAML = 2 ** 20  # bytes of a file of options
 LOG_SECONDS = 30  # between two lines of a progress in a log file
 
 
@@ -206,8 +208,10 @@ def read_yaml(parser: Parser, path: str) -> dict:
         InputError: If the file cannot be read, or a key or value is not one of the parser's.
     """
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) and os.path.getsize(path) <= MAX_YAML):
+            raise ValueError(f'expected a file of at most {MAX_YAML >> 10:,} KiB')
         content = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: numbers of thousands of digits
         raise InputError(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f'--config {path}: expected `option: value` lines, found a {type(content).__name__}')
@@ -218,7 +222,7 @@ def read_yaml(parser: Parser, path: str) -> dict:
         if name in parser.obsolete and value == parser.obsolete[name]:
             continue
         if name not in actions:
-            raise InputError(f'--config {path}: unknown key {key!r}{nearest(name, actions)}')
+            raise InputError(f'--config {path}: unknown key {shortened(key)}{nearest(name[:80], actions)}')
         action, where = actions[name], f'--config {path}: {key}'
         if isinstance(action, ImageSize) and value is not None:
             sides = value if isinstance(value, list) and value else [value]
@@ -229,6 +233,13 @@ def read_yaml(parser: Parser, path: str) -> dict:
         else:
             options[name] = check_value(action, value, where)
     return options
+
+
+def shortened(value) -> str:
+    """The value as Python writes it, cut: a small file can describe a value of any size."""
+    writer = reprlib.Repr()
+    writer.maxlevel, writer.maxstring, writer.maxother, writer.maxlong = 2, 80, 80, 80
+    return writer.repr(value)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -243,17 +254,17 @@ def check_value(action: argparse.Action, value, where: str):
         return None
     if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
         if not isinstance(value, bool):
-            raise InputError(f'{where}: expected true or false, found {value!r}')
+            raise InputError(f'{where}: expected true or false, found {shortened(value)}')
         return value
     if isinstance(action, ParseKwargs):
         if not isinstance(value, dict):
-            raise InputError(f'{where}: expected a mapping, found {value!r}')
+            raise InputError(f'{where}: expected a mapping, found {shortened(value)}')
         return value
     if action.nargs is None:
         return _check_scalar(action, value, where)
     if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
         count = action.nargs if isinstance(action.nargs, int) else ''
-        raise InputError(f'{where}: expected a list of {count} values, found {value!r}'.replace('  ', ' '))
+        raise InputError(f'{where}: expected a list of {count} values, found {shortened(value)}'.replace('  ', ' '))
     return [_check_scalar(action, item, where) for item in value]
 
 
@@ -261,15 +272,15 @@ def _check_scalar(action: argparse.Action, value, where: str):
     convert = action.type or str
     expected = getattr(convert, '__name__', 'value')
     if isinstance(value, (bool, dict, list)) or value is None or (convert is str and not isinstance(value, str)):
-        raise InputError(f'{where}: expected {expected}, found {value!r}')
+        raise InputError(f'{where}: expected {expected}, found {shortened(value)}')
     try:
         converted = convert(str(value))
     except argparse.ArgumentTypeError as error:
         raise InputError(f'{where}: {error}') from error
     except ValueError as error:
-        raise InputError(f'{where}: expected {expected}, found {value!r}') from error
+        raise InputError(f'{where}: expected {expected}, found {shortened(value)}') from error
     if action.choices is not None and converted not in action.choices:
-        raise InputError(f"{where}: expected one of {', '.join(map(str, action.choices))}; found {value!r}")
+        raise InputError(f"{where}: expected one of {', '.join(map(str, action.choices))}; found {shortened(value)}")
     return converted
 
 

@@ -1,5 +1,7 @@
 """Options: command line over YAML over default; mistakes, help, options without effect and options that exclude others."""
+import os
 import re
+import time
 from argparse import ArgumentTypeError, Namespace
 
 import pytest
@@ -466,3 +468,27 @@ def test_debug_and_real_bugs_show_their_traceback():
         run_script(failing(InputError('--lr: wrong')), debug=True)
     with pytest.raises(ZeroDivisionError):
         run_script(failing(ZeroDivisionError()))
+
+
+BOMB = 'a: &a [x, x, x, x, x, x, x, x, x]\n' + ''.join(
+    f'{name}: &{name} [{", ".join([f"*{before}"] * 9)}]\n' for before, name in zip('abcdefgh', 'bcdefghi', strict=True))
+
+
+@pytest.mark.parametrize('content, expected', [
+    (BOMB + 'lr: *i\n', "unknown key 'a'"), (f'lr: {BOMB.splitlines()[0][3:]}\n', 'lr: expected float, found ['),
+    ('lr: [&a [x, x, x, x, x, x, x, x, x], ' + ', '.join(f'&{n} [{", ".join([f"*{b}"] * 9)}]' for b, n in zip(
+        'abcdefgh', 'bcdefghi', strict=True)) + ']\n', 'lr: expected float, found ['),
+    ('lr: ' + '[' * 5000 + ']' * 5000, 'cannot be read as YAML'), ('epochs: ' + '9' * 100_000, 'cannot be read as YAML'),
+    ('? ' + 'x' * 100_000 + '\n: 1', "unknown key 'xxx"), ('#' * 2 ** 21, 'expected a file of at most 1,024 KiB')])
+def test_files_that_cost_without_bound_are_refused_in_a_moment(content, expected, tmp_path):
+    (tmp_path / 'options.yaml').write_text(content)
+    start = time.perf_counter()
+    with pytest.raises(InputError) as caught:
+        parse('-c', str(tmp_path / 'options.yaml'))
+    assert expected in str(caught.value) and len(str(caught.value)) < 500 and time.perf_counter() - start < 5
+
+
+def test_a_pipe_of_options_is_refused(tmp_path):
+    os.mkfifo(tmp_path / 'options.yaml')
+    with pytest.raises(InputError, match='expected a file of at most'):
+        parse('-c', str(tmp_path / 'options.yaml'))

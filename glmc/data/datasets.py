@@ -118,6 +118,13 @@ def folder_of(name: str) -> str:
     return os.path.basename(os.path.dirname(name))
 
 
+def open_file(paths: Sequence[str], index: int) -> Image.Image:
+    """Open an image of a list of paths; a pipe, which would block, or a device is an OSError."""
+    if not os.path.isfile(paths[index]):
+        raise OSError('no such file' if not os.path.exists(paths[index]) else 'not a regular file')
+    return Image.open(paths[index])
+
+
 class BadImages:
     """Record of the images that cannot be decoded, in memory shared with the loader processes, with their replacement.
 

@@ -8,10 +8,9 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from PIL import Image
 from timm.data.readers.class_map import load_class_map
 
-from glmc.data.datasets import ImageSet
+from glmc.data.datasets import ImageSet, open_file
 from glmc.data.profiles import pluralize
 from glmc.data.walk import FoundImages, image_extensions, no_image, some_extensions, walk
 from glmc.errors import InputError, first_line, printable
@@ -84,7 +83,7 @@ def load_folders(
     paths = [root[:start - 1] + os.sep + name for name in images.names]
     if found.passed_over():
         _logger.info(f'{printable(root)}: passed over {found.passed_over()}')
-    return replace(images, read=partial(_open_file, paths))
+    return replace(images, read=partial(open_file, paths))
 
 
 def name_classes(folders: Iterable[str], where: str, class_from: str | None = None) -> dict[str, str]:
@@ -177,7 +176,3 @@ def read_class_map(path: str, root: str | None, where: str) -> dict[str, int]:
     if not index or not all(type(label) is int and label >= 0 for label in index.values()):
         raise InputError(f'--class-map {path}: expected class names with indices from 0 on')
     return index
-
-
-def _open_file(paths: Sequence[str], index: int) -> Image.Image:
-    return Image.open(paths[index])

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from glmc.data.datasets import ImageSet, folder_labels, folder_of
+from glmc.data.datasets import ImageSet, folder_labels, folder_of, open_file
 from glmc.data.folders import sorted_names
 from glmc.data.profiles import pluralize
 from glmc.errors import InputError, first_line, printable
@@ -82,7 +81,7 @@ def load_list(
         index = {name: label for label, name in enumerate(names)}
         labels = np.array([index[name] for name in table.labels], dtype=np.int64)
     _warn_other_folders(path, table, labels, None if numbered else names)
-    return ImageSet(partial(_open_file, paths), labels, table.files, names, path, numbered)
+    return ImageSet(partial(open_file, paths), labels, table.files, names, path, numbered)
 
 
 def read_table(path: str, image_column: str | None = None, label_column: str | None = None) -> Table:
@@ -270,10 +269,6 @@ def _folder_names(files: Sequence[str], labels: np.ndarray, size: int) -> list[s
     return names if len(set(names)) == size and all(names) else [str(c) for c in range(size)]
 
 
-def _open_file(paths: Sequence[str], index: int) -> Image.Image:
-    return Image.open(paths[index])
-
-
 def read_class_counts(path: str) -> list[int]:
     """Read the training images per class: a JSON list, JSON with `train_counts` or `class_counts`, or one number a line.
 
@@ -290,6 +285,6 @@ def read_class_counts(path: str) -> list[int]:
             content = content['train_counts'] if 'train_counts' in content else content['class_counts']
         if not content or not all(isinstance(n, int) and n >= 0 for n in content):
             raise ValueError('not a list of counts')
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f'--class-counts {path}: expected a list of images per class: {error}') from error
     return content

@@ -1,11 +1,14 @@
 """ImageSet: labels and names without decoding, any image mode, subsets, long tails and held-out images."""
 import io
+import os
+import struct
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from glmc.data.datasets import ImageSet, long_tailed, split_holdout
+from glmc.data.datasets import ImageSet, long_tailed, open_file, split_holdout
 from glmc.errors import ImageError, InputError
 
 
@@ -128,3 +131,19 @@ def test_classes_without_images_to_spare_are_only_trained_on(holdout, held):
 def test_holdout_must_leave_an_image():
     with pytest.raises(InputError, match='^--holdout 20: no class has enough images, the largest has 20'):
         split_holdout(image_set(np.repeat([0, 1], [20, 4])), 20, seed=0)
+
+
+def test_whatever_pillow_raises_is_an_unreadable_image(tmp_path):
+    for error in (RuntimeError, NotImplementedError, MemoryError, TypeError, struct.error):
+        def read(index, error=error):
+            raise error('damaged')
+        images = ImageSet(read, np.zeros(1, np.int64), ['a.avif'], ['a'], 'x')
+        with pytest.raises(ImageError, match='x: cannot decode image a.avif: damaged'):
+            images.image(0)
+
+
+def test_a_pipe_is_an_unreadable_image(tmp_path):
+    os.mkfifo(tmp_path / 'a.png')
+    images = ImageSet(partial(open_file, [str(tmp_path / 'a.png')]), np.zeros(1, np.int64), ['a.png'], ['a'], 'x')
+    with pytest.raises(ImageError, match='not a regular file'):
+        images.image(0)
