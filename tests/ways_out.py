@@ -153,9 +153,9 @@ def interrupt_a_stuck_run(run: Run) -> None:
     """Interrupt a run twice that waits for a loader process which does nothing any more."""
     os.kill(run.worker(), signal.SIGSTOP)
     time.sleep(1)
-    for _ in range(2):
-        run.signal_all(signal.SIGINT)
-        time.sleep(1.2)
+    run.signal_all(signal.SIGINT)
+    time.sleep(1.2)
+    run.signal_all(signal.SIGINT)
 
 
 class Way(NamedTuple):
