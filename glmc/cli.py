@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 EXIT_SECONDS = 3  # in which a process ends once its script has
 Options = argparse.Namespace  # parsed options, by name
 HELP = frozenset(('-h', '--help', '--help-all'))
-MAX_YAML = 2 ** 20  # bytes of a file of options
+MAX_YAML, MAX_BRACKETS = 2 ** 20, 1000  # bytes of a file of options; brackets, which nest
 LOG_SECONDS = 30  # between two lines of a progress in a log file
 
 
@@ -210,7 +210,10 @@ def read_yaml(parser: Parser, path: str) -> dict:
     try:
         if os.path.exists(path) and not (os.path.isfile(path) and os.path.getsize(path) <= MAX_YAML):
             raise ValueError(f'expected a file of at most {MAX_YAML >> 10:,} KiB')
-        content = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
+        text = Path(path).read_text(encoding='utf-8')
+        if text.count('[') + text.count('{') > MAX_BRACKETS:
+            raise ValueError(f'expected at most {MAX_BRACKETS:,} brackets')
+        content = yaml.safe_load(text) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: numbers of thousands of digits
         raise InputError(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -20,6 +20,7 @@ PAGES = sorted((ROOT / 'docs').glob('*.md'))
 README, CONTRIBUTING, CHANGELOG = (ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'))
 LINKING = [README, CONTRIBUTING, CHANGELOG, ROOT / 'results' / 'README.md', *PAGES]
 BLOCK = re.compile(r'^```(bash|python)\n(.*?)^```', re.M | re.S)
+TEST_SCRIPTS = {'--kills', '--one', '--only'}  # kill.py, ways_out.py
 LAUNCHERS = {'--multi_gpu', '--num_processes', '--num_machines', '--machine_rank', '--main_process_ip', '--cpu',
              '--main_process_port', '--mixed_precision', '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal',
              '--requeue', '--gradient_accumulation_steps', '--num_cpu_threads_per_process'}
@@ -74,7 +75,7 @@ def known_flags() -> set[str]:
     import validate_glmc
     parsers = (train_parser(METHODS), validate_glmc.validate_parser(), finetune_parser(), predict_parser(),
                check_parser())
-    return {flag for parser in parsers for flag in parser._option_string_actions} | LAUNCHERS | HUBS | SWEEPS
+    return {flag for parser in parsers for flag in parser._option_string_actions} | LAUNCHERS | HUBS | SWEEPS | TEST_SCRIPTS
 
 
 @pytest.mark.parametrize('page', [README, CONTRIBUTING, CHANGELOG, *PAGES], ids=lambda page: page.stem)

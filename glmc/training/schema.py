@@ -90,7 +90,7 @@ SCHEMA: dict[str, Callable[[object], bool]] = {
     'since_best': is_integer,
     'seconds': lambda value: is_number(value, 0),
     'metrics': lambda value: isinstance(value, dict) and all(
-        isinstance(value.get(name), kinds) for name, kinds in (('method', str), ('fingerprint', (str, type(None))))
+        name in value and isinstance(value[name], kinds) for name, kinds in (('method', str), ('fingerprint', (str, type(None))))
     ) and is_integer(value.get('epoch')),  # a source without an index has no fingerprint
     'description.model': _is_model,
     'description.training': lambda value: isinstance(value, dict),

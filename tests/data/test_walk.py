@@ -107,4 +107,4 @@ def test_a_folder_without_images_names_the_extensions(root):
     with pytest.raises(InputError) as error:
         find_images(['x'])
     assert str(error.value).startswith('x: found no image but 2 other files (2 .heic), expected .jpg, .png, .webp or ')
-    assert ' .jpeg .jpf .jpg ' in str(error.value) and '\n' not in str(error.value)
+    assert '\n' not in str(error.value)
