@@ -90,8 +90,8 @@ SCHEMA: dict[str, Callable[[object], bool]] = {
     'since_best': is_integer,
     'seconds': lambda value: is_number(value, 0),
     'metrics': lambda value: isinstance(value, dict) and all(
-        name in value and isinstance(value[name], kinds) for name, kinds in (('method', str), ('fingerprint', (str, type(None))))
-    ) and is_integer(value.get('epoch')),  # a source without an index has no fingerprint
+        name in value and isinstance(value[name], kinds) for name, kinds in (
+            ('method', str), ('fingerprint', (str, type(None))))) and is_integer(value.get('epoch')),  # a source without an index has no fingerprint
     'description.model': _is_model,
     'description.training': lambda value: isinstance(value, dict),
     'description.export': _is_export,
