@@ -89,9 +89,8 @@ SCHEMA: dict[str, Callable[[object], bool]] = {
     'best': lambda value: value is None or is_number(value),
     'since_best': is_integer,
     'seconds': lambda value: is_number(value, 0),
-    'metrics': lambda value: isinstance(value, dict) and all(
-        name in value and isinstance(value[name], kinds) for name, kinds in (
-            ('method', str), ('fingerprint', (str, type(None))))) and is_integer(value.get('epoch')),  # a source without an index has no fingerprint
+    'metrics': lambda value: isinstance(value, dict) and isinstance(value.get('method'), str) and is_integer(
+        value.get('epoch')) and isinstance(value.get('fingerprint', 0), (str, type(None))),  # None without an index
     'description.model': _is_model,
     'description.training': lambda value: isinstance(value, dict),
     'description.export': _is_export,
