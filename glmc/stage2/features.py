@@ -178,8 +178,9 @@ class Extractor:
 
     def _fill(self, images: ImageSet, num_views: int, file: FeatureFile) -> None:
         """Extract blocks until this process and others have finished the file."""
-        _logger.info(f'Extracting features: {_size(file.shape)} in {file.precision}, stored as '
-                     f"{'bfloat16' if file.dtype == torch.bfloat16 else 'float32'}, {file.size:,} bytes, in {file.path}")
+        stored = 'bfloat16' if file.dtype == torch.bfloat16 else 'float32'
+        _logger.info(f'Extracting features: {_size(file.shape)} in {file.precision}, stored as {stored}, '
+                     f'{file.size / 2 ** 20:,.1f} MiB in {file.path.parent}')
         if file.finished:
             _logger.info(f'Continuing at {file.num_finished() / len(images):.0%}')
         progress = ExtractionProgress(file.shape, file.num_finished())
