@@ -1,6 +1,7 @@
 """Image sets from timm's sources: folders, tars, Hugging Face and torchvision sets, and sources without an index."""
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -11,8 +12,8 @@ from timm.data import IterableImageDataset, create_dataset
 from timm.data.dataset_factory import _search_split
 
 from glmc.data.datasets import ImageSet
-from glmc.data.folders import load_folders, sorted_names
-from glmc.errors import InputError
+from glmc.data.folders import labelled, load_folders, name_classes, sorted_names
+from glmc.errors import InputError, printable
 
 FOLDERS = ('', 'torch/image_folder', 'torch/folder')  # sources that have a folder per split
 MAX_LABEL = 10 ** 7  # larger ones are identifiers, not labels
@@ -57,7 +58,11 @@ def load_source(
         raise InputError(f'{where}, split {split}: cannot be opened: {detail[0]}') from error
     if isinstance(dataset, IterableImageDataset):
         return dataset
-    return _from_reader(dataset.reader, where) if hasattr(dataset, 'reader') else _from_torch(dataset, where)
+    if not hasattr(dataset, 'reader'):
+        return _from_torch(dataset, where)
+    if hasattr(dataset.reader, 'targets') and not kwargs.get('class_map'):
+        return _from_tar(dataset.reader, where, class_from)
+    return _from_reader(dataset.reader, where)
 
 
 def has_split_folder(root: str, split: str) -> bool:
@@ -100,6 +105,21 @@ def _from_reader(reader, where: str) -> ImageSet:
         raise InputError(f'{where}: image {stray} lies in no class folder, expected class/image')
     class_names = [by_index.get(c, str(c)) for c in range(max([int(labels.max()), *by_index]) + 1)]
     return ImageSet(partial(_open_from_reader, reader), labels, names, class_names, where)
+
+
+def _from_tar(reader, where: str, class_from: str | None) -> ImageSet:
+    """Image set of timm's tar reader, with the classes of `load_folders`."""
+    names = [name.replace(os.sep, '/') for name in reader.filenames()]
+    folders = [name.rpartition('/')[0] for name in names]
+    if '' in folders:
+        stray = printable(names[folders.index('')])
+        raise InputError(f'{where}: image {stray} lies in no class folder, expected class/image')
+    if len(set(folders)) > 1:
+        start = len(os.path.commonpath(folders))  # folders around the class folders
+        folders = [folder[start:].lstrip('/') or folder for folder in folders]
+    classes = name_classes(folders, where, class_from)
+    images = labelled(names, [classes[folder] for folder in folders], None, where)
+    return replace(images, read=partial(_open_from_reader, reader))
 
 
 def _open_from_reader(reader, index: int) -> Image.Image:

@@ -196,6 +196,21 @@ def test_shards_cannot_be_cut(options, shards):
         load_training_data(dataset='wds/x', data_dir=str(shards), **options)
 
 
+@pytest.mark.parametrize('class_from, names', [(None, None), ('top', ['ant', 'bee']), ('leaf', ['images'])])
+def test_classes_of_a_tar_are_those_of_folders(class_from, names, folders, tmp_path):
+    for split in ('train', 'validation'):
+        with tarfile.open(tmp_path / f'{split}.tar', 'w') as tar:
+            for name in ('bee', 'ant'):
+                tar.add(folders / split / name, arcname=f'{split}/{name}/images')
+    options = dict(data_dir=str(tmp_path), train_split='train.tar', val_split='validation.tar', class_from=class_from)
+    if names is None:
+        with pytest.raises(InputError, match="ant/images and bee/images would be one class 'images'; --class-from top"):
+            load_training_data(**options)
+    else:
+        data = load_training_data(**options)
+        assert data.class_names == names and data.train.image(0).size == (32, 32)
+
+
 # --- columns of a Hugging Face set ---
 
 

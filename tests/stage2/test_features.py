@@ -164,7 +164,7 @@ def test_large_features_are_16_bits_on_the_disk(model, tmp_path, small_blocks, o
     assert torch.equal(torch.cat([rows for rows, _ in found.batches(6)]), all_rows(found)[0])
     assert not len(found.rows(torch.empty(0, dtype=torch.int64)))
     (path,) = tmp_path.glob('*.npy')
-    assert f'stored as bfloat16, {path.stat().st_size:,} bytes' in caplog.text
+    assert f'stored as bfloat16, {path.stat().st_size / 2 ** 20:,.1f} MiB in' in caplog.text
     bits = torch.from_numpy(np.load(path).astype(np.int16))
     assert torch.equal(bits.view(torch.bfloat16).float(), all_rows(found))
 
