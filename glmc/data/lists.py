@@ -136,9 +136,8 @@ def _read_text(path: str) -> str:
         raise InputError(f'{path}: cannot read this list: {first_line(error)}') from error
     if len(content) > MAX_BYTES:
         raise InputError(f'{path}: cannot read this list: has more than {MAX_BYTES >> 20} MiB of text')
-    for mark, encoding in ((b'\xff\xfe', 'utf-16'), (b'\xfe\xff', 'utf-16')):  # Excel's "Unicode text"
-        if content.startswith(mark):
-            return content.decode(encoding, errors='replace')
+    if content.startswith((b'\xff\xfe', b'\xfe\xff')):  # Excel's "Unicode text"
+        return content.decode('utf-16', errors='replace')
     if b'\0' in content:
         raise InputError(f'{path}: cannot read this list: is not a text file')
     return content.decode('utf-8-sig', errors='surrogateescape')
