@@ -13,6 +13,8 @@ from PIL import Image
 from glmc.data.profiles import long_tail_counts, long_tail_indices, pluralize
 from glmc.errors import ImageError, InputError, first_line
 
+DECODING_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -59,14 +61,20 @@ class ImageSet:
         """Open an image without decoding its pixels.
 
         Raises:
-            ImageError: If the image cannot be decoded, here or inside the `with` block; one line that names the file.
+            ImageError: If the image cannot be decoded, here or inside the `with` block; one line that names the file. Other
+                errors of the block pass.
         """
+        passes = False
         try:
             with self.read(index) as image:
-                yield image
-        except ImageError:
-            raise
+                try:
+                    yield image
+                except Exception as error:
+                    passes = isinstance(error, ImageError) or not isinstance(error, DECODING_ERRORS) and _decodes(image)
+                    raise
         except Exception as error:  # Pillow's formats raise anything, and rows without an image raise a TypeError
+            if passes:
+                raise
             raise ImageError(f'{self.source}: cannot decode image {self.names[index]}: {first_line(error)}') from error
 
     def subset(self, indices: np.ndarray) -> 'ImageSet':
@@ -116,6 +124,14 @@ def folder_labels(names: Sequence[str], labels: np.ndarray) -> dict[str, int]:
 def folder_of(name: str) -> str:
     """Name of the folder that contains a file."""
     return os.path.basename(os.path.dirname(name))
+
+
+def _decodes(image: Image.Image) -> bool:
+    try:
+        image.load()
+    except Exception:
+        return False
+    return True
 
 
 def open_file(paths: Sequence[str], index: int) -> Image.Image:

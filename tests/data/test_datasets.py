@@ -142,6 +142,12 @@ def test_whatever_pillow_raises_is_an_unreadable_image(tmp_path):
             images.image(0)
 
 
+def test_an_error_of_the_caller_is_not_one_of_the_image():
+    images = ImageSet(Encoded((Image.new('RGB', (4, 4)), 'PNG')), np.zeros(1, np.int64), ['a.png'], ['a'], 'x')
+    with pytest.raises(ZeroDivisionError), images.opened(0):
+        _ = 1 / 0
+
+
 def test_a_pipe_is_an_unreadable_image(tmp_path):
     os.mkfifo(tmp_path / 'a.png')
     images = ImageSet(partial(open_file, [str(tmp_path / 'a.png')]), np.zeros(1, np.int64), ['a.png'], ['a'], 'x')
