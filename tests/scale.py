@@ -2,6 +2,7 @@
 
     python tests/scale.py --images 100000 --folder /tmp/scale             makes the files, measures, and deletes them
     python tests/scale.py --images 100000 --folder /tmp/scale --only draw
+    python tests/scale.py --images 10000000 --folder /tmp/lists --keep --only draw        with a list.txt made before
 
 All files are hard links of one PNG of 16 pixels. Each measurement has a process of its own, after one listing of the files,
 so that the system knows their names. Seconds of opening and drawing are processor time.
