@@ -35,6 +35,7 @@ if __name__ == '__main__':
     show_help(finetune_parser)  # before the imports that take seconds
 # isort: split
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from glmc.data.sources import TrainingData, load_training_data
 from glmc.errors import InputError
@@ -42,7 +43,7 @@ from glmc.export.hub import try_push, warn_without_token
 from glmc.export.load import TrainedModel, check_model, load_trained, trained_precision, training_counts
 from glmc.report.compare import read_results, write_comparison
 from glmc.report.report import report_errors_as_warnings
-from glmc.run_folder import open_run_folder
+from glmc.run_folder import claim_folder, open_run_folder
 from glmc.stage2.finetune import CHOICE, OPTIONS, TABLE, check_stage2, results_table, run_stage2, write_results
 from glmc.stage2.select import STAGE1, Result, best_result
 from glmc.training.launch import create_accelerator, device_name, is_main_process
@@ -62,12 +63,20 @@ def main() -> None:
     jobs = {name: prepare(args, explicit, trained, accelerator) for name, trained in models.items()}
     check_kinds(jobs)
     check_push(args, encoder_only=jobs[args.model[0]]['encoder_only'])
-    folder = open_run_folder(args.output, args.experiment, f'stage2-{first.architecture}', resume=False)
+    folder = create_folder(args, f'stage2-{first.architecture}', accelerator)
     folders = {name: folder / f'{number}-{Path(name).name}' if len(jobs) > 1 else folder
                for number, name in enumerate(jobs, 1)}
     runs = {name: run_stage2(folders[name], args.stage2, accelerator=accelerator, **job) for name, job in jobs.items()}
     if accelerator.is_main_process:
         finish(args, folder, folders, runs)
+
+
+def create_folder(args: Options, name: str, accelerator: Accelerator) -> Path:
+    """Create the folder of the results, with the next number if another run has taken it; all processes call this."""
+    folder = open_run_folder(args.output, args.experiment, name, resume=False) if accelerator.is_main_process else None
+    if accelerator.is_main_process and not args.experiment:
+        folder = claim_folder(folder.parent, name)
+    return broadcast_object_list([folder])[0]
 
 
 def prepare(args: Options, explicit: set[str], trained: TrainedModel, accelerator: Accelerator) -> dict:

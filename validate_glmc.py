@@ -39,7 +39,7 @@ from glmc.export.load import TrainedModel, check_model, load_trained, trained_pr
 from glmc.files import ESCAPED
 from glmc.report.compare import comparison_table, read_results, write_comparison
 from glmc.report.report import ReportInputs, classifier_norms, try_report
-from glmc.run_folder import open_run_folder, provenance, write_tables
+from glmc.run_folder import claim_folder, open_run_folder, provenance, write_tables
 from glmc.training.engine import evaluate
 from glmc.training.launch import create_accelerator, is_main_process, setup_logging
 
@@ -66,7 +66,7 @@ def validate(args: Options, explicit: set[str]) -> None:
         args.model, checkpoint=args.checkpoint, data_options=pick(args, DATA_CONFIG), num_classes=args.num_classes,
         img_size=args.img_size, in_chans=args.in_chans, global_pool=args.gp, **args.model_kwargs)
     check_model(trained)
-    folder = results_folder(args, f'validate-{trained.architecture}')
+    folder = results_folder(args, default_folder(trained))
     counts = training_counts(trained, args.class_counts)
     accelerator = create_accelerator(args.amp, args.amp_dtype or trained_precision(trained, args.amp))
     words = add_run_data(args, explicit, args.model)
@@ -148,13 +148,18 @@ def describe(args: Options, trained: TrainedModel, accelerator) -> dict:
     }
 
 
+def default_folder(trained: TrainedModel) -> str:
+    """Return the name of the folder without --experiment."""
+    return re.sub(r'[^\w.-]', '-', f'validate-{trained.architecture}')
+
+
 def results_folder(args: Options, name: str) -> Path:
     """Return the folder of the results.
 
     Raises:
         InputError: Before the evaluation, if the folder exists or cannot be written.
     """
-    folder = open_run_folder(args.output, args.experiment, re.sub(r'[^\w.-]', '-', name), resume=False)
+    folder = open_run_folder(args.output, args.experiment, name, resume=False)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f'--output: cannot write to {folder}: {nearest} is not a writable folder')
@@ -166,7 +171,10 @@ def write_results(
     """Write metrics, tables and report, and print the tables."""
     class_names = trained.class_names or getattr(images, 'class_names', None)
     try:
-        folder.mkdir(parents=True)
+        if args.experiment:
+            folder.mkdir(parents=True)
+        else:  # the next number, if another evaluation has taken this one
+            folder = claim_folder(folder.parent, default_folder(trained))
         (folder / 'metrics.json').write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + '\n', **ESCAPED)
         write_tables(folder, metrics, class_names, predictions, images)
     except OSError as error:

@@ -78,7 +78,7 @@ class RunFolder:
         """Create and lock the folder, and write the options into it, on the main process; the next number if it is taken."""
         if self.accelerator.is_main_process:
             if self.name:
-                self.path = _claim_folder(self.path.parent, self.name)
+                self.path = claim_folder(self.path.parent, self.name)
             self.lock = create_run_folder(self.path, options)
         self.path = broadcast_object_list([self.path])[0]
 
@@ -169,7 +169,7 @@ def open_run_folder(output: str, experiment: str | None, default_name: str, resu
     return parent / _numbered(default_name, max(number - 1, 1) if resume else number)
 
 
-def _claim_folder(parent: Path, name: str) -> Path:
+def claim_folder(parent: Path, name: str) -> Path:
     """Create the first folder of this name and a number that no run has, even one that starts at the same moment."""
     number = 1
     while True:

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
+from finetune_glmc import create_folder
+from glmc.cli import Options
 from glmc.data.datasets import ImageSet
 from glmc.errors import InputError
 from glmc.evaluation.metrics import Predictions
@@ -45,6 +47,12 @@ def test_runs_that_start_at_once_take_the_next_number(tmp_path):
         folder.create({})
     assert [folder.path.name for folder in start] == ['name', 'name-2', 'name-3']
     assert all((folder.path / 'args.yaml').is_file() for folder in start)
+
+
+def test_stage_2_takes_the_next_number(tmp_path):
+    args = Options(output=str(tmp_path), experiment=None)
+    folders = [create_folder(args, 'name', Accelerator(cpu=True)) for _ in range(2)]
+    assert [folder.name for folder in folders] == ['name', 'name-2'] and all(folder.is_dir() for folder in folders)
 
 
 @pytest.mark.parametrize('name', ['../x', '/x', 'a/../../x', '.', '..', 'a/..', 'a\0b'])

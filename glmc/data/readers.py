@@ -1,9 +1,11 @@
 """Image sets from timm's sources: folders, tars, Hugging Face and torchvision sets, and sources without an index."""
 import os
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from typing import IO
 
 import numpy as np
 import torch.distributed as dist
@@ -50,7 +52,11 @@ def load_source(
         return load_folders(folder, where, class_from=class_from, class_map=kwargs.get('class_map'),
                             input_key=kwargs.get('input_key'))
     try:
+        if os.path.isfile(folder) and tarfile.is_tarfile(folder):
+            _check_members(folder, os.path.getsize(folder))
         dataset = create_dataset(name, root=root, split=split, **kwargs)
+    except InputError as error:
+        raise InputError(f'{where}: {error}') from error
     except ImportError as error:
         raise InputError(f'{where}: needs a package that is not installed: {error}') from error
     except Exception as error:  # timm, torchvision and datasets raise anything from AssertionError to OSError
@@ -105,6 +111,20 @@ def _from_reader(reader, where: str) -> ImageSet:
         raise InputError(f'{where}: image {stray} lies in no class folder, expected class/image')
     class_names = [by_index.get(c, str(c)) for c in range(max([int(labels.max()), *by_index]) + 1)]
     return ImageSet(partial(_open_from_reader, reader), labels, names, class_names, where)
+
+
+def _check_members(tar: str | IO[bytes], limit: int) -> None:
+    """Raise an InputError if a member of a tar, or of a tar inside, claims more bytes than the file has.
+
+    timm reads a tar as a stream, and would look for them for days.
+    """
+    with tarfile.open(**{'name' if isinstance(tar, str) else 'fileobj': tar}) as file:
+        while (member := file.next()) is not None:
+            if not 0 <= member.size <= limit:
+                raise InputError(f'member {printable(member.name)[:80]} has {member.size:,} bytes, the tar has {limit:,}')
+            if member.isfile() and member.name.lower().endswith('.tar'):
+                _check_members(file.extractfile(member), member.size)
+            file.members = []  # which grow with the tar
 
 
 def _from_tar(reader, where: str, class_from: str | None) -> ImageSet:

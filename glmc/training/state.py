@@ -129,12 +129,22 @@ class TrainingState:
         """Give momentum the memory layout of its parameter: the file has it contiguous, and torch's fused optimizers on
         the CPU address both alike."""
         inner = getattr(self.optimizer, 'optimizer', self.optimizer)
+        _complete_momentum(inner)
         for parameter, values in inner.state.items():
             for name, value in values.items():
                 if name in PER_WEIGHT and value is not None and getattr(value, 'shape', None) != parameter.shape:
                     raise ValueError(f'{name} of the optimizer has not the shape of its weight')
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _complete_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Start the momentum of weights that have none at zero where others have it, which SGD cannot mix."""
+    if not any(isinstance(values.get('momentum_buffer'), Tensor) for values in optimizer.state.values()):
+        return
+    for parameter in (each for group in optimizer.param_groups for each in group['params']):
+        if optimizer.state[parameter].get('momentum_buffer') is None:
+            optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
 
 
 def _check_groups(saved: list[dict], groups: list[dict]) -> None:

@@ -211,6 +211,21 @@ def test_classes_of_a_tar_are_those_of_folders(class_from, names, folders, tmp_p
         assert data.class_names == names and data.train.image(0).size == (32, 32)
 
 
+@pytest.mark.parametrize('inside', [False, True])
+def test_a_member_larger_than_its_tar_is_refused(inside, folders, tmp_path):
+    path = tmp_path / 'train.tar'
+    with tarfile.open(tmp_path / 'large.tar' if inside else path, 'w', format=tarfile.GNU_FORMAT) as tar:
+        tar.add(folders / 'train', arcname='train')
+        large = tarfile.TarInfo('train/ant/large.png')
+        large.size = 2 ** 50
+        tar.fileobj.write(large.tobuf(tarfile.GNU_FORMAT))
+    if inside:
+        with tarfile.open(path, 'w') as tar:
+            tar.add(tmp_path / 'large.tar', arcname='large.tar')
+    with pytest.raises(InputError, match='(has 1,125,899,906,842,624 bytes, the tar has|unexpected end of data)'):
+        load_training_data(data_dir=str(path), holdout=1, val_split='none')
+
+
 # --- columns of a Hugging Face set ---
 
 

@@ -95,3 +95,13 @@ def test_resuming_refuses_it_in_one_line(name, value, state, script, folders, tm
                      '--resume', path)
     assert outcome.code == 2 and 'Traceback' not in outcome.err, outcome.err
     assert outcome.err.splitlines()[-1].startswith('error: --resume ') and not (tmp_path / 'run').exists()
+
+
+def test_momentum_of_some_weights_only_resumes(state, script, folders, tmp_path):
+    some = dict(list(state['optimizer']['state'].items())[:2])
+    assert all(values['momentum_buffer'] is not None for values in some.values())
+    path = tmp_path / 'epoch-0000.safetensors'
+    save_checkpoint(path, changed(state, 'optimizer.state', some))
+    outcome = script(*TINY, '--epochs', '3', '--data-dir', folders, '--output', tmp_path, '--experiment', 'run',
+                     '--resume', path)
+    assert outcome.code == 0, outcome.err
