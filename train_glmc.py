@@ -26,7 +26,7 @@ if __name__ == '__main__':
     show_help(lambda: train_parser(method_rows()))  # before the imports that take seconds
 # isort: split
 from glmc.data.check import readable_subset
-from glmc.errors import RunError, printable
+from glmc.errors import RunError, printable, printable_lines
 from glmc.evaluation.metrics import Predictions
 from glmc.evaluation.text import shot_table
 from glmc.export.export import export_model
@@ -151,8 +151,8 @@ def finish(setup: Setup, checkpoints: Checkpoints, folder: RunFolder) -> None:
             raise
         raise RunError(f'{folder.path}/export: no space left; with space, the same command with --resume auto '
                        'exports') from error
-    print(f"\n{args.method} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n"
-          f'{shot_table(metrics, data.class_names)}\nExported to {exported}', flush=True)
+    print(printable_lines(f"\n{args.method} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n"
+          f'{shot_table(metrics, data.class_names)}\nExported to {exported}'), flush=True)
     if args.stage2:
         run_stage2(folder.path / 'stage2', args.stage2, model=setup.eval_model, data=setup.readable_data(),
                    conventional=setup.conventional, export=export, metrics=metrics, accelerator=accelerator,

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from glmc.data.loaders import create_eval_loader
 from glmc.data.profiles import long_tail_indices
 from glmc.data.sources import load_evaluation_data
-from glmc.errors import InputError, printable
+from glmc.errors import InputError, printable, printable_lines
 from glmc.evaluation.metrics import LongTailEvaluator
 from glmc.evaluation.priors import AdjustedModel, ranked_counts, resolve_shift
 from glmc.evaluation.text import detail_table, shot_legend, shot_table
@@ -179,9 +179,9 @@ def write_results(
         write_tables(folder, metrics, class_names, predictions, images)
     except OSError as error:
         raise InputError(f'--output: cannot write to {folder}: {error.strerror or error}') from error
-    print(f"{args.model} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n"
+    print(printable_lines(f"{args.model} on {metrics['evaluated_on']}, {metrics['num_images']:,} images:\n"
           f'{shot_table(metrics, class_names)}\n{detail_table(metrics)}\n{shot_legend(metrics["shot_thresholds"])}\n'
-          f'Written to {folder}', flush=True)
+          f'Written to {folder}'), flush=True)
     if args.report:
         norms = classifier_norms(classifier=trained.model.get_classifier())
         shown = class_names and [printable(str(name)) for name in class_names]

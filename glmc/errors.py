@@ -1,4 +1,5 @@
 """Errors that end a run with one line instead of a traceback."""
+import logging
 
 
 def first_line(error: Exception) -> str:
@@ -9,6 +10,18 @@ def first_line(error: Exception) -> str:
 def printable(text: str) -> str:
     """Replace control characters, changes of direction and bytes that are no UTF-8 by escapes such as \\x1b."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Messages of the log with `printable` lines: names of others must not command the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
+def printable_lines(text: str) -> str:
+    """Apply `printable` to each line of a text."""
+    return '\n'.join(map(printable, text.split('\n')))
 
 
 class InputError(ValueError):

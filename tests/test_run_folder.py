@@ -1,5 +1,6 @@
 """Tables of a result: names are exact on disk, and no cell is a formula."""
 import csv
+import logging
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from accelerate import Accelerator
 from finetune_glmc import create_folder
 from glmc.cli import Options
 from glmc.data.datasets import ImageSet
-from glmc.errors import InputError
+from glmc.errors import InputError, PrintableFormatter
 from glmc.evaluation.metrics import Predictions
 from glmc.run_folder import RunFolder, open_run_folder, write_tables
 
@@ -70,3 +71,8 @@ def test_an_output_that_is_a_file_is_one_line(tmp_path):
     folder = RunFolder.choose(Accelerator(cpu=True), 'name', str(tmp_path / 'out'), None, None)
     with pytest.raises(InputError, match='--output: cannot write to '):
         folder.create({})
+
+
+def test_a_log_line_cannot_command_the_terminal():
+    record = logging.LogRecord('glmc', logging.INFO, '', 0, 'No file %s', ('\x1b[31m\udce9\x9b2J',), None)
+    assert PrintableFormatter('%(message)s').format(record) == 'No file \\x1b[31m\\udce9\\x9b2J'

@@ -20,7 +20,7 @@ from huggingface_hub.utils._http import default_client_factory
 
 from glmc.cli import Parser
 from glmc.config import repo_id
-from glmc.errors import InputError, RunError, first_line
+from glmc.errors import InputError, RunError, first_line, printable
 from glmc.export.card import PLACEHOLDER
 from glmc.export.export import export_checkpoint
 from glmc.export.load import find_export, newest_checkpoint
@@ -177,8 +177,8 @@ def main() -> int:
         args = parser.parse_args()
         with tempfile.TemporaryDirectory() as temporary:
             export = resolve_export(args.export, Path(temporary) / 'export')
-            print(push_export(export, args.name, args.private, args.revision))
+            print(printable(push_export(export, args.name, args.private, args.revision)))
     except (InputError, RunError, PushError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(str(error))}', file=sys.stderr)
         return 2
     return 0

@@ -16,13 +16,13 @@ from torch import nn
 from glmc.data.datasets import ImageSet
 from glmc.data.profiles import classes_without_images
 from glmc.data.sources import TrainingData
-from glmc.errors import InputError
+from glmc.errors import InputError, printable
 from glmc.evaluation.priors import resolve_prior
 from glmc.evaluation.text import aligned, mean_std
 from glmc.export.export import export_model
 from glmc.files import ESCAPED, NAMES
 from glmc.models.classifier import linear_classifier, set_classifier
-from glmc.run_folder import provenance, write_tables
+from glmc.run_folder import provenance, spreadsheet_safe, write_tables
 from glmc.stage2.classifiers import PROBE, Classifier, Linear, Stage1
 from glmc.stage2.features import Extractor, Features
 from glmc.stage2.select import (
@@ -119,7 +119,7 @@ def run_stage2(
     print(f'\nStage 2 on {len(validation):,} images, features in {extraction} s:\n{results_table([results])}', flush=True)
     missing = classes_without_images(results[0].metrics['per_class_images'], export['class_names'])
     if missing:
-        print(missing, flush=True)
+        print(printable(missing), flush=True)
     metadata = dict(feature_views=feature_views, feature_seconds=extraction, feature_precision=extract.chosen)
     for result in results:
         if result.name != STAGE1:
@@ -262,5 +262,5 @@ def write_results(path: Path, runs: dict[str, Sequence[Result]]) -> None:
         for name, results in runs.items():
             for result in results:
                 settings = ' '.join(f'{key}={value}' for key, value in result.settings.items())
-                writer.writerow((name, result.name, *(result.metrics[key] for key in METRICS), result.heldout,
-                                 round(result.seconds, 2), settings, run['commit'], run['command']))
+                writer.writerow((spreadsheet_safe(name), result.name, *(result.metrics[key] for key in METRICS),
+                                 result.heldout, round(result.seconds, 2), settings, run['commit'], run['command']))

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 
 from glmc.config import PRECISIONS
-from glmc.errors import InputError, RunError, first_line
+from glmc.errors import InputError, PrintableFormatter, RunError, first_line
 
 _logger = logging.getLogger(__name__)
 LAUNCHERS = ('accelerate', 'accelerate-launch', 'torchrun', 'accelerate.commands.launch', 'torch.distributed.run')
@@ -116,7 +116,7 @@ def memory_errors() -> Iterator[None]:
 def setup_logging(main_process: bool) -> None:
     """One plain line per message on standard error, from the main process only."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter('%(message)s'))
+    handler.setFormatter(PrintableFormatter('%(message)s'))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING if main_process else logging.ERROR)
