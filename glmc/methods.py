@@ -16,7 +16,17 @@ from glmc.losses.classification import (
     LogitAdjustedLoss,
     effective_number_weights,
 )
-from glmc.mixing import BatchCutmix, BatchMixup, CMOMixer, GLMCMixer, PairMixer, PickingMixer, ResampledOnly, ViewMixer
+from glmc.mixing import (
+    BatchCutmix,
+    BatchMixup,
+    CMOMixer,
+    GLMCMixer,
+    HalvesMixer,
+    PairMixer,
+    PickingMixer,
+    ResampledOnly,
+    ViewMixer,
+)
 from glmc.models.bilateral import BilateralModule
 from glmc.models.cosine import CosineGLMCModule, CosineModule
 from glmc.models.glmc import GLMCModule
@@ -34,7 +44,7 @@ from glmc.tasks.contrastive import (
 )
 from glmc.tasks.distillation import SelfSupervisedTask, SoftLabelTask
 from glmc.tasks.experts import BalancedExpertsTask, DiverseExpertsTask
-from glmc.tasks.glmc import CosineGLMCTask, GLMCTask
+from glmc.tasks.glmc import CosineGLMCTask, GLMCTask, OneViewGLMCTask
 from glmc.tasks.proco import ProbabilisticContrastTask
 from glmc.tasks.single_view import CosineTask, SingleViewTask, WeightBalancingTask
 
@@ -232,6 +242,10 @@ METHODS = {
         task=CosineGLMCTask, task_options=('consistency_weight', *CUMULATIVE), module=CosineGLMCModule,
         module_options=('cosine_scale', 'projection_dim', 'joint_forward'), defaults=SHORT_RUN, prior=reweighted_prior,
         **TWO_VIEWS),
+    'glmc_one_view': Method(
+        summary='GLMC on one view an image, half of each batch mixed globally, half locally, at the cost of ce',
+        task=OneViewGLMCTask, task_options=CUMULATIVE, module=partial(GLMCModule, projection_dim=0), mixer=HalvesMixer,
+        mixer_options=MIXTURE, defaults=dict(SHORT_RUN, partner='batch'), paired=True, prior=reweighted_prior),
     'glmc_no_consistency': Method(
         summary='GLMC without the consistency loss',
         task=partial(GLMCTask, consistency_weight=0.0), task_options=CUMULATIVE,

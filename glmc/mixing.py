@@ -1,4 +1,4 @@
-"""Mixers: views and labels of a batch in, input and target of a task out; MixUp, CutMix, CMO and the two GLMC views."""
+"""Mixers: views and labels of a batch in, input and target of a task out; MixUp, CutMix, CMO and GLMC's mixtures."""
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -323,3 +323,21 @@ class GLMCMixer(PairMixer):
         images = mixup(i_global, j_global, params.lam), cutmix(i_local, j_local, params.box)
         targets = mixup(i_label, j_label, params.lam), mixup(i_label, j_label, params.local_lam)
         return images, targets
+
+
+class HalvesMixer(GLMCMixer):
+    """GLMC's mixtures on one view of each image: the first half of the batch global, the second local.
+
+    Args:
+        counts, partner, resample_power, mix_beta, cutmix_lambda: As those of `GLMCMixer`.
+    """
+
+    def forward(self, views: Tensor, labels: Tensor, params: Mixture) -> tuple[Tensor, Tensor]:
+        """(B, c, H, W) images and their (B, C) soft labels, of (B, 2, 1, c, H, W) views, or (B, 1, ...) within the batch."""
+        views, labels = self.pairs(views, labels, params)
+        half = len(views) // 2
+        (first, first_partner), (second, second_partner) = (part.unbind(1) for part in views[:, :, 0].tensor_split([half]))
+        images = mixup(first, first_partner, params.lam), cutmix(second, second_partner, params.box)
+        label, partner_label = F.one_hot(labels, self.num_classes).to(params.lam.dtype).unbind(1)
+        weight = torch.where(torch.arange(len(labels), device=labels.device) < half, params.lam, params.local_lam)
+        return torch.cat(images), mixup(label, partner_label, weight[:, None])

@@ -13,6 +13,7 @@ from glmc.mixing import (
     BatchMixup,
     CMOMixer,
     GLMCMixer,
+    HalvesMixer,
     Mixture,
     PairMixer,
     ResampledOnly,
@@ -198,6 +199,20 @@ def test_mixer_finds_partners_in_the_batch():
     mixture = MIXTURE._replace(uniform=torch.tensor([0.9, 0.1, 0.5]).double())  # q = 0: thirds
     mixed = GLMCMixer([9, 9, 9, 9], partner='batch')(views, labels, mixture)
     check_mixed(mixed, views[:, 0].numpy(), views[[2, 0, 1], 0].numpy(), [0, 2, 1], [1, 0, 2])
+
+
+@pytest.mark.parametrize('partner', ['sampler', 'batch'])
+@pytest.mark.parametrize('size', [1, 4, 5])
+def test_halves_are_the_global_and_the_local_mixture(size, partner):
+    """Those of GLMC on the same images, where both views are alike; of an odd batch the larger part is local."""
+    places = 2 if partner == 'sampler' else 1
+    views, labels = images(size, places, 1, 2, 6, 5), torch.arange(size * places).view(size, places) % 4
+    mixture = MIXTURE._replace(uniform=torch.linspace(0.9, 0.1, size).double())
+    mixed, target = HalvesMixer([9, 9, 9, 9], partner=partner)(views, labels, mixture)
+    expected, targets = GLMCMixer([9, 9, 9, 9], partner=partner)(views.expand(-1, -1, 2, -1, -1, -1), labels, mixture)
+    half = size // 2
+    assert torch.equal(mixed, torch.cat([expected[0][:half], expected[1][half:]]))
+    assert torch.equal(target, torch.cat([targets[0][:half], targets[1][half:]]))
 
 
 @pytest.mark.parametrize('partner', ['sampler', 'batch'])

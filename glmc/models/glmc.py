@@ -12,8 +12,8 @@ class ViewOutput(NamedTuple):
     """Outputs of GLMCModule for one view."""
     logits: Tensor | None  # (B, C) conventional classifier; None on balanced data, where there is only one
     rebalanced_logits: Tensor  # (B, C) the backbone's own classifier
-    projection: Tensor  # (B, d) h
-    prediction: Tensor  # (B, d) u
+    projection: Tensor | None  # (B, d) h; None without a projector
+    prediction: Tensor | None  # (B, d) u
 
 
 class GLMCModule(nn.Module):
@@ -24,7 +24,7 @@ class GLMCModule(nn.Module):
 
     Args:
         backbone: Any timm model with a classifier.
-        projection_dim: d.
+        projection_dim: d; 0: without projection and prediction.
         balanced: Omit the conventional classifier, for balanced data; the backbone's own one takes its role.
         joint_forward: Encode both views as one batch of 2B, with BatchNorm statistics over both.
 
@@ -40,19 +40,21 @@ class GLMCModule(nn.Module):
         self.backbone = backbone
         width = backbone.head_hidden_size
         self.classifier = None if balanced else nn.Linear(width, backbone.num_classes)
-        self.projector = nn.Linear(width, projection_dim)
-        self.predictor = nn.Linear(projection_dim, projection_dim)
+        self.projector = nn.Linear(width, projection_dim) if projection_dim else None
+        self.predictor = nn.Linear(projection_dim, projection_dim) if projection_dim else None
 
     def forward(
-            self, global_view: Tensor, local_view: Tensor,
-            gradient_scales: tuple[Tensor, Tensor] | None = None) -> tuple[ViewOutput, ViewOutput]:
+            self, global_view: Tensor, local_view: Tensor | None = None,
+            gradient_scales: tuple[Tensor, Tensor] | None = None) -> tuple[ViewOutput, ViewOutput] | ViewOutput:
         """Outputs for both views, in one forward pass per view as in the paper, or in one for both with `joint_forward`.
 
         Args:
-            global_view, local_view: (B, c, H, W).
+            global_view, local_view: (B, c, H, W). Without a local view, the output is that of the first alone.
             gradient_scales: Factors of the gradients that the conventional and the rebalanced classifier send to the
                 encoder, two scalars; the outputs do not depend on them. None for 1.
         """
+        if local_view is None:
+            return self.forward_view(global_view, gradient_scales)
         if self.joint_forward:
             both = self.forward_view(torch.cat([global_view, local_view]), gradient_scales)
             halves = [(None, None) if output is None else output.chunk(2) for output in both]
@@ -66,11 +68,14 @@ class GLMCModule(nn.Module):
         """
         features = self.backbone.forward_features(images)
         pre_logits = self.backbone.forward_head(features, pre_logits=True)  # (B, D)
-        projection = self.projector(pre_logits)  # (B, d)
+        projection = prediction = None
+        if self.projector is not None:
+            projection = self.projector(pre_logits)  # (B, d)
+            prediction = self.predictor(projection)
         conventional, rebalanced = gradient_scales or (None, None)
         logits = None if self.classifier is None else self.classifier(scale_gradient(pre_logits, conventional))
         rebalanced_logits = self.rebalanced_logits(features, pre_logits, rebalanced)
-        return ViewOutput(logits, rebalanced_logits, projection, self.predictor(projection))
+        return ViewOutput(logits, rebalanced_logits, projection, prediction)
 
     def rebalanced_logits(self, features: Tensor | Sequence[Tensor], pre_logits: Tensor, factor: Tensor | None) -> Tensor:
         """(B, C) logits of the backbone's own classifier, whose gradient to the features is multiplied by `factor`."""

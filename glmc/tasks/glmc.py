@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from glmc.losses.glmc import class_weights, cumulative_alpha, negative_cosine, soft_cross_entropy
 from glmc.models.classifier import set_classifier, set_linear
-from glmc.models.glmc import GLMCModule
+from glmc.models.glmc import GLMCModule, ViewOutput
 from glmc.tasks.base import AuxiliaryHeadsTask, FoldedTask, HeadFits
 
 
@@ -76,16 +76,19 @@ class GLMCTask(AuxiliaryHeadsTask):
         outputs = (global_out, local_out)
         loss_sim = (negative_cosine(global_out.prediction, local_out.projection)
                     + negative_cosine(local_out.prediction, global_out.projection))
-        if self.balanced:
-            loss_c = sum(soft_cross_entropy(o.rebalanced_logits, p) for o, p in zip(outputs, targets, strict=True))
-            loss_cb = torch.zeros_like(loss_c)
-        else:
-            loss_c = sum(soft_cross_entropy(o.logits, p) for o, p in zip(outputs, targets, strict=True))
-            loss_cb = sum(soft_cross_entropy(o.rebalanced_logits, p, self.class_weight)
-                          for o, p in zip(outputs, targets, strict=True))
-        losses = dict(loss_c=loss_c, loss_cb=loss_cb, loss_sim=loss_sim)
+        losses = dict(**self.view_losses(outputs, targets), loss_sim=loss_sim)
         loss = self.classification_loss(losses) + self.consistency_weight * loss_sim
         return dict(loss=loss, **losses, output=global_out.rebalanced_logits)
+
+    def view_losses(self, outputs: Sequence[ViewOutput], targets: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Scalars `loss_c` and `loss_cb`, sums over the views, from their outputs and (B, C) soft labels."""
+        if self.balanced:
+            loss_c = sum(soft_cross_entropy(o.rebalanced_logits, p) for o, p in zip(outputs, targets, strict=True))
+            return dict(loss_c=loss_c, loss_cb=torch.zeros_like(loss_c))
+        loss_c = sum(soft_cross_entropy(o.logits, p) for o, p in zip(outputs, targets, strict=True))
+        loss_cb = sum(soft_cross_entropy(o.rebalanced_logits, p, self.class_weight)
+                      for o, p in zip(outputs, targets, strict=True))
+        return dict(loss_c=loss_c, loss_cb=loss_cb)
 
     def gradient_scales(self) -> tuple[Tensor, Tensor] | None:
         """Factors of the classifiers' gradients into the encoder that make it that of Eq. 11; None with the losses scope."""
@@ -96,6 +99,28 @@ class GLMCTask(AuxiliaryHeadsTask):
         if self.mean_weight:
             return losses['loss_c'] + losses['loss_cb'] / self.mean_weight
         return self.alpha * losses['loss_c'] + (1 - self.alpha) * losses['loss_cb']
+
+
+class OneViewGLMCTask(GLMCTask):
+    """GLMC on one view of each image (ours): L_c and L_cb of a batch that is half global, half local mixtures.
+
+    A step costs one forward pass of B images instead of two. The consistency loss needs both views and is left out.
+
+    Args:
+        model: The backbone with its training heads; without a projector.
+        counts, reweight_power, alpha_power, alpha_scope: As those of `GLMCTask`.
+    """
+
+    loss_names = ('loss_c', 'loss_cb')
+
+    def __init__(self, model: GLMCModule, counts: Sequence[int], **kwargs):
+        super().__init__(model, counts, consistency_weight=0.0, **kwargs)
+
+    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Losses of (B, c, H, W) mixed images with (B, C) soft labels: `loss`, `loss_c`, `loss_cb` and `output`."""
+        output = self.trainable_module(images, gradient_scales=self.gradient_scales())
+        losses = self.view_losses([output], [target])
+        return dict(loss=self.classification_loss(losses), **losses, output=output.rebalanced_logits)
 
 
 class CosineGLMCTask(FoldedTask, GLMCTask):

@@ -12,7 +12,7 @@ from glmc.models.bilateral import BilateralModule
 from glmc.models.cosine import CosineModule
 from glmc.models.glmc import GLMCModule
 from glmc.tasks.bilateral import BilateralTask
-from glmc.tasks.glmc import GLMCTask
+from glmc.tasks.glmc import GLMCTask, OneViewGLMCTask
 from glmc.tasks.single_view import CosineTask, SingleViewTask, WeightBalancingTask
 
 COUNTS = [50, 12, 3]
@@ -65,6 +65,22 @@ def test_loss_is_equation_11(power, gamma, progress):
     assert losses['loss_sim'].item() == pytest.approx(loss_sim, abs=1e-5)
     assert losses['loss'].item() == pytest.approx(alpha * loss_c + (1 - alpha) * loss_cb + gamma * loss_sim, rel=1e-5)
     assert torch.equal(losses['output'], task.get_eval_model()(views[0]))
+
+
+@pytest.mark.parametrize('scope', ['losses', 'encoder'])
+def test_one_view_of_both_halves_is_half_of_glmc_without_consistency(scope):
+    """GLMC sums over its views, one view takes the mean over all mixed images; gradients alike."""
+    task, (views, targets) = glmc_task(consistency_weight=0.0, alpha_scope=scope), batch()
+    one = OneViewGLMCTask(GLMCModule(create_backbone('resnet32_cifar', **SMALL), 0), COUNTS, alpha_scope=scope).eval()
+    one.trainable_module.load_state_dict(task.trainable_module.state_dict(), strict=False)
+    gradients = []
+    for each, inputs in ((task, (views, targets)), (one, (torch.cat(views), torch.cat(targets)))):
+        each.set_progress(0.5)
+        losses = each(*inputs)
+        losses['loss'].backward()
+        assert losses.keys() == {'loss', 'output', *each.loss_names}
+        gradients.append(each.get_eval_model().conv1.weight.grad)
+    assert torch.allclose(gradients[0], 2 * gradients[1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('power, alpha', [(1.0, 0.5), (2.0, 0.75), (8.0, 1 - 0.5 ** 8)])
