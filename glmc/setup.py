@@ -19,6 +19,7 @@ from glmc.cli import Options, pick
 from glmc.config import (
     DATA,
     FINE_TUNING,
+    SCRATCH,
     TRAIN_NEEDS,
     Need,
     as_words,
@@ -98,21 +99,24 @@ class Setup:
         args.grad_accum_steps = steps
 
     def _announce(self) -> None:
-        """Announce the demonstration and the defaults of fine-tuning, and warn about options without effect."""
+        """Announce the demonstration and the defaults of the start, and warn about options without effect."""
         args, explicit = self.args, self.explicit
         if not has_data(args):
             _logger.info("No data given: this is a demonstration on scikit-learn's handwritten digits, made long-tailed. "
                          'Train on your own with --data-dir, --dataset or --train-list.')
-        if is_pretrained(args):
+        pretrained, by_muon = is_pretrained(args), args.opt == SCRATCH['opt']
+        if pretrained or by_muon:
             others = set().union(*(row.options for row in METHODS.values())) - self.method.options
-            words = (as_words(name, getattr(args, name)) for name in FINE_TUNING if name not in explicit | others)
-            _logger.info('Pretrained weights, so the defaults are those of hparams/pretrained.yaml: '
-                         f"{' '.join(chain.from_iterable(words))}")
+            names = (FINE_TUNING if pretrained else SCRATCH).keys() - explicit - others
+            start, file = ('Pretrained weights', 'pretrained') if pretrained else ('From scratch by Muon', 'scratch')
+            _logger.info(f'{start}, so the defaults are those of hparams/{file}.yaml: '
+                         f"{' '.join(chain.from_iterable(as_words(name, getattr(args, name)) for name in names))}")
         unused = unused_method_options(args.method, explicit)
         needs = (Need(tuple(unused), f'with --method {args.method}', lambda options: False), *TRAIN_NEEDS)
         for warning in unused_options(args, explicit, needs, processes=self.accelerator.num_processes):
             _logger.warning(warning)
-        if not explicit & {'lr', 'lr_base'} and not any(name in args.opt.lower() for name in SGD):
+        fits = any(name in args.opt.lower() for name in SGD) or by_muon and not pretrained
+        if not explicit & {'lr', 'lr_base'} and not fits:
             _logger.warning(f'--opt {args.opt}: the default --lr-base is for SGD; set --lr for this optimizer')
 
     def _refuse(self) -> None:

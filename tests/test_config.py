@@ -14,6 +14,7 @@ from glmc.config import (
     CONFLICTS,
     DEMONSTRATION,
     NOT_TRAINING,
+    SCRATCH,
     TRAIN_NEEDS,
     finetune_parser,
     flag,
@@ -52,12 +53,12 @@ def test_defaults():
     options, given = parse('--data-dir', 'images')
     assert given == {'data_dir'}
     assert (options.model, options.method, options.opt, options.lr, options.shot_thresholds) == (
-        'resnet18', 'glmc', 'momentum', None, [20, 100])
+        'resnet18', 'glmc_one_view', 'nmuon', None, [20, 100])
 
 
 def test_command_line_wins_over_file_and_file_over_default(config):
     options, given = parse(*config('epochs: 7\nlr: 0.3\nseed: 1\n'), '--lr', '0.5', '--batch-size', '16')
-    assert (options.epochs, options.lr, options.seed, options.batch_size, options.momentum) == (7, 0.5, 1, 16, 0.9)
+    assert (options.epochs, options.lr, options.seed, options.batch_size, options.grad_accum_steps) == (7, 0.5, 1, 16, 1)
     assert given == {'epochs', 'lr', 'seed', 'batch_size'}
 
 
@@ -170,6 +171,22 @@ def test_the_demonstration_is_for_runs_without_data(config):
     assert pick(options, DEMONSTRATION) == DEMONSTRATION
 
 
+BY_MUON = {name: value for name, value in SCRATCH.items() if name != 'method'}
+BY_SGD = dict(opt='momentum', lr_base=0.2, lr_base_scale=None, momentum=0.9, weight_decay=5e-4, sched_on_updates=False)
+
+
+@pytest.mark.parametrize('line, method, expected', [
+    ('', 'glmc_one_view', BY_MUON), ('--method glmc', 'glmc', BY_SGD), ('--method ce --opt nmuon', 'ce', BY_MUON),
+    ('--opt momentum', 'glmc_one_view', BY_SGD), ('--weight-decay 0.1', 'glmc_one_view', {**BY_MUON, 'weight_decay': 0.1}),
+    ('--no-sched-on-updates', 'glmc_one_view', {**BY_MUON, 'sched_on_updates': False}),
+    ('--method weight_balancing', 'weight_balancing', {**BY_SGD, 'weight_decay': 5e-3}),
+    ('--pretrained --method glmc_one_view', 'glmc_one_view', {**BY_SGD, 'lr_base': 0.02, 'sched_on_updates': True}),
+    ('--pretrained', 'balanced_softmax', {**BY_SGD, 'lr_base': 0.02, 'sched_on_updates': True})])
+def test_the_optimizer_follows_from_method_and_weights(line, method, expected):
+    options, _ = parse('--data-dir', 'images', *line.split())
+    assert (options.method, pick(options, expected)) == (method, expected)
+
+
 def test_pick_gives_keyword_arguments():
     options, _ = parse('--lr', '0.5')
     assert pick(options, ('lr', 'seed')) == {'lr': 0.5, 'seed': 42}
@@ -204,7 +221,7 @@ def test_help_shows_the_common_options_and_counts_the_others():
     options = {action.dest for action in parser._actions if action.dest in {*vars(parse()[0]), 'input_size'}}
     assert flags_of(text) == {flag(name) for name in COMMON} | {'--help', '--help-all'} and len(COMMON) <= 27
     assert text.endswith(f'… {len(options - COMMON)} more options: --help-all\n')
-    assert 'ce, mixup' in text and METHODS['ldam_drw'].summary.split()[0] not in text and 'default: 0.0005' in text
+    assert 'ce, mixup' in text and METHODS['ldam_drw'].summary.split()[0] not in text and 'default: 5e-4' in text
     assert parser.format_help() == text
 
 
@@ -214,7 +231,7 @@ def test_help_all_shows_every_option(make, capsys):
     with pytest.raises(SystemExit) as end:
         parse_args(parser, ['--help-all'])
     text = capsys.readouterr().out
-    flags = {re.sub('--no-(report|channels|model-ema|freeze)', r'--\1', action.option_strings[-1])
+    flags = {re.sub('--no-(report|channels|model-ema|freeze|sched)', r'--\1', action.option_strings[-1])
              for action in make()._actions}
     assert end.value.code == 0 and flags == flags_of(text)
     assert 'more options' not in text
@@ -277,7 +294,7 @@ UNUSED = {  # command line -> its only warning; one line or more for each row of
     '--lr 0.1 --lr-base 0.2': '--lr-base has no effect with --lr',
     '--weight-decay 0 --filter-bias-and-bn': '--filter-bias-and-bn has no effect with --weight-decay 0',
     '--opt adamw --momentum 0.8': '--momentum has no effect with an optimizer without momentum',
-    '--opt-eps 1e-6': '--opt-eps has no effect with an optimizer without epsilon',
+    '--opt sgd --opt-eps 1e-6': '--opt-eps has no effect with an optimizer without epsilon',
     '--opt lookahead_sgd --opt-betas 0.9 0.99': '--opt-betas has no effect with an optimizer without betas',
     '--clip-mode agc': '--clip-mode has no effect without --clip-grad',
     '--warmup-lr 0.1': '--warmup-lr has no effect without --warmup-epochs',

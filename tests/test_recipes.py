@@ -16,11 +16,11 @@ from glmc.models.backbone import create_backbone
 from glmc.stage2.select import parse_classifiers
 
 HPARAMS = Path(__file__).parents[1] / 'hparams'
-CUSTOM = 'custom'  # ours, for data of one's own
+SCRATCH = 'scratch'  # ours, for data of one's own
 ROWS = ('supcon', 'bcl', 'paco', 'gpaco', 'kcl', 'tsc', 'ride', 'ride_cmo', 'balpoe', 'ssd_features', 'ssd', 'risda',
         'proco')  # rows of other methods that have recipes of their own
 OTHERS = [f'{data}_{row}' for data in ('cifar100_lt_if100', 'imagenet_lt') for row in ROWS]
-RECIPES = sorted(path.stem for path in HPARAMS.glob('*.yaml') if path.stem not in (CUSTOM, 'pretrained', *OTHERS))
+RECIPES = sorted(path.stem for path in HPARAMS.glob('*.yaml') if path.stem not in (SCRATCH, 'pretrained', *OTHERS))
 
 R32X4, R32 = 'resnet32x4_cifar', 'resnet32_cifar'
 R50, X50, SWIN = 'resnet50', 'resnext50_32x4d', 'swin_small_patch4_window7_224'
@@ -234,14 +234,14 @@ def test_the_second_half_of_tsc_starts_at_the_full_rate():
     assert rates[:200] == pytest.approx(rates[200:]) and rates[0] == pytest.approx(0.1) and rates[199] < 1e-4
 
 
-def test_custom_spells_the_defaults_out():
+def test_scratch_spells_the_defaults_out():
     """So that whoever trains without the file trains the same."""
-    args, given = read(CUSTOM)
+    args, given = read(SCRATCH)
     defaults, _ = parse_args(train_parser(METHODS), ['--data-dir', 'images'])
     defaults.data_dir = None
     assert {**vars(args), 'config': None} == vars(defaults)
-    assert METHODS['glmc'].options - given == {'joint_forward', 'partner'}
-    assert {'command', 'batch', 'chosen', 'published', 'change'} == set(header(CUSTOM))
+    assert METHODS[args.method].options <= given
+    assert {'command', 'batch', 'chosen', 'published', 'change'} == set(header(SCRATCH))
 
 
 @pytest.mark.parametrize('name', [*RECIPES, *OTHERS])

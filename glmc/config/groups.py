@@ -243,12 +243,14 @@ def input_group(parser: Parser) -> None:
 def _method(parser: Parser) -> None:
     group = parser.add_argument_group('method')
     add = group.add_argument
-    add('--method', metavar='NAME', help='training method; default: glmc, balanced_softmax with pretrained weights')
+    add('--method', metavar='NAME', help='training method; default: glmc_one_view, balanced_softmax with pretrained '
+        'weights')
     add('--resample-power', type=finite, default=0.0, metavar='Q',
         help='q: the second image of a pair is sampled with P ∝ n^-q; 0: uniform over images, 1: uniform over classes; '
         'default: 0, 1 for ce_resample, cmo and ride_cmo, 2 for bbn')
     add('--partner', choices=('sampler', 'batch'), default='sampler',
-        help='sample the second image of a pair from the whole set (paper) or from the batch (half the decoding)')
+        help='sample the second image of a pair from the whole set (paper) or from the batch (half the decoding); default: '
+        'sampler, batch for glmc_one_view')
     add('--mix-beta', type=positive, default=1.0, metavar='BETA',
         help='β of λ ~ Beta(β, β); default: 1, 0.2 for the glmc methods, 0.4 for balpoe')
     add('--mixup-prob', type=fraction, default=1.0, metavar='P',
@@ -262,7 +264,7 @@ def _method(parser: Parser) -> None:
         help='P of α = 1 - (T/T_max)^P; a larger P favours the conventional classifier for longer (paper: 2)')
     add('--alpha-scope', choices=('losses', 'encoder'), default='losses',
         help='whether α weights the losses (paper) or only the gradients into the encoder, so that both classifiers learn '
-        'at full weight throughout; default: losses, encoder for glmc, glmc_cosine and glmc_no_consistency')
+        'at full weight throughout; default: losses, encoder for the glmc methods')
     add('--projection-dim', type=positive_int, default=256, metavar='D',
         help='dimension d of projection and prediction; default: 256; 128 for supcon, bcl, kcl, tsc, '
         'ssd_features, proco; 32 for paco, gpaco')
@@ -316,16 +318,19 @@ def _optimizer(parser: Parser) -> None:
     add = group.add_argument
     add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per process and step')
     add('--grad-accum-steps', type=positive_int, default=1, metavar='N', help='steps per optimizer update')
-    add('--opt', default='momentum', metavar='NAME',
-        help='timm optimizer; momentum: SGD as published, sgd: with Nesterov momentum')
+    add('--opt', metavar='NAME',
+        help='timm optimizer; momentum: SGD as published, sgd: with Nesterov momentum, nmuon: Muon; default: momentum, '
+        'nmuon for glmc_one_view from scratch')
     add('--lr', type=positive, help='learning rate; default: --lr-base scaled by the global batch')
-    add('--lr-base', type=positive, default=0.2, help='learning rate for --lr-base-size images per update')
+    add('--lr-base', type=positive, default=0.2,
+        help='learning rate for --lr-base-size images per update; default: 0.2, 0.02 with nmuon')
     add('--lr-base-size', type=positive_int, default=256, help='images per update that --lr-base is for')
     add('--lr-base-scale', choices=('linear', 'sqrt'),
-        help='scaling of --lr-base with the batch; default: sqrt for adaptive optimizers, else linear')
-    add('--weight-decay', type=non_negative, default=5e-4, metavar='W', help='weight decay of every parameter')
+        help='scaling of --lr-base with the batch; default: sqrt for adaptive optimizers and nmuon, else linear')
+    add('--weight-decay', type=non_negative, default=5e-4, metavar='W',
+        help='weight decay of every parameter; default: 5e-4, 0.05 with nmuon')
     add('--filter-bias-and-bn', action='store_true', help='no weight decay of biases and norms, as in timm')
-    add('--momentum', type=fraction, default=0.9, metavar='M', help='momentum of SGD')
+    add('--momentum', type=fraction, default=0.9, metavar='M', help='momentum; default: 0.9, 0.95 with nmuon')
     add('--opt-eps', type=positive, metavar='EPS', help="epsilon of the optimizer; default: the optimizer's")
     add('--opt-betas', type=fraction, nargs='+', metavar='BETA', help="betas of the optimizer; default: the optimizer's")
     add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='more arguments of the optimizer')
@@ -343,7 +348,8 @@ def _schedule(parser: Parser) -> None:
     add('--sched', default='cosine', metavar='NAME',
         choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none'),
         help='learning rate schedule: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, none')
-    add('--sched-on-updates', action='store_true', help='change the learning rate after each update instead of each epoch')
+    add('--sched-on-updates', action=argparse.BooleanOptionalAction, default=False,
+        help='change the learning rate after each update instead of each epoch; default: with pretrained weights and nmuon')
     add('--warmup-epochs', type=count, default=0, metavar='N', help='epochs of linear warm-up')
     add('--warmup-lr', type=non_negative, default=1e-5, help='learning rate at the start of the warm-up')
     add('--warmup-prefix', action='store_true', help='add the warm-up before the schedule instead of inside it')

@@ -32,6 +32,11 @@ DEMONSTRATION = dict(model='resnet10t', epochs=30, img_size=32, imbalance_factor
 FINE_TUNING = dict(
     method='balanced_softmax', head_init='probe', freeze_bn=True, smoothing=0.1, lr_base=0.02, clip_grad=5.0,
     sched_on_updates=True, scale=[0.4, 1.0], epochs=5)
+# Defaults from scratch (hparams/scratch.yaml), compared on held-out images (results/scratch-choices.csv); those of the
+# optimizer go with it to other methods.
+SCRATCH = dict(
+    method='glmc_one_view', opt='nmuon', lr_base=0.02, lr_base_scale='sqrt', momentum=0.95, weight_decay=0.05,
+    sched_on_updates=True)
 FINETUNE_HELP = {  # additions to the help of finetune_glmc.py
     'stage2': '; a linear_probe comes first if the model has no trained classifier for these classes',
     'feature_views': '; 0 by default with a linear_probe', 'stage2_holdout': '; 0.2 with a linear_probe',
@@ -69,9 +74,10 @@ def train_parser(methods: dict) -> Parser:
     method.full_help = f"{method.help}. " + '; '.join(f'{name}: {row.summary}' for name, row in methods.items())
     method.help += f": {', '.join(methods)}; see docs/methods.md"
     parser.obsolete = OBSOLETE
-    parser.resolve = _resolve_method
+    parser.resolve = _resolve_defaults
     parser.presets = lambda options: {
-        **(FINE_TUNING if is_pretrained(options) else {}), **methods[options.method].defaults,
+        **(FINE_TUNING if is_pretrained(options) else SCRATCH if options.opt == SCRATCH['opt'] else {}),
+        **methods[options.method].defaults,
         **({} if has_data(options) else DEMONSTRATION), 'method': options.method}
     parser.hide({*names(*GROUPS)} - COMMON)
     return parser
@@ -125,11 +131,14 @@ def is_pretrained(options: Options) -> bool:
     return bool(options.pretrained or options.initial_checkpoint)
 
 
-def _resolve_method(options: Options) -> None:
-    """Replace `--balanced` by the method that it is an alias of, and a missing method by the default."""
+def _resolve_defaults(options: Options) -> None:
+    """Replace `--balanced` by the method that it is an alias of, and a missing method or optimizer by the default."""
     if options.balanced and options.method in (None, 'glmc'):
         options.method = 'glmc_balanced'
-    options.method = options.method or (FINE_TUNING['method'] if is_pretrained(options) else 'glmc')
+    pretrained = is_pretrained(options)
+    options.method = options.method or (FINE_TUNING if pretrained else SCRATCH)['method']
+    by_muon = options.method == SCRATCH['method'] and not pretrained
+    options.opt = options.opt or (SCRATCH['opt'] if by_muon else 'momentum')
 
 
 def finetune_parser() -> Parser:
@@ -254,6 +263,7 @@ def benchmark_parser(methods: dict, description: str) -> Parser:
         description: Text of the help.
     """
     parser = train_parser(methods)
+    parser.set_defaults(method='glmc')  # the plain loop is one of GLMC
     parser.hidden = frozenset(action.dest for action in parser._actions if action.dest not in ('help', argparse.SUPPRESS))
     parser.prog, parser.description = 'benchmark_glmc.py', description
     parser.usage = 'benchmark_glmc.py [options of the benchmark] [options of train_glmc.py]'

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from glmc.cli import duration
-from glmc.config import FINE_TUNING
+from glmc.config import FINE_TUNING, SCRATCH
 from glmc.data.profiles import SHOT_NAMES, Profile, pluralize
 
 PHOTO_SIDE = 64  # median shorter side, in pixels, from which images profit from weights pretrained on photos
 BALANCED, MILD = 1.5, 5  # imbalance below which the classes are alike, and below which rebalancing has a small effect
-BATCH, EPOCHS, LR_BASE = 64, 60, 0.2  # defaults of train_glmc.py
+BATCH, EPOCHS = 64, 60  # defaults of train_glmc.py
+LR_BASE = 0.2  # of SGD from scratch
 MEASURED_BATCH = 8  # images of a measured step
 
 
@@ -57,27 +58,25 @@ def advise(profile: Profile, sides: Sequence[int], default_data: bool = False) -
         batch //= 2
     method = choose_method(imbalance, photos)
     if photos:
-        model, epochs, lr = ['--model', 'resnet50', '--pretrained'], FINE_TUNING['epochs'], FINE_TUNING['lr_base']
+        model, epochs = ['--model', 'resnet50', '--pretrained'], FINE_TUNING['epochs']
         weights = f'pretrained, since the images are photos (median side {side} px)'
     else:
         model = [] if default_data else ['--model', 'resnet32_cifar', '--img-size', '32', '--augmentation', 'cifar']
-        epochs, lr, weights = 30 if default_data else EPOCHS, LR_BASE, f'none, since the images are small ({side} px)'
-    rate = f'{lr * batch / 256:.2g} for batches of {batch} (SGD)'
+        epochs, weights = 30 if default_data else EPOCHS, f'none, since the images are small ({side} px)'
+    rate = f'{learning_rate(method, photos, batch):.2g} for batches of {batch}'
     steps = epochs * -(-profile.num_images // batch)
     data, thresholds = [], suggest_thresholds(profile)
     lines = [
         f'tail: {describe_tail(profile)}', f'rebalancing: {judge_rebalancing(imbalance)}', f'pretrained weights: {weights}',
-        f'method: {method}' + (', or ldam_drw at half the cost' if method == 'glmc' else ''),
-        f"learning rate: {rate}, the default{'' if photos else '; try twice as much on photos'}",
+        f'method: {method}' + (', or ce with --stage2 balanced_softmax' if method == SCRATCH['method'] else ''),
+        f'learning rate: {rate}, the default',
         f"epochs: {epochs}, the default: {pluralize(steps, 'step')}"]
-    if method == 'glmc' and imbalance < 100:
-        lines.append('option of glmc: --resample-power 0.2, published for an imbalance below 100')
     if thresholds:
         empty = [name for name in SHOT_NAMES if not len(profile.groups()[name])]
         lines.append(f"shot thresholds: {thresholds[0]} {thresholds[1]}, thirds of the classes, since no class is "
                      f"{' or '.join(f'{name}-shot' for name in empty)}")
         data = ['--shot-thresholds', *map(str, thresholds)]
-    model += [] if method == 'glmc' else ['--method', method]
+    model += [] if method == SCRATCH['method'] else ['--method', method]
     return Advice(lines, model, data, batch, epochs, photos)
 
 
@@ -103,7 +102,14 @@ def choose_method(imbalance: float, photos: bool) -> str:
     """Name of a method: those that were measured best from pretrained weights, and from scratch."""
     if photos:
         return 'ce' if imbalance < BALANCED else 'balanced_softmax'
-    return 'glmc_balanced' if imbalance < BALANCED else 'glmc'
+    return 'glmc_balanced' if imbalance < BALANCED else SCRATCH['method']
+
+
+def learning_rate(method: str, photos: bool, batch: int) -> float:
+    """The default rate of a method: that of Muon from scratch for SCRATCH's method, else of SGD."""
+    if not photos and method == SCRATCH['method']:
+        return SCRATCH['lr_base'] * (batch / 256) ** 0.5
+    return (FINE_TUNING['lr_base'] if photos else LR_BASE) * batch / 256
 
 
 def suggest_thresholds(profile: Profile) -> tuple[int, int] | None:

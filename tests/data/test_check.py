@@ -138,7 +138,7 @@ def test_scan_of_a_good_set(folders, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert 'train: 25 images of 3 classes, 14 … 4 per class (0 many, 0 medium, 3 few), imbalance 3.5' in out
     assert '\nno problems found\n' in out
-    assert '    option of glmc: --resample-power 0.2' in out and '    shot thresholds: 6 9, thirds of the classes' in out
+    assert '    shot thresholds: 6 9, thirds of the classes' in out
 
 
 def last_lines(out: str) -> list[str]:
@@ -254,7 +254,7 @@ def test_workers_see_what_one_process_sees(folders):
     ((500, 200, 150), 300, '--model resnet50 --pretrained --method balanced_softmax', ['small effect', '0.005 for batches']),
     ((100, 100, 110), 300, '--model resnet50 --pretrained --method ce', ['not needed', 'median side 300 px']),
     ((1000, 50, 5), 32, '--model resnet32_cifar --img-size 32 --augmentation cifar',
-     ['since the images are small (32 px)', 'glmc, or ldam_drw', '0.05 for batches', '60, the default: ']),
+     ['since the images are small (32 px)', 'glmc_one_view, or ce', '0.01 for batches', '60, the default: ']),
     ((100, 100, 110), 32, '--model resnet32_cifar --img-size 32 --augmentation cifar --method glmc_balanced',
      ['not needed'])])
 def test_advice_follows_from_tail_and_size(counts, side, model, words):
