@@ -28,7 +28,7 @@ import torch
 from timm.data import IterableImageDataset
 from torch import Tensor, nn
 
-from glmc.data.loaders import create_eval_loader
+from glmc.data.loaders import create_eval_loader, larger_input
 from glmc.data.profiles import long_tail_indices
 from glmc.data.sources import load_evaluation_data
 from glmc.errors import InputError, printable, printable_lines
@@ -76,7 +76,8 @@ def validate(args: Options, explicit: set[str]) -> None:
     images = choose_images(args, trained, counts)
     model = prepare_model(args, trained, logit_shift(args, trained, counts, images), accelerator.device)
     loader = create_eval_loader(
-        images, batch_size=args.batch_size, data_config=trained.data_config, device=accelerator.device,
+        images, batch_size=args.batch_size, device=accelerator.device,
+        data_config=larger_input(trained.data_config) if args.crop_tta else trained.data_config,
         workers=args.workers, rank=accelerator.process_index, world_size=accelerator.num_processes)
     thresholds = args.shot_thresholds or trained.metadata.get('profile', {}).get('shot_thresholds', [20, 100])
     evaluator = LongTailEvaluator(counts, thresholds, device=accelerator.device)
@@ -133,12 +134,15 @@ def prepare_model(args: Options, trained: TrainedModel, shift: Tensor | None, de
     model = trained.model.to(device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    return model if shift is None and not args.flip_tta else AdjustedModel(model, shift, args.flip_tta).to(device)
+    if shift is None and not args.flip_tta and not args.crop_tta:
+        return model
+    crop = trained.data_config['input_size'][-2:] if args.crop_tta else None
+    return AdjustedModel(model, shift, args.flip_tta, crop).to(device)
 
 
 def describe(args: Options, trained: TrainedModel, accelerator) -> dict:
     """Return the entries of metrics.json besides the metrics."""
-    options = pick(args, ('flip_tta', 'test_distribution', 'target_prior', 'target_imbalance'))
+    options = pick(args, ('flip_tta', 'crop_tta', 'test_distribution', 'target_prior', 'target_imbalance'))
     return {
         'model': trained.architecture, 'weights': args.model, 'method': trained.metadata.get('method'),
         'num_classes': trained.num_classes, 'parameters': sum(p.numel() for p in trained.model.parameters()),

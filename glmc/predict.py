@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from glmc.data.datasets import to_mode
-from glmc.data.loaders import create_normalize, data_loader, eval_transform, image_mode, prefetched
+from glmc.data.loaders import create_normalize, data_loader, eval_transform, image_mode, larger_input, prefetched
 from glmc.data.profiles import pluralize
 from glmc.data.walk import find_images
 from glmc.errors import InputError, RunError, first_line, printable
@@ -60,7 +60,7 @@ ADJUSTMENT_NEEDS = (
 
 def predict(
         trained: TrainedModel, files: Sequence[str], *, batch_size: int = 64, workers: int = 2, shift: Tensor | None = None,
-        flip_tta: bool = False, accelerator: Accelerator | None = None) -> Tensor:
+        flip_tta: bool = False, crop_tta: bool = False, accelerator: Accelerator | None = None) -> Tensor:
     """Predict class probabilities.
 
     Args:
@@ -70,6 +70,7 @@ def predict(
         workers: Processes that decode; 0 for the calling process.
         shift: (C,) adjustment of the logits to another class prior, by `resolve_shift`.
         flip_tta: Average the logits of image and mirror image.
+        crop_tta: Average the logits of the centre and the corners.
         accelerator: Device and precision; default: Accelerate's.
 
     Returns:
@@ -80,13 +81,13 @@ def predict(
     """
     batches = predict_batches(
         trained, files, batch_size=batch_size, workers=workers, shift=shift, flip_tta=flip_tta,
-        accelerator=accelerator or Accelerator())
+        crop_tta=crop_tta, accelerator=accelerator or Accelerator())
     return torch.cat([torch.zeros(0, trained.num_classes), *(probabilities for probabilities, _ in batches)])
 
 
 def predict_batches(
         trained: TrainedModel, files: Sequence[str], *, accelerator: Accelerator, batch_size: int, workers: int,
-        shift: Tensor | None = None, flip_tta: bool = False) -> Iterator[tuple[Tensor, list[str]]]:
+        shift: Tensor | None = None, flip_tta: bool = False, crop_tta: bool = False) -> Iterator[tuple[Tensor, list[str]]]:
     """Predict class probabilities batch by batch, in the order of the files; arguments as those of `predict`.
 
     The encoder computes in the accelerator's precision, the classifier and the softmax in float32.
@@ -96,9 +97,11 @@ def predict_batches(
     """
     check_model(trained)
     device = accelerator.device
-    model = AdjustedModel(trained.model, shift, flip_tta).to(device, memory_format=torch.channels_last).eval()
-    normalize = create_normalize(trained.data_config, device)
-    loader = data_loader(ImageFiles(files, trained.data_config), workers, device, seed=0, batch_size=batch_size)
+    data_config = larger_input(trained.data_config) if crop_tta else trained.data_config
+    model = AdjustedModel(trained.model, shift, flip_tta, crop_tta and trained.data_config['input_size'][-2:])
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    normalize = create_normalize(data_config, device)
+    loader = data_loader(ImageFiles(files, data_config), workers, device, seed=0, batch_size=batch_size)
     errors_ahead = deque()
 
     def images() -> Iterator[tuple[Tensor]]:
@@ -169,7 +172,7 @@ def main() -> None:
                  f'{PRECISIONS.get(accelerator.mixed_precision)} on {accelerator.device.type}')
     batches = predict_batches(
         trained, found.files, accelerator=accelerator, batch_size=args.batch_size, workers=args.workers,
-        shift=logit_shift(args, trained), flip_tta=args.flip_tta)
+        shift=logit_shift(args, trained), flip_tta=args.flip_tta, crop_tta=args.crop_tta)
     names, start = class_names(trained), time.perf_counter()
     with open_output(args.output) as file:
         tally = write_predictions(file, found.files, batches, names, args.topk, args.threshold)

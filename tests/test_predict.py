@@ -18,8 +18,9 @@ from conftest import COUNTS, ROOT, Outcome, coloured, run_command
 from PIL import Image
 
 from glmc.cli import run_script
+from glmc.data.loaders import create_normalize, eval_transform, larger_input
 from glmc.data.walk import find_images
-from glmc.evaluation.priors import normalized
+from glmc.evaluation.priors import AdjustedModel, normalized
 from glmc.export.load import TrainedModel, load_trained
 from glmc.predict import class_names, main, predict, predict_batches, write_predictions
 from glmc.training.launch import create_accelerator
@@ -102,6 +103,16 @@ def test_flip_and_prior_adjust_the_logits(run, expected, folders, tmp_path):
     shift = torch.tensor(-np.log(normalized([100, 10, 1]))).float()
     assert_rows(run(folders / 'validation', '--target-prior', 'uniform', '--class-counts', 'counts.txt', '--source-prior',
                     'train')[1], files, plain + shift)
+
+
+def test_crops_are_those_of_validate(run, expected, folders, finished_run):
+    trained = load_trained(str(finished_run))
+    files, transform = expected[0], eval_transform(larger_input(trained.data_config))
+    images = torch.stack([transform(Image.open(file).convert('RGB')) for file in files])
+    model = AdjustedModel(trained.model, flip=True, crop=(32, 32)).eval()
+    with torch.inference_mode():
+        logits = model(create_normalize(trained.data_config, torch.device('cpu'))(images))
+    assert_rows(run(folders / 'validation', '--flip-tta', '--crop-tta')[1], files, logits)
 
 
 def test_the_prior_of_the_export_is_the_default(run, expected, folders, finished_run, tmp_path):

@@ -15,6 +15,7 @@ from conftest import COUNTS, Outcome, run_command, write_folders
 from PIL import Image
 
 from glmc.cli import run_script
+from glmc.data.loaders import eval_transform, larger_input
 from glmc.errors import InputError
 from glmc.evaluation.priors import (
     TARGETS,
@@ -50,14 +51,20 @@ def validate(capsys, monkeypatch, tmp_path):
     logging.getLogger().setLevel(level)
 
 
-@pytest.fixture(scope='session')
-def logits(finished_run, folders):
-    """(N, C) logits of the validation images and of their mirror images by timm alone, and labels."""
+def timm_images(finished_run, folders, **changes) -> tuple[torch.nn.Module, torch.Tensor, np.ndarray]:
+    """Export, normalised validation images and labels by timm alone; `changes` to its data config."""
     model = timm.create_model(f"local-dir:{finished_run / 'export'}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    transform = timm.data.create_transform(
+        **{**timm.data.resolve_model_data_config(model), **changes}, is_training=False)
     files = sorted((folders / 'validation').rglob('*.png'))
     labels = np.array([sorted(COUNTS).index(path.parent.name) for path in files])
-    images = torch.stack([transform(Image.open(path).convert('RGB')) for path in files])
+    return model, torch.stack([transform(Image.open(path).convert('RGB')) for path in files]), labels
+
+
+@pytest.fixture(scope='session')
+def logits(finished_run, folders):
+    """(N, C) logits of the validation images and of their mirror images, and labels."""
+    model, images, labels = timm_images(finished_run, folders)
     with torch.inference_mode():
         return model(images).numpy(), model(images.flip(-1)).numpy(), labels
 
@@ -127,6 +134,27 @@ def test_flip_averages_the_logits(validate, finished_run, folders, logits):
     mean = (logits[0] + logits[1]) / 2
     assert metrics['loss'] == pytest.approx(nll(mean, logits[2]), rel=1e-5)
     assert metrics['loss'] != pytest.approx(nll(logits[0], logits[2]), rel=1e-5)
+
+
+@pytest.mark.parametrize('flip', [False, True])
+def test_five_crops_average_the_logits(validate, finished_run, folders, flip):
+    """Of images an eighth larger than the input, 32 pixels."""
+    model, images, labels = timm_images(finished_run, folders, input_size=(3, 36, 36), crop_pct=1.0)
+    crops = [images[..., y:y + 32, x:x + 32] for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2))]
+    with torch.inference_mode():
+        mean = sum(model(crop) + flip * model(crop.flip(-1)) for crop in crops).numpy() / (5 * (1 + flip))
+    _, metrics = validate('--model', finished_run, '--data-dir', folders, '--crop-tta', *flip * ['--flip-tta'])
+    assert metrics['crop_tta'] is True
+    assert metrics['loss'] == pytest.approx(nll(mean, labels), rel=1e-5)
+
+
+def test_the_larger_input_has_the_usual_centre():
+    config = dict(input_size=(3, 112, 112), crop_pct=0.875, interpolation='bicubic', mean=(0.5,) * 3, std=(0.5,) * 3)
+    photo = Image.fromarray(np.random.default_rng(0).integers(256, size=(150, 170, 3), dtype=np.uint8))
+    usual, larger = (torch.as_tensor(eval_transform(each)(photo)) for each in (config, larger_input(config)))
+    assert larger.shape == (3, 128, 128) and torch.equal(larger[:, 8:120, 8:120], usual)
+    assert larger_input({**config, 'crop_pct': 1.0})['input_size'] == (3, 128, 128)
+    assert larger_input({**config, 'crop_pct': 0.5})['input_size'] == (3, 224, 224)
 
 
 @pytest.mark.parametrize('target, source, expected', [

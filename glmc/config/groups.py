@@ -78,6 +78,7 @@ def adjustment_options(group, measured: str = '') -> None:
     """
     add = group.add_argument
     add('--flip-tta', action='store_true', help='average the logits of image and mirror image')
+    add('--crop-tta', action='store_true', help='average the logits of five crops: centre and corners')
     add('--target-prior', metavar='PRIOR',
         help='adjust the logits to this class prior: uniform, forward (long-tailed as the training set), backward (the '
         f'reverse), {measured}or a file with a weight per class (JSON list, or one number per line)')

@@ -273,6 +273,13 @@ def eval_transform(data_config: dict) -> Callable:
     return create_transform(**data_config, is_training=False, use_prefetcher=True)
 
 
+def larger_input(data_config: dict) -> dict:
+    """Data config of larger images, of which five crops have the input size: their sides are 8/7 of it or 1/crop_pct."""
+    channels, *size = data_config['input_size']
+    factor = max(8 / 7, 1 / data_config['crop_pct'])
+    return {**data_config, 'input_size': (channels, *(int(side * factor) for side in size)), 'crop_pct': 1.0}
+
+
 def create_normalize(data_config: dict, device: torch.device) -> Normalize:
     """`Normalize` with timm's mean and standard deviation, on the device."""
     return Normalize(data_config['mean'], data_config['std']).to(device)

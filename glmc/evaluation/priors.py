@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.functional import five_crop
 
 from glmc.config import TARGETS
 from glmc.data.profiles import long_tail_counts
@@ -144,24 +145,27 @@ def resolve_shift(
 
 
 class AdjustedModel(nn.Module):
-    """Wrap a model with flip test-time augmentation and an adjustment to another class prior.
+    """Wrap a model with test-time augmentation and an adjustment to another class prior.
 
     Args:
         model: Module from (B, c, H, W) images to (B, C) logits.
         shift: (C,) result of `prior_shift`, or None.
         flip: Average the logits of image and mirror image.
+        crop: (H, W); average the logits of the corners and the centre of larger images (LIFT; arXiv 2309.10019).
     """
 
-    def __init__(self, model: nn.Module, shift: Tensor | None = None, flip: bool = False):
+    def __init__(
+            self, model: nn.Module, shift: Tensor | None = None, flip: bool = False, crop: tuple[int, int] | None = None):
         super().__init__()
-        self.model, self.flip = model, flip
+        self.model, self.flip, self.crop = model, flip, crop
         self.register_buffer('shift', shift)
 
     def get_classifier(self) -> nn.Module:
         return self.model.get_classifier()
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.model(images).float()
+        views = five_crop(images, self.crop) if self.crop else (images,)
         if self.flip:
-            logits = (logits + self.model(images.flip(-1)).float()) / 2
+            views = [*views, *(view.flip(-1) for view in views)]
+        logits = sum(self.model(view).float() for view in views) / len(views)
         return logits if self.shift is None else logits + self.shift

@@ -14,7 +14,7 @@ from glmc.report.pictures import display_name
 from glmc.report.report import MAX_OPEN, METRICS, metadata_rows, metric_rows
 
 COMPARED = ('model', 'parameters', 'method', 'epochs', 'fingerprint', 'evaluated_on', 'num_images', 'shot_thresholds',
-            'flip_tta', 'test_distribution', 'target_prior', 'precision', 'seed')
+            'flip_tta', 'crop_tta', 'test_distribution', 'target_prior', 'precision', 'seed')
 PRINTED = ('top1', 'many', 'medium', 'few', 'class_mean', 'worst_tenth', 'ece')  # columns of `comparison_table`
 
 

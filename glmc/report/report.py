@@ -42,7 +42,7 @@ METRICS = {
 METADATA = ('model', 'parameters', 'method', 'evaluated_on', 'num_images', 'train_images', 'epochs', 'precision', 'seconds',
             'device', 'seed', 'fingerprint', 'command', 'commit', 'versions')
 LABELS = {'num_images': 'evaluated images', 'train_images': 'training images', 'precision': 'mixed precision',
-          'seconds': 'run time, s', 'fingerprint': 'data fingerprint', 'flip_tta': 'flip TTA',
+          'seconds': 'run time, s', 'fingerprint': 'data fingerprint', 'flip_tta': 'flip TTA', 'crop_tta': 'crop TTA',
           'shot_thresholds': 'shot thresholds, images'}
 MAX_OPEN = 30  # rows of a table that is open at first
 PRIVATE_PICTURES = ('mistakes', 'mixed-views')  # PNG files with images of the data set, which an export must not contain
