@@ -1,9 +1,9 @@
-"""Plot class mean over training time for a CSV of runs: a line per method, a point per budget, mean over seeds.
+"""Plot class mean over the budget for a CSV of runs, and print it: a line per method, a point per budget, mean over seeds.
 
-    python -m glmc.sweep.plot results/pretrained.csv
+    python -m glmc.sweep.plot results/frontier.csv
 
-The PNG has the name of the CSV. The rows need the columns `run`, `seed`, `method`, `seconds` and `class_mean`. Column `data`
-gives each data set its own plot, `epochs` each budget its own point.
+The PNG has the name of the CSV. The rows need the columns `run`, `seed`, `method`, `class_mean`, and `cost`, in epochs of
+cross-entropy, or `seconds`. Column `data` gives each data set its own plot, `epochs` each budget its own point.
 """
 import sys
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from glmc.cli import Parser, run_script
 from glmc.errors import InputError
+from glmc.evaluation.text import aligned
 from glmc.report.plots import SERIES, STYLE, save_png
 from glmc.sweep.runs import read_runs
 
@@ -28,12 +29,13 @@ def main() -> None:
     path = parser.parse_args().csv
     runs = read_runs(path)
     try:
-        figure = plot_runs(runs)
+        figure, table = plot_runs(runs), budget_table(runs)
     except (KeyError, ValueError) as error:
-        raise InputError(f'{path}: expected columns method, seconds and class_mean with numbers, found {error}') from error
+        raise InputError(f'{path}: expected columns method, class_mean and cost or seconds with numbers, found '
+                         f'{error}') from error
     target = path.with_suffix('.png')
     save_png(figure, target)
-    print(f'{target}: plot of {path}')
+    print(f'{table}\n{target}: plot of {path}')
 
 
 def plot_runs(runs: Sequence[dict[str, str]]) -> Figure:
@@ -53,7 +55,7 @@ def plot_runs(runs: Sequence[dict[str, str]]) -> Figure:
         figure = Figure(figsize=(4.6 * len(sets), 4.2), layout='constrained', facecolor='white')
         for axes, name in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
             plot_lines(axes, budgets([run for run in runs if run.get('data', '') == name]), styles)
-            axes.set(title=name, xscale='log', xlabel='minutes', ylabel='class mean, %')
+            axes.set(title=name, xscale='log', xlabel=unit(runs), ylabel='class mean, %')
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
             axes.xaxis.set_minor_formatter(NullFormatter())
@@ -64,13 +66,29 @@ def plot_runs(runs: Sequence[dict[str, str]]) -> Figure:
 
 
 def budgets(runs: Sequence[dict[str, str]]) -> dict[str, list[tuple[float, float]]]:
-    """Method -> (minutes, class mean) of each budget, in order of time; both are means over seeds."""
+    """Method -> (cost or minutes, class mean) of each budget, in order of cost; both are means over seeds."""
     groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run in runs:
-        point = float(run['seconds']) / 60, float(run['class_mean'])
+        cost = float(run['cost']) if 'cost' in run else float(run['seconds']) / 60
+        point = cost, float(run['class_mean'])
         groups.setdefault(run['method'], {}).setdefault(run.get('epochs', ''), []).append(point)
     return {method: sorted(tuple(map(mean, zip(*points, strict=True))) for points in by_budget.values())
             for method, by_budget in groups.items()}
+
+
+def unit(runs: Sequence[dict[str, str]]) -> str:
+    """Unit of the budgets."""
+    return 'cost in epochs of cross-entropy' if 'cost' in runs[0] else 'minutes'
+
+
+def budget_table(runs: Sequence[dict[str, str]]) -> str:
+    """Return a line per data set, method and budget: unit and class mean over the seeds."""
+    sets = dict.fromkeys(run.get('data', '') for run in runs)
+    rows = [('data', 'method', unit(runs), 'class mean')]
+    for name in sets:
+        for method, points in budgets([run for run in runs if run.get('data', '') == name]).items():
+            rows += [(name, method, f'{cost:.3g}', f'{value:.2f}') for cost, value in points]
+    return aligned(rows, left=2)
 
 
 def plot_lines(axes: Axes, lines: dict[str, list[tuple[float, float]]], styles: dict[str, dict[str, str]]) -> None:

@@ -26,6 +26,14 @@ def test_points_are_means_over_seeds_in_order_of_time(table):
     assert budgets(runs) == {'ce': [(1, 82), (10, 91)], 'glmc': [(1, 82), (10, 91)]}
 
 
+def test_a_cost_comes_before_the_time(tmp_path):
+    path = tmp_path / 'runs.csv'
+    write_runs(path, [{**run, 'cost': 3 * run['epochs']} for run in RUNS])
+    runs = read_runs(path)
+    assert budgets(runs[:8])['ce'] == [(3, 82), (30, 91)]
+    assert plot_runs(runs).axes[0].get_xlabel() == 'cost in epochs of cross-entropy'
+
+
 def test_each_data_set_has_a_plot_and_each_method_a_colour(table):
     figure = plot_runs(read_runs(table))
     assert [axes.get_title() for axes in figure.axes] == ['photos', 'cifar']
@@ -39,6 +47,8 @@ def test_the_command_writes_a_picture_beside_the_table(table, monkeypatch, capsy
     monkeypatch.setattr(sys, 'argv', ['plot', str(table)])
     assert run_script(plot.main) == 0
     assert Image.open(table.with_suffix('.png')).width > 500
+    lines = [' '.join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == ['data method minutes class mean', 'photos ce 1 82.00', 'photos ce 10 91.00']
     table.write_text('run,seed,class_mean\na,0,1\n')
     assert run_script(plot.main) == 2
-    assert 'columns method, seconds and class_mean' in capsys.readouterr().err
+    assert 'columns method, class_mean and cost or seconds' in capsys.readouterr().err
