@@ -80,6 +80,7 @@ class Setup:
         self._refuse()
         set_seed(args.seed)
         self._build_data()
+        self._announce_defaults()
         self._build_task()
         self._try_step()
         self._omit_unreadable()
@@ -99,25 +100,30 @@ class Setup:
         args.grad_accum_steps = steps
 
     def _announce(self) -> None:
-        """Announce the demonstration and the defaults of the start, and warn about options without effect."""
+        """Announce the demonstration, and warn about options without effect."""
         args, explicit = self.args, self.explicit
         if not has_data(args):
             _logger.info("No data given: this is a demonstration on scikit-learn's handwritten digits, made long-tailed. "
                          'Train on your own with --data-dir, --dataset or --train-list.')
-        pretrained, by_muon = is_pretrained(args), args.opt == SCRATCH['opt']
-        if pretrained or by_muon:
-            others = set().union(*(row.options for row in METHODS.values())) - self.method.options
-            names = (FINE_TUNING if pretrained else SCRATCH).keys() - explicit - others
-            start, file = ('Pretrained weights', 'pretrained') if pretrained else ('From scratch by Muon', 'scratch')
-            _logger.info(f'{start}, so the defaults are those of hparams/{file}.yaml: '
-                         f"{' '.join(chain.from_iterable(as_words(name, getattr(args, name)) for name in names))}")
         unused = unused_method_options(args.method, explicit)
         needs = (Need(tuple(unused), f'with --method {args.method}', lambda options: False), *TRAIN_NEEDS)
         for warning in unused_options(args, explicit, needs, processes=self.accelerator.num_processes):
             _logger.warning(warning)
-        fits = any(name in args.opt.lower() for name in SGD) or by_muon and not pretrained
+        fits = any(name in args.opt.lower() for name in SGD) or args.opt == SCRATCH['opt'] and not is_pretrained(args)
         if not explicit & {'lr', 'lr_base'} and not fits:
             _logger.warning(f'--opt {args.opt}: the default --lr-base is for SGD; set --lr for this optimizer')
+
+    def _announce_defaults(self) -> None:
+        """Announce the defaults that come with pretrained weights, or with Muon from scratch."""
+        args, explicit, pretrained = self.args, self.explicit, is_pretrained(self.args)
+        if not pretrained and args.opt != SCRATCH['opt']:
+            return
+        others = set().union(*(row.options for row in METHODS.values())) - self.method.options
+        defaults = FINE_TUNING if pretrained else SCRATCH
+        words = (as_words(name, getattr(args, name)) for name in defaults if name not in explicit | others)
+        start, file = ('Pretrained weights', 'pretrained') if pretrained else ('From scratch by Muon', 'scratch')
+        _logger.info(f'{start}, so the defaults are those of hparams/{file}.yaml: '
+                     f"{' '.join(chain.from_iterable(words))}")
 
     def _refuse(self) -> None:
         """Refuse options that exclude each other, and warn about those that defeat each other."""

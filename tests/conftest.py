@@ -23,7 +23,7 @@ PACKS = ROOT.parent / 'shared' / 'data'
 COUNTS = {'ant': 14, 'bee': 7, 'cat': 4}  # training images per class of the small sets; 5 + 4 + 4 for validation
 VALIDATION = {'ant': 5, 'bee': 4, 'cat': 4}
 TINY = ['--model', 'test_resnet', '--img-size', '32', '--batch-size', '8', '--workers', '0', '--epochs', '1',
-        '--lr', '0.01', '--no-report']
+        '--lr', '0.01', '--no-report', '--method', 'glmc']
 
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # every data set used here is on this disk

@@ -200,7 +200,7 @@ def test_aliases_of_the_balanced_row(words):
 
 def test_options_that_are_gone_may_keep_their_default(tmp_path):
     (tmp_path / 'old.yaml').write_text('mix_lambda: shared\naug_views: both\n')
-    assert parse_args(train_parser(METHODS), ['-c', str(tmp_path / 'old.yaml')])[0].method == 'glmc'
+    assert parse_args(train_parser(METHODS), ['-c', str(tmp_path / 'old.yaml')])[0].method == 'glmc_one_view'
     (tmp_path / 'old.yaml').write_text('mix_lambda: per_view\n')
     with pytest.raises(InputError, match="unknown key 'mix_lambda'"):
         parse_args(train_parser(METHODS), ['-c', str(tmp_path / 'old.yaml')])

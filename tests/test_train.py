@@ -54,10 +54,10 @@ def test_demonstration(tmp_path):
     outcome = launch_train('--epochs', '2', '--model', 'test_resnet', '--workers', '0', '--output', tmp_path / 'output')
     assert outcome.code == 0, outcome.err
     table, path = re.fullmatch(
-        r'\nglmc on validation, 500 images:\n(.*\n.*)\nExported to (.*)\n'
+        r'\nglmc_one_view on validation, 500 images:\n(.*\n.*)\nExported to (.*)\n'
         r'(?:Report: .*\n)?Next: python -m glmc.predict .* IMAGES\n', outcome.out).groups()
     assert table.split('\n')[0].split('  ') == ['top-1', 'top-5', 'many (1)', 'medium (5)', 'few (4)', 'class mean']
-    assert path == str(tmp_path / 'output' / 'digits-test_resnet-glmc' / 'export')
+    assert path == str(tmp_path / 'output' / 'digits-test_resnet-glmc_one_view' / 'export')
     assert outcome.err.count('this is a demonstration') == 1 and 'Epoch 2/2' in outcome.err
     assert 'Training set: 417 images of 10 classes, 124 … 6 per class (1 many, 5 medium, 4 few)' in outcome.err
 

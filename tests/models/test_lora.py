@@ -147,7 +147,7 @@ def trained(method: str, compiler=lambda step: step, **options):
     optimizer = create_optimizer(
         task.get_trainable_module(), opt='sgd', lr=0.01, weight_decay=0.1, momentum=0.9, **options)
     mixer, rng = row.mixer(COUNTS, **pick(args, row.mixer_options)), np.random.default_rng(0)
-    size, images = images_of(backbone).shape[1:], 2 if row.paired else 1
+    size, images = images_of(backbone).shape[1:], 2 if row.paired and args.partner == 'sampler' else 1
     views = torch.from_numpy(rng.normal(size=(8, images, len(row.views), *size))).float()
     labels = torch.from_numpy(rng.integers(len(COUNTS), size=(8, images)))
     step = compiler(TrainStep(task, mixer, nn.Identity()))

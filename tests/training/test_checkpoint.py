@@ -262,8 +262,8 @@ def test_a_checkpoint_of_the_previous_version_continues(script, tmp_path, monkey
     shutil.copyfile(OLD, tmp_path / 'run' / 'checkpoints' / 'epoch-0000.safetensors')
     outcome = script(
         '--model', 'resnet32_cifar', '--model-kwargs', 'channels=(2,4,8)', 'depth=1', '--epochs', '2', '--workers', '0',
-        '--no-report', '--batch-size', '64', '--projection-dim', '4', '--model-ema', '--output', tmp_path, '--experiment',
-        'run', '--resume', 'auto')
+        '--method', 'glmc', '--no-report', '--batch-size', '64', '--projection-dim', '4', '--model-ema', '--output',
+        tmp_path, '--experiment', 'run', '--resume', 'auto')
     assert outcome.code == 0 and 'epoch 2 of 2 comes next' in outcome.err and 'differs' not in outcome.err, outcome.err
     assert differences(captured[0], {name: saved[name] for name in captured[0]}) == []
     last = load_checkpoint(tmp_path / 'run' / 'checkpoints' / 'epoch-0001.safetensors')
