@@ -36,6 +36,12 @@ def is_main_process() -> bool:
     return int(os.environ.get('RANK', 0)) == 0
 
 
+def multiplies_bfloat16() -> bool:
+    """Return whether the CPU has instructions for bfloat16; True for processors other than x86, which are not asked."""
+    checks = (getattr(torch.cpu, name, None) for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
+    return platform.machine().lower() not in ('x86_64', 'amd64') or any(check is None or check() for check in checks)
+
+
 def create_accelerator(amp: bool = False, amp_dtype: str | None = None) -> Accelerator:
     """Accelerator for the processes, machines and precision that the launcher or the flags ask for.
 
@@ -75,6 +81,8 @@ def create_accelerator(amp: bool = False, amp_dtype: str | None = None) -> Accel
     atexit.register(end_processes)
     if accelerator.device.type == 'cpu':
         _set_threads()
+        if accelerator.mixed_precision == 'bf16' and not multiplies_bfloat16():
+            _logger.warning(f'{flag}: this CPU has no instructions for bfloat16; float32 is about ten times as fast')
     elif accelerator.device.type == 'cuda':
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision('high')

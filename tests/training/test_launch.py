@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from conftest import TINY, launch_train, run_command
 from safetensors.torch import load_file
 
@@ -108,6 +109,19 @@ def test_flags_of_the_launcher(flags, threads, expected, tmp_path):
                sys.executable, '-m', 'accelerate.commands.launch', *flags, tmp_path / 'show.py']
     outcome = run_command(*command)
     assert f'found {expected}\n' in outcome.out, outcome.err
+
+
+@pytest.mark.parametrize('machine, supported, warned', [
+    ('x86_64', False, True), ('AMD64', False, True), ('x86_64', True, False), ('aarch64', False, False)])
+def test_bfloat16_without_instructions_is_warned_about(machine, supported, warned, monkeypatch, caplog):
+    monkeypatch.setattr('platform.machine', lambda: machine)
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: supported)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
+    monkeypatch.setattr(launch, 'setup_logging', lambda main_process: None)
+    AcceleratorState._reset_state(True)
+    launch.create_accelerator(amp_dtype='bfloat16')
+    assert ('--amp-dtype bfloat16: this CPU has no instructions for bfloat16' in caplog.text) == warned
+    AcceleratorState._reset_state(True)
 
 
 def test_the_quota_of_a_container_limits_the_threads(monkeypatch):
