@@ -1,4 +1,5 @@
 """Which images a step sees: seeded, different each epoch, one global stream whatever the number of processes."""
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -6,6 +7,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 MIN_IMAGES = 2  # per process and step: BatchNorm has no variance of one
+LARGE = 2 ** 17  # images from which the next epoch is drawn ahead
 
 
 def stream(purpose: str, seed: int, *position: int) -> np.random.Generator:
@@ -57,7 +59,8 @@ class PairSampler(Sampler):
 
     The samples of an epoch are a function of (seed, epoch). Each global batch is dealt out over the processes: together
     they get the batch of a single process. The last batch is smaller; if it would give a process fewer than two images,
-    the batch before takes them. Iteration starts at the step of `set_epoch`.
+    the batch before takes them. Iteration starts at the step of `set_epoch`. Meanwhile a thread draws the next epoch of a
+    large set, so that no loader process waits for it.
 
     Args:
         labels: (N,) label of each image.
@@ -86,6 +89,7 @@ class PairSampler(Sampler):
             self.cumulative /= self.cumulative[-1]
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.start_step = 0, 0
+        self.ahead: EpochAhead | None = None
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Set the epoch of the next iteration, and its first step."""
@@ -96,7 +100,7 @@ class PairSampler(Sampler):
         return steps + (rest >= MIN_IMAGES * self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        columns = self.sample_epoch()
+        columns = self._columns()
         for step in range(self.start_step, len(self)):
             rows = self.positions(step)
             yield list(zip(*(column[rows].tolist() for column in columns), strict=True))
@@ -115,13 +119,43 @@ class PairSampler(Sampler):
         start = step * self.global_batch
         return start, start + self.global_batch if step + 1 < len(self) else self.num_images
 
-    def sample_epoch(self) -> Sequence[np.ndarray]:
+    def _columns(self) -> Sequence[np.ndarray]:
+        """Samples of this epoch, drawn ahead or now; the next ones are then drawn in the background."""
+        ahead, self.ahead = self.ahead, None
+        columns = ahead.result() if ahead and ahead.epoch == self.epoch else self.sample_epoch(self.epoch)
+        if self.num_images >= LARGE:
+            self.ahead = EpochAhead(self, self.epoch + 1)
+        return columns
+
+    def sample_epoch(self, epoch: int) -> Sequence[np.ndarray]:
         """Columns (seed, i) or (seed, i, j) of a whole epoch, each (N,)."""
-        rng = stream('sampler', self.seed, self.epoch)
+        rng = stream('sampler', self.seed, epoch)
         columns = [rng.integers(2 ** 32, size=self.num_images), rng.permutation(self.num_images)]
         if self.cumulative is not None:
             columns.append(draw(rng, self.cumulative, self.num_images))
         return columns
+
+
+class EpochAhead:
+    """Samples of one epoch, drawn by a thread that ends with the process."""
+
+    def __init__(self, sampler: PairSampler, epoch: int):
+        self.epoch, self._found = epoch, None
+        self._thread = threading.Thread(target=self._draw, args=(sampler,), daemon=True)
+        self._thread.start()
+
+    def _draw(self, sampler: PairSampler) -> None:
+        try:
+            self._found = sampler.sample_epoch(self.epoch)
+        except Exception as error:
+            self._found = error
+
+    def result(self) -> Sequence[np.ndarray]:
+        """Wait for the columns, or raise the error of the thread."""
+        self._thread.join()
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
 
 
 class ShardSampler(Sampler):

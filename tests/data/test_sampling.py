@@ -1,8 +1,11 @@
 """Samples of a step: distributions by chi-square, coverage, seeds, and processes against one process."""
+import threading
+
 import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from glmc.data import sampling
 from glmc.data.sampling import PairSampler, ShardSampler, draw, image_weights, stream
 
 LABELS = np.repeat([0, 1, 2], [40, 15, 5])
@@ -85,12 +88,36 @@ def test_an_epoch_is_the_same_whatever_was_drawn_before():
     assert batches(sampler, 4) == fourth
 
 
+@pytest.mark.parametrize('epochs', [(0, 1, 2), (3, 5, 5), (7,)])
+def test_an_epoch_drawn_ahead_is_the_same(epochs, monkeypatch):
+    """In order, after a resume elsewhere, and again; the next epoch is drawn while an epoch is read, by a thread."""
+    expected = [batches(PairSampler(LABELS, 4, 0.5), epoch) for epoch in epochs]
+    monkeypatch.setattr(sampling, 'LARGE', 0)
+    sampler, drawn, sample_epoch = PairSampler(LABELS, 4, 0.5), [], PairSampler.sample_epoch
+    monkeypatch.setattr(PairSampler, 'sample_epoch', lambda self, epoch: drawn.append(
+        (epoch, threading.current_thread() is threading.main_thread())) or sample_epoch(self, epoch))
+    assert [batches(sampler, epoch) for epoch in epochs] == expected
+    sampler.ahead.result()
+    assert (epochs[-1] + 1, False) in drawn and (epochs[0], True) in drawn
+    if epochs == (0, 1, 2):
+        assert drawn == [(0, True), (1, False), (2, False), (3, False)]
+
+
+def test_an_error_of_the_thread_is_that_of_the_next_epoch(monkeypatch):
+    monkeypatch.setattr(sampling, 'LARGE', 0)
+    sampler = PairSampler(LABELS, 4)
+    monkeypatch.setattr(PairSampler, 'sample_epoch', lambda self, epoch: 1 / (1 - epoch) and [np.arange(len(LABELS))])
+    batches(sampler, 0)
+    with pytest.raises(ZeroDivisionError):
+        batches(sampler, 1)
+
+
 @pytest.mark.parametrize('world_size', [1, 2, 3])
 @pytest.mark.parametrize('num_images', [60, 59, 53, 49])
 def test_union_over_processes_is_the_single_draw(world_size, num_images):
     samplers = [PairSampler(LABELS[:num_images], 4, 0.2, 7, rank, world_size) for rank in range(world_size)]
     parts = [batches(sampler, 2) for sampler in samplers]
-    single = list(zip(*(column.tolist() for column in samplers[0].sample_epoch()), strict=True))
+    single = list(zip(*(column.tolist() for column in samplers[0].sample_epoch(2)), strict=True))
     dealt = []
     for step in zip(*parts, strict=True):  # card by card, as they were dealt
         longest = max(map(len, step))
