@@ -9,7 +9,7 @@ from conftest import COUNTS, ROOT, coloured, write_folders
 from test_docs import run
 
 CLASSES = ['ant', 'house bee', 'zoo, cat']  # in sorted order; a comma and spaces, as people have them
-TINY = '--model test_resnet --img-size 32 --batch-size 8 --workers 0 --epochs 6 --lr 0.02 --augmentation cifar --method ce'
+TINY = '--model test_resnet --img-size 32 --batch-size 8 --workers 0 --epochs 6 --lr 0.02 --augmentation cifar --method glmc'
 
 
 def commands(title: str) -> list[str]:

@@ -32,8 +32,8 @@ DEMONSTRATION = dict(model='resnet10t', epochs=30, img_size=32, imbalance_factor
 FINE_TUNING = dict(
     method='balanced_softmax', head_init='probe', freeze_bn=True, smoothing=0.1, lr_base=0.02, clip_grad=5.0,
     sched_on_updates=True, scale=[0.4, 1.0], epochs=5)
-# Defaults from scratch (hparams/scratch.yaml), compared on held-out images (results/scratch-choices.csv); those of the
-# optimizer go with it to other methods.
+# Defaults from scratch (hparams/scratch.yaml), compared in results/frontier.csv; those of the optimizer go with it to other
+# methods.
 SCRATCH = dict(
     method='glmc_one_view', opt='nmuon', lr_base=0.02, lr_base_scale='sqrt', momentum=0.95, weight_decay=0.05,
     sched_on_updates=True)

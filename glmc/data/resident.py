@@ -72,7 +72,7 @@ class ResidentTrainLoader(TrainLoader):
 
     def batches(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         self.sampler.set_epoch(epoch, start_step)
-        _, *indices = self.sampler.sample_epoch()
+        _, *indices = self.sampler.sample_epoch(epoch)
         indices = np.stack(indices, 1)  # (N, images)
         shape = (*indices.shape, self.num_views)
         rng = stream('crops', self.sampler.seed, epoch)

@@ -52,7 +52,9 @@ def plot_runs(runs: Sequence[dict[str, str]]) -> Figure:
     styles = ({'color': colour, 'marker': marker} for marker in 'os^D' for colour in SERIES)
     styles = dict(zip(dict.fromkeys(run['method'] for run in runs), cycle(styles), strict=False))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * len(sets), 4.2), layout='constrained', facecolor='white')
+        columns = 1 if len(sets) == 1 else 3  # of the legend
+        height = 3.3 + 0.22 * -(-len(styles) // columns)
+        figure = Figure(figsize=(5 * len(sets), height), layout='constrained', facecolor='white')
         for axes, name in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
             plot_lines(axes, budgets([run for run in runs if run.get('data', '') == name]), styles)
             axes.set(title=name, xscale='log', xlabel=unit(runs), ylabel='class mean, %')
@@ -61,7 +63,7 @@ def plot_runs(runs: Sequence[dict[str, str]]) -> Figure:
             axes.xaxis.set_minor_formatter(NullFormatter())
         handles = {label: handle for axes in figure.axes
                    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=3)
+        figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=columns)
     return figure
 
 

@@ -68,7 +68,7 @@ def test_an_epoch_is_crops_of_the_images_that_the_sampler_drew():
     images = image_set(12)
     loader = train_loader(images, batch_size=5)
     loader.sampler.set_epoch(3)
-    _, first, second = loader.sampler.sample_epoch()
+    _, first, second = loader.sampler.sample_epoch(loader.sampler.epoch)
     batches = epoch_of(loader, 3)
     assert [len(labels) for _, labels in batches] == [5, 5, 2]
     views = torch.cat([views for views, _ in batches])
