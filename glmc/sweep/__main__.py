@@ -12,9 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-import yaml
-
-from glmc.cli import Options, Parser, parse_args, run_script
+from glmc.cli import Options, Parser, parse_args, read_yaml, run_script
 from glmc.config import count, positive_int, train_parser
 from glmc.errors import InputError
 from glmc.evaluation.text import aligned, mean_std
@@ -131,12 +129,13 @@ def check(experiment: Experiment) -> None:
     Raises:
         InputError: If an option is wrong, or if the run folder holds a run with other options.
     """
-    options, _ = parse_args(train_parser(METHODS), experiment.argv)
+    parser = train_parser(METHODS)
+    options, _ = parse_args(parser, experiment.argv)
     path = experiment.folder / 'args.yaml'
     if not path.exists():
         return
     ignored = {'config', 'resume', 'debug', 'output', 'experiment', 'workers', 'log_interval'}
-    earlier = yaml.safe_load(path.read_text(encoding='utf-8'))
+    earlier = read_yaml(parser, str(path))
     for name, value in vars(options).items():
         if name not in ignored and name in earlier and earlier[name] != value:
             raise InputError(f"{experiment.folder}: holds a run with --{name.replace('_', '-')} {earlier[name]}, this sweep "

@@ -1,19 +1,17 @@
 """The runs of a sweep, and the CSV with one row for each: its options, metrics, and the command that repeats it."""
 import csv
-import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from glmc.cli import Options, parse_args
+from glmc.cli import Options, parse_args, read_yaml
 from glmc.config import NOT_TRAINING, has_data, train_parser
 from glmc.errors import InputError
 from glmc.files import NAMES, atomic_write
 from glmc.methods import METHODS
+from glmc.report.compare import read_metrics
 from glmc.run_folder import read_summary
 
 METRICS = ('top1', 'many', 'medium', 'few', 'class_mean')  # of the exported model: last epoch
@@ -54,8 +52,7 @@ class Experiment:
 
     def metrics(self) -> dict | None:
         """Read metrics.json of the export; None if the run has not finished."""
-        path = self.folder / 'export' / 'metrics.json'
-        return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+        return read_metrics(self.folder) if (self.folder / 'export' / 'metrics.json').exists() else None
 
 
 def table_row(experiment: Experiment, metrics: dict, log: Path | None = None) -> dict:
@@ -66,7 +63,7 @@ def table_row(experiment: Experiment, metrics: dict, log: Path | None = None) ->
         metrics: Content of its metrics.json.
         log: Copy of its log to name in the row; default: the log in the run folder.
     """
-    args = yaml.safe_load((experiment.folder / 'args.yaml').read_text(encoding='utf-8'))
+    args = read_yaml(train_parser(METHODS), str(experiment.folder / 'args.yaml'))
     factor = args.get('imbalance_factor')
     row = {name: metrics.get(name) for name in COLUMNS}
     row.update(

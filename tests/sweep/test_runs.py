@@ -40,7 +40,9 @@ def finished(tmp_path):
         run = Experiment(name, seed, str(recipe), ('--config', str(recipe), *options), tmp_path / f'{name}-seed{seed}')
         (run.folder / 'export').mkdir(parents=True)
         facts = dict(method='glmc', model='resnet18', parameters=7, top1=50.0, seed=seed, device='a card', threads=2,
-                     command='/usr/bin/train_glmc.py --output /here', evaluated_on='/lists/test.txt', **metrics)
+                     command='/usr/bin/train_glmc.py --output /here', evaluated_on='/lists/test.txt', train_counts=[9, 4],
+                     per_class_accuracy=[60.0, 40.0], bin_images=[2], bin_confidence=[0.5], bin_hits=[1],
+                     shot_thresholds=[20, 100], **metrics)
         (run.folder / 'export' / 'metrics.json').write_text(json.dumps(facts))
         (run.folder / 'args.yaml').write_text(yaml.safe_dump(dict(imbalance_factor=20.0, lt_split='cao', holdout=holdout)))
         (run.folder / 'summary.csv').write_text('epoch,eval_top1\n0,\n1,52.5\n2,\n3,50.0\n')
@@ -58,6 +60,17 @@ def test_a_row_has_options_command_and_device_but_no_local_path(finished):
     assert row['command'] == ('OMP_NUM_THREADS=2 python train_glmc.py --config PATH/TO/one.yaml '
                                '--dataset hfds/PATH/TO/cifar100 --consistency-weight 2 --seed 0')
     assert row['evaluated_on'] == 'PATH/TO/test.txt' and row['log'] == 'PATH/TO/train.log'
+
+
+@pytest.mark.parametrize('file, content', [
+    ('export/metrics.json', '{"top1": 50'), ('export/metrics.json', '[]'), ('args.yaml', 'epochs: ['), ('args.yaml', '- 1'),
+    ('args.yaml', 'epochs: many')])
+def test_a_damaged_file_of_a_run_is_one_line(finished, file, content):
+    run, metrics = finished()
+    (run.folder / file).write_text(content)
+    with pytest.raises(InputError, match=f'{run.folder / file}: ') as error:
+        table_row(run, run.metrics())
+    assert '\n' not in str(error.value)
 
 
 def test_no_best_epoch_on_held_out_images(finished):
