@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from glmc.data.profiles import long_tail_counts, long_tail_indices, pluralize
+from glmc.data.texts import Texts
 from glmc.errors import ImageError, InputError, first_line
 
 DECODING_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -23,7 +24,7 @@ class ImageSet:
     Args:
         read: Index -> open PIL image in the mode of its file.
         labels: (N,) int64 labels.
-        names: N names, `class/file` for files, else indices.
+        names: N names, `class/file` for files, else indices; kept as `Texts`.
         class_names: C names in label order.
         source: Option and value that name the set in messages, or the path of its list.
         numbered: Whether the source has numbers as labels, so that `class_names` are only likely ones.
@@ -34,6 +35,9 @@ class ImageSet:
     class_names: Sequence[str]
     source: str
     numbered: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, 'names', Texts.of(self.names))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,7 +85,7 @@ class ImageSet:
         """Image set with the images at these indices, in this order."""
         indices = np.asarray(indices, dtype=np.int64)
         return replace(self, read=partial(_read_at, self.read, indices), labels=self.labels[indices],
-                       names=[self.names[i] for i in indices.tolist()])
+                       names=self.names.take(indices))
 
     def with_classes(self, class_names: Sequence[str]) -> 'ImageSet':
         """Image set with labels that index `class_names`; classes are matched by name, or by number if that is known.
@@ -134,11 +138,12 @@ def _decodes(image: Image.Image) -> bool:
     return True
 
 
-def open_file(paths: Sequence[str], index: int) -> Image.Image:
-    """Open an image of a list of paths; a pipe, which would block, or a device is an OSError."""
-    if not os.path.isfile(paths[index]):
-        raise OSError('no such file' if not os.path.exists(paths[index]) else 'not a regular file')
-    return Image.open(paths[index])
+def open_file(root: str, names: Sequence[str], index: int) -> Image.Image:
+    """Open an image by its path relative to `root`; a pipe, which would block, or a device is an OSError."""
+    path = os.path.join(root, names[index])
+    if not os.path.isfile(path):
+        raise OSError('no such file' if not os.path.exists(path) else 'not a regular file')
+    return Image.open(path)
 
 
 class BadImages:

@@ -80,10 +80,9 @@ def load_folders(
             raise InputError(f'{where}: class folder {printable(folder)} has no images, found {others}, expected '
                              f'{some_extensions(extensions)}')
     images = labelled(names, [classes[folder] for folder in folders], class_map, where, root)
-    paths = [root[:start - 1] + os.sep + name for name in images.names]
     if found.passed_over():
         _logger.info(f'{printable(root)}: passed over {found.passed_over()}')
-    return replace(images, read=partial(open_file, paths))
+    return replace(images, read=partial(open_file, root, images.names))
 
 
 def name_classes(folders: Iterable[str], where: str, class_from: str | None = None) -> dict[str, str]:

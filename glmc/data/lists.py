@@ -16,6 +16,7 @@ import numpy as np
 from glmc.data.datasets import ImageSet, folder_labels, folder_of, open_file
 from glmc.data.folders import sorted_names
 from glmc.data.profiles import pluralize
+from glmc.data.texts import Texts
 from glmc.errors import InputError, first_line, printable
 
 _logger = logging.getLogger(__name__)
@@ -63,7 +64,6 @@ def load_list(
     table = read_table(path, image_column, label_column)
     if not table.files:
         raise InputError(f'{path}: the list is empty, expected `path label` lines, or a CSV')
-    paths = [os.path.join(root or '', file) for file in table.files]
     _require_files(path, table, root)
     wrong = next((row for row, label in enumerate(table.labels) if DECIMAL.fullmatch(label)), None)
     if wrong is not None:
@@ -81,7 +81,8 @@ def load_list(
         index = {name: label for label, name in enumerate(names)}
         labels = np.array([index[name] for name in table.labels], dtype=np.int64)
     _warn_other_folders(path, table, labels, None if numbered else names)
-    return ImageSet(partial(open_file, paths), labels, table.files, names, path, numbered)
+    files = Texts.of(table.files)
+    return ImageSet(partial(open_file, root or '', files), labels, files, names, path, numbered)
 
 
 def read_table(path: str, image_column: str | None = None, label_column: str | None = None) -> Table:

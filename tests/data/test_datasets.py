@@ -117,7 +117,7 @@ def test_holdout_is_disjoint_and_complete(holdout, taken):
     images = image_set(np.repeat([0, 1], [20, 4]))
     train, held = split_holdout(images, holdout, seed=3)
     assert held.counts().tolist() == taken
-    assert sorted(train.names + held.names) == sorted(images.names)
+    assert sorted([*train.names, *held.names]) == sorted(images.names)
     assert held.names == split_holdout(images, holdout, seed=3)[1].names
     assert held.names != split_holdout(images, holdout, seed=4)[1].names
 
@@ -150,6 +150,6 @@ def test_an_error_of_the_caller_is_not_one_of_the_image():
 
 def test_a_pipe_is_an_unreadable_image(tmp_path):
     os.mkfifo(tmp_path / 'a.png')
-    images = ImageSet(partial(open_file, [str(tmp_path / 'a.png')]), np.zeros(1, np.int64), ['a.png'], ['a'], 'x')
+    images = ImageSet(partial(open_file, str(tmp_path), ['a.png']), np.zeros(1, np.int64), ['a.png'], ['a'], 'x')
     with pytest.raises(ImageError, match='not a regular file'):
         images.image(0)
