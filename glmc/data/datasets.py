@@ -1,6 +1,5 @@
 """Image sets with labels and names that are known without decoding; their long-tailed and held-out subsets."""
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -109,25 +108,36 @@ class ImageSet:
     def _with_names(self, class_names: Sequence[str]) -> 'ImageSet':
         """This set, checked: no folder with the name of a class may have the number of another one."""
         named = {name: label for label, name in enumerate(class_names) if name != str(label)}
-        for folder, label in folder_labels(self.names, self.labels).items():
+        for folder, label in folder_labels(*folder_codes(self.names), self.labels).items():
             if named.get(folder, label) != label:
                 raise InputError(f'{self.source}: images in folder {folder!r} have label {label}, which is class '
                                  f'{class_names[label]!r} of the training data, expected {named[folder]}')
         return self
 
 
-def folder_labels(names: Sequence[str], labels: np.ndarray) -> dict[str, int]:
-    """Innermost folder -> label of most of its images, for the folders where one label has more than half of them."""
-    counts: dict[str, Counter] = {}
-    for name, label in zip(names, labels.tolist(), strict=True):
-        counts.setdefault(folder_of(name), Counter())[label] += 1
-    most = {folder: counter.most_common(1)[0] for folder, counter in counts.items()}
-    return {folder: label for folder, (label, number) in most.items() if 2 * number > counts[folder].total()}
+def folder_codes(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Names of the innermost folders of files, each once, and the (N,) index of each file's own."""
+    index: dict[str, int] = {}
+    codes = np.fromiter((index.setdefault(folder_of(name), len(index)) for name in names), np.int64, len(names))
+    return list(index), codes
+
+
+def folder_labels(folders: Sequence[str], codes: np.ndarray, labels: np.ndarray) -> dict[str, int]:
+    """Folder -> label of most of its images, for the folders where one label has more than half of them.
+
+    Args:
+        folders, codes: As `folder_codes` returns them.
+        labels: (N,) labels, at least 0.
+    """
+    classes = int(labels.max()) + 1
+    pairs, counts = np.unique(codes * classes + labels, return_counts=True)
+    most = 2 * counts > np.bincount(codes)[pairs // classes]
+    return {folders[pair // classes]: pair % classes for pair in pairs[most].tolist()}
 
 
 def folder_of(name: str) -> str:
     """Name of the folder that contains a file."""
-    return os.path.basename(os.path.dirname(name))
+    return name.rpartition(os.sep)[0].rstrip(os.sep).rpartition(os.sep)[2]
 
 
 def _decodes(image: Image.Image) -> bool:

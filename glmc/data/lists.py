@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glmc.data.datasets import ImageSet, folder_labels, folder_of, open_file
+from glmc.data.datasets import ImageSet, folder_codes, folder_labels, open_file
 from glmc.data.folders import sorted_names
 from glmc.data.profiles import pluralize
 from glmc.data.texts import Texts
@@ -65,24 +65,25 @@ def load_list(
     if not table.files:
         raise InputError(f'{path}: the list is empty, expected `path label` lines, or a CSV')
     _require_files(path, table, root)
-    wrong = next((row for row, label in enumerate(table.labels) if DECIMAL.fullmatch(label)), None)
-    if wrong is not None:
-        raise InputError(f'{path}, line {table.lines[wrong]}: expected a whole number or a class name as label, found '
-                         f'{table.labels[wrong][:MAX_DIGITS]}')
-    numbers = sum(map(bool, map(NUMBER.fullmatch, table.labels)))
-    numbered = numbers == len(table.labels)
-    if numbered:
+    different = set(table.labels)
+    numbers = {label for label in different if NUMBER.fullmatch(label)}
+    if any(map(DECIMAL.fullmatch, different)):
+        row = next(row for row, label in enumerate(table.labels) if DECIMAL.fullmatch(label))
+        raise InputError(f'{path}, line {table.lines[row]}: expected a whole number or a class name as label, found '
+                         f'{table.labels[row][:MAX_DIGITS]}')
+    folders, codes = folder_codes(table.files)
+    if numbers == different:
         labels = _numbers(path, table, num_classes)
-        names = _folder_names(table.files, labels, num_classes or int(labels.max()) + 1)
+        names = _folder_names(folders, codes, labels, num_classes or int(labels.max()) + 1)
     else:
         if numbers:
             _refuse_mixed(path, table)
-        names = sorted_names(table.labels)
+        names = sorted_names(different)
         index = {name: label for label, name in enumerate(names)}
         labels = np.array([index[name] for name in table.labels], dtype=np.int64)
-    _warn_other_folders(path, table, labels, None if numbered else names)
+    _warn_other_folders(path, table, folders, codes, labels, None if numbers else names)
     files = Texts.of(table.files)
-    return ImageSet(partial(open_file, root or '', files), labels, files, names, path, numbered)
+    return ImageSet(partial(open_file, root or '', files), labels, files, names, path, bool(numbers))
 
 
 def read_table(path: str, image_column: str | None = None, label_column: str | None = None) -> Table:
@@ -199,7 +200,8 @@ def _columns(path: str, head: Sequence[str], image: str | None, label: str | Non
 
 def _numbers(path: str, table: Table, num_classes: int | None) -> np.ndarray:
     """(N,) labels of a list of numbers."""
-    labels = np.array([int(label.partition('.')[0][:MAX_DIGITS]) for label in table.labels], dtype=np.int64)
+    values = {label: int(label.partition('.')[0][:MAX_DIGITS]) for label in set(table.labels)}
+    labels = np.array([values[label] for label in table.labels], dtype=np.int64)
     limit = num_classes if num_classes is not None else max(len(labels), 1)  # else a class would have no image
     wrong = np.flatnonzero((labels < 0) | (labels >= limit))
     if len(wrong):
@@ -222,16 +224,18 @@ def _require_files(list_path: str, table: Table, root: str | None) -> None:
     """Check that all files exist; listing each folder once takes seconds, a system call per file takes minutes."""
     listed: dict[str, set] = {}
 
-    def exists(path: str) -> bool:
-        folder, name = os.path.split(path)
+    def exists(file: str) -> bool:
+        name = file.rpartition(os.sep)[2]
+        folder = file[:len(file) - len(name)]
         if folder not in listed:
-            listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
+            path = os.path.join(root or '', folder) or '.'
+            listed[folder] = set(os.listdir(path)) if os.path.isdir(path) else set()
         return name in listed[folder]
     for number, file in zip(table.lines, table.files, strict=True):
-        path = os.path.join(root or '', file)
-        if exists(path):
+        if exists(file):
             continue
-        first = path.rsplit(maxsplit=1)
+        path = os.path.join(root or '', file)
+        first = file.rsplit(maxsplit=1)
         if len(first) == 2 and exists(first[0]):
             raise InputError(f'{list_path}, line {number}: found a third column, expected `path label`, or a CSV with a '
                              'header')
@@ -240,32 +244,38 @@ def _require_files(list_path: str, table: Table, root: str | None) -> None:
                          f'--data-dir{header})')
 
 
-def _warn_other_folders(path: str, table: Table, labels: np.ndarray, names: Sequence[str] | None) -> None:
+def _warn_other_folders(
+        path: str, table: Table, folders: Sequence[str], codes: np.ndarray, labels: np.ndarray,
+        names: Sequence[str] | None) -> None:
     """Warn about images whose label is not that of their folder, where folders and labels correspond otherwise.
 
     Args:
-        path, table, labels: The list, its rows, and (N,) labels.
+        path, table: The list and its rows.
+        folders, codes: As `folder_codes` returns them.
+        labels: (N,) labels.
         names: C class names, if the list has names.
     """
-    by_folder = folder_labels(table.files, labels)
+    by_folder = folder_labels(folders, codes, labels)
     if names is not None:
         index = {name: label for label, name in enumerate(names)}
         by_folder.update({folder: index[folder] for folder in by_folder if folder in index})
     if len(by_folder) < 2 or len(set(by_folder.values())) < len(by_folder):
         return
-    own = np.array([by_folder.get(folder_of(file), label) for file, label in zip(table.files, labels.tolist(), strict=True)])
-    other = np.flatnonzero(own != labels)
+    own = np.array([by_folder.get(folder, -1) for folder in folders])[codes]
+    other = np.flatnonzero((own != labels) & (own >= 0))
     if len(other):
         row = int(other[0])
         _logger.warning(f"{path}: {pluralize(len(other), 'label')} contradict the folder of the image, e.g. line "
                         f'{table.lines[row]}: {printable(table.files[row])} has label {printable(table.labels[row])}')
 
 
-def _folder_names(files: Sequence[str], labels: np.ndarray, size: int) -> list[str]:
-    folders: dict[int, set] = {}
-    for file, label in zip(files, labels.tolist(), strict=True):
-        folders.setdefault(label, set()).add(folder_of(file))
-    names = [next(iter(folders[c])) if len(folders.get(c, ())) == 1 else str(c) for c in range(size)]
+def _folder_names(folders: Sequence[str], codes: np.ndarray, labels: np.ndarray, size: int) -> list[str]:
+    """Names of `size` classes of a list of numbers: the one folder of the class, or numbers if that names no class alone."""
+    names, seen = [str(c) for c in range(size)], np.zeros(size, dtype=np.int64)
+    for pair in np.unique(labels * len(folders) + codes).tolist():
+        label, code = divmod(pair, len(folders))
+        seen[label] += 1
+        names[label] = folders[code] if seen[label] == 1 else str(label)
     return names if len(set(names)) == size and all(names) else [str(c) for c in range(size)]
 
 
