@@ -20,7 +20,8 @@ from glmc.data.texts import Texts
 from glmc.errors import InputError, first_line, printable
 
 _logger = logging.getLogger(__name__)
-MAX_BYTES = 2 ** 28  # of a list, without compression; iNaturalist 2018 has 2 ** 25
+MAX_BYTES = 2 ** 30  # of a list; iNaturalist 2018 has 2 ** 25
+MAX_UNPACKED = 2 ** 28  # of a compressed one
 IMAGE_COLUMNS = ('image', 'images', 'file', 'filename', 'file_name', 'filepath', 'file_path', 'path', 'image_path',
                  'image_file', 'image_name', 'img', 'img_path', 'image_id')
 LABEL_COLUMNS = ('label', 'labels', 'class', 'class_name', 'class_id', 'target', 'category',
@@ -131,13 +132,15 @@ def _read_text(path: str) -> str:
     """Text of a list; names that are not UTF-8 keep their bytes."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f'{path}: cannot read this list: not a regular file')
+    packed = path.endswith('.gz')
+    limit = MAX_UNPACKED if packed else MAX_BYTES
     try:
-        with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as file:
-            content = file.read(MAX_BYTES + 1)
+        with (gzip.open if packed else open)(path, 'rb') as file:
+            content = file.read(limit + 1) if packed or os.path.getsize(path) <= limit else None
     except (OSError, EOFError, ValueError) as error:
         raise InputError(f'{path}: cannot read this list: {first_line(error)}') from error
-    if len(content) > MAX_BYTES:
-        raise InputError(f'{path}: cannot read this list: has more than {MAX_BYTES >> 20} MiB of text')
+    if content is None or len(content) > limit:
+        raise InputError(f'{path}: cannot read this list: has more than {limit >> 20} MiB of text')
     if content.startswith((b'\xff\xfe', b'\xfe\xff')):  # Excel's "Unicode text"
         return content.decode('utf-16', errors='replace')
     if b'\0' in content:

@@ -102,11 +102,15 @@ def test_what_is_no_list_is_said(text, expected, tmp_path, monkeypatch):
 
 
 def test_a_list_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr('glmc.data.lists.MAX_BYTES', 2 ** 20)
+    monkeypatch.setattr('glmc.data.lists.MAX_UNPACKED', 2 ** 20)
     with gzip.open(tmp_path / 'list.txt.gz', 'wb') as file:
         file.write(b'a' * 2 ** 21)
     with pytest.raises(InputError, match='has more than 1 MiB of text'):
         load_list(str(tmp_path / 'list.txt.gz'), None)
+    with open(tmp_path / 'sparse.txt', 'wb') as file:
+        file.truncate(2 ** 40)
+    with pytest.raises(InputError, match='has more than 1024 MiB of text'):
+        load_list(str(tmp_path / 'sparse.txt'), None)
     os.mkfifo(tmp_path / 'pipe')
     with pytest.raises(InputError, match='not a regular file'):
         load_list(str(tmp_path / 'pipe'), None)
