@@ -42,7 +42,9 @@ def linear_classifier(backbone: nn.Module) -> nn.Linear:
     """
     fits = classifies_pre_logits(backbone)
     classifier = backbone.get_classifier()
-    if not isinstance(classifier, nn.Linear):
+    if isinstance(classifier, nn.ModuleList):
+        found = f'those of {len(classifier)} experts'
+    elif not isinstance(classifier, nn.Linear):
         found = f'{len(classifier)} heads' if isinstance(classifier, tuple) else type(classifier).__name__
     elif not fits:
         found = 'other layers between the two'
@@ -127,7 +129,8 @@ def _encoder_error(backbone: nn.Module) -> InputError:
 
 
 def _name(backbone: nn.Module) -> str:
-    return backbone.pretrained_cfg.get('architecture', type(backbone).__name__)
+    base = getattr(backbone, 'base', None)  # of experts
+    return base if isinstance(base, str) else backbone.pretrained_cfg.get('architecture', type(backbone).__name__)
 
 
 class Folding:

@@ -98,4 +98,6 @@ def test_experts_of_a_cifar_net_are_the_export(script, folders, tmp_path):
 
 def test_stage2_refuses_experts_before_the_run(script, folders, tmp_path):
     outcome = script(*OPTIONS, '--data-dir', folders, '--output', tmp_path, '--model', 'resnet32_cifar', '--stage2', 'crt')
-    assert outcome.code == 2 and 'expected a classifier that is one linear layer' in outcome.err.splitlines()[-1]
+    assert outcome.code == 2 and outcome.err.splitlines()[-1] == (
+        'error: --model resnet32_cifar: expected a classifier that is one linear layer with a bias on the pooled features, '
+        'found those of 3 experts')
