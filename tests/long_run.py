@@ -21,14 +21,21 @@ from conftest import write_folders  # noqa: E402
 from glmc.run_folder import read_summary  # noqa: E402
 
 GROWTH = 1.05  # of the memory from a quarter of the run to its end
+SAMPLES = 20  # of the memory for each row; the least counts, because a step and a checkpoint take more for a moment
 COLUMNS = ('epochs', 'seconds', 'memory_mib', 'descriptors', 'threads', 'processes')
 
 
 def sample(process: psutil.Process) -> tuple[float, int, int, int]:
-    """MiB that the processes of a run have for themselves, their descriptors and threads, and their number."""
-    family = [process, *process.children(recursive=True)]
-    memory = sum(each.memory_full_info().uss for each in family) / 2 ** 20
-    return round(memory, 1), sum(each.num_fds() for each in family), sum(each.num_threads() for each in family), len(family)
+    """MiB that the processes of a run have for themselves, their descriptors and threads, and their number: the least of
+    several samples."""
+    found = []
+    for _ in range(SAMPLES):
+        family = [process, *process.children(recursive=True)]
+        memory = sum(each.memory_full_info().uss for each in family) / 2 ** 20
+        found.append((round(memory, 1), sum(each.num_fds() for each in family), sum(each.num_threads() for each in family),
+                      len(family)))
+        time.sleep(0.1)
+    return tuple(map(min, zip(*found, strict=True)))
 
 
 def watch(folder: Path, epochs: int, workers: int, points: int) -> list[dict]:
