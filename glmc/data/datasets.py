@@ -51,8 +51,8 @@ class ImageSet:
 
     def identities(self) -> list[str]:
         """`class/file` of each image without suffix and outer folders, equal for folders, tars and parquet files."""
-        files = (os.path.splitext(os.path.basename(name))[0] for name in self.names)
-        return [f'{self.class_names[label]}/{file}' for label, file in zip(self.labels.tolist(), files, strict=True)]
+        classes = self.class_names
+        return [f'{classes[label]}/{stem_of(name)}' for label, name in zip(self.labels.tolist(), self.names, strict=True)]
 
     def image(self, index: int, mode: str = 'RGB') -> Image.Image:
         """Decode an image to `mode`, RGB or L; raises an ImageError as `opened` does."""
@@ -138,6 +138,13 @@ def folder_labels(folders: Sequence[str], codes: np.ndarray, labels: np.ndarray)
 def folder_of(name: str) -> str:
     """Name of the folder that contains a file."""
     return name.rpartition(os.sep)[0].rstrip(os.sep).rpartition(os.sep)[2]
+
+
+def stem_of(name: str) -> str:
+    """Name of a file without folders and suffix, as `os.path.splitext` parts them in three times the time."""
+    file = name.rpartition(os.sep)[2]
+    stem = file.rpartition('.')[0]
+    return stem if stem.strip('.') else file
 
 
 def _decodes(image: Image.Image) -> bool:

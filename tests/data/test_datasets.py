@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glmc.data.datasets import ImageSet, long_tailed, open_file, split_holdout
+from glmc.data.datasets import ImageSet, folder_of, long_tailed, open_file, split_holdout, stem_of
 from glmc.errors import ImageError, InputError
 
 
@@ -153,3 +153,11 @@ def test_a_pipe_is_an_unreadable_image(tmp_path):
     images = ImageSet(partial(open_file, str(tmp_path), ['a.png']), np.zeros(1, np.int64), ['a.png'], ['a'], 'x')
     with pytest.raises(ImageError, match='not a regular file'):
         images.image(0)
+
+
+@pytest.mark.parametrize('name', [
+    'a/b.png', 'b.png', 'a/b', 'a/.png', 'a/..png', 'a/b.c.png', 'a.b/c', 'a/b.', 'a//b.png', '/b.png', '', 'a/',
+    '/a/b/c.d', 'a///b'])
+def test_folder_and_stem_are_those_of_os_path(name):
+    assert stem_of(name) == os.path.splitext(os.path.basename(name))[0]
+    assert folder_of(name) == os.path.basename(os.path.dirname(name))
